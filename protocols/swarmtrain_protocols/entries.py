@@ -1,0 +1,219 @@
+"""Bodies of log entries. Every member derives the same ``ledger.Ledger`` from them.
+
+An entry of the log is (index, term, body bytes); the body is one of these structs in MessagePack.
+New fields are appended with defaults; unknown tags are refused, because skipping an entry forks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Union
+
+import msgspec
+from msgspec import Meta
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.messages.common import (
+    Addresses,
+    Channel,
+    Count,
+    Hash,
+    Key,
+    Keys,
+    Name,
+    Reason,
+    RoundKey,
+    Signature,
+)
+
+
+class Genesis(msgspec.Struct, frozen=True, tag="genesis"):
+    """Entry 0: the founder's signature over (run, first steward). Domain ``genesis``."""
+
+    run: Hash
+    founder: Key
+    steward: Key
+    signature: Signature
+
+
+class NoOp(msgspec.Struct, frozen=True, tag="noop"):
+    """First entry of every leader's term."""
+
+
+class MemberJoined(msgspec.Struct, frozen=True, tag="joined"):
+    member: Key
+    name: Name
+    addresses: Addresses
+    trains: bool
+    holds_state: bool
+    may_vote: bool
+    reachable: bool
+    ticket: Annotated[bytes, Meta(max_length=16)] = b""
+    """Id of the ticket's capability, never its secret."""
+
+
+class MemberLeft(msgspec.Struct, frozen=True, tag="left"):
+    """``reason``: leave (polite) or lost (silent for longer than the suspicion time)."""
+
+    member: Key
+    reason: Reason
+
+
+class MemberBanned(msgspec.Struct, frozen=True, tag="banned"):
+    member: Key
+    reason: Reason
+
+
+class StewardsChanged(msgspec.Struct, frozen=True, tag="stewards"):
+    """The voters from this entry on. ``joint`` holds the previous set while both must agree."""
+
+    voters: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=limits.VOTERS_MAX)]
+    joint: Annotated[tuple[Key, ...], Meta(max_length=limits.VOTERS_MAX)] = ()
+
+
+class ChannelLayout(msgspec.Struct, frozen=True, array_like=True):
+    channel: Channel
+    values: Count
+
+
+class ModelDefined(msgspec.Struct, frozen=True, tag="model"):
+    """The model of the run: hash of the ordered (name, shape, dtype) list, and θ⁰ by channel.
+
+    ``roots`` are the state hashes of round 0, one per channel of ``layout``.
+    """
+
+    schema_hash: Hash
+    layout: Annotated[tuple[ChannelLayout, ...], Meta(max_length=limits.CHANNELS_MAX)]
+    roots: Annotated[tuple[Hash, ...], Meta(max_length=limits.CHANNELS_MAX)]
+    author: Key
+
+
+class Contributor(msgspec.Struct, frozen=True, array_like=True):
+    """One contribution admitted to an attempt."""
+
+    member: Key
+    root: Hash
+    samples: float
+    base_round: Count
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """A slice of whole chunks, who reduces it, and who takes over if the owner is lost."""
+
+    first: Count
+    count: Count
+    owner: Key
+    deputy: Key
+
+
+class RoundOpened(msgspec.Struct, frozen=True, tag="opened"):
+    """Everything that fixes the bytes of an attempt. Contributors are in member order.
+
+    ``holders`` are the members whose having the result (and the state before) decides the commit.
+    ``state_hash`` pins the state that this round is applied to (all zero for groups).
+    """
+
+    key: RoundKey
+    contributors: Annotated[tuple[Contributor, ...], Meta(max_length=limits.MEMBERS_MAX)]
+    parts: Annotated[tuple[Part, ...], Meta(max_length=limits.PARTS_MAX)]
+    holders: Keys
+    values: Count
+    scatter_codec: Annotated[str, Meta(max_length=16)]
+    gather_codec: Annotated[str, Meta(max_length=16)]
+    state_hash: Hash
+
+
+class Coefficient(msgspec.Struct, frozen=True, array_like=True):
+    """Contributor index and its coefficient, an fp32 value."""
+
+    index: Count
+    value: float
+
+
+class RoundSet(msgspec.Struct, frozen=True, tag="set"):
+    """Who is summed, with which coefficients, in every part alike."""
+
+    key: RoundKey
+    coefficients: Annotated[tuple[Coefficient, ...], Meta(max_length=limits.MEMBERS_MAX)]
+
+
+class RoundCommitted(msgspec.Struct, frozen=True, tag="committed"):
+    """The one outcome of a round: Merkle root over all encoded result chunks."""
+
+    key: RoundKey
+    root: Hash
+    held_by: Keys = ()
+
+
+class RoundAborted(msgspec.Struct, frozen=True, tag="aborted"):
+    key: RoundKey
+    reason: Reason
+
+
+class Paused(msgspec.Struct, frozen=True, tag="paused"):
+    reason: Reason
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
+    reason: Reason
+
+
+class CheckpointMade(msgspec.Struct, frozen=True, tag="checkpoint"):
+    channel: Channel
+    round: Count
+    state_hash: Hash
+    holders: Keys
+
+
+class Rewound(msgspec.Struct, frozen=True, tag="rewound"):
+    """A new generation starts from older states: (channel, round, state hash) triples."""
+
+    generation: Count
+    reason: Reason
+    channels: Annotated[tuple[Channel, ...], Meta(max_length=limits.CHANNELS_MAX)]
+    rounds: Annotated[tuple[Count, ...], Meta(max_length=limits.CHANNELS_MAX)]
+    roots: Annotated[tuple[Hash, ...], Meta(max_length=limits.CHANNELS_MAX)]
+
+
+class RunEnded(msgspec.Struct, frozen=True, tag="ended"):
+    reason: Reason
+
+
+EntryBody = Union[  # noqa: UP007
+    Genesis,
+    NoOp,
+    MemberJoined,
+    MemberLeft,
+    MemberBanned,
+    StewardsChanged,
+    ModelDefined,
+    RoundOpened,
+    RoundSet,
+    RoundCommitted,
+    RoundAborted,
+    Paused,
+    Resumed,
+    CheckpointMade,
+    Rewound,
+    RunEnded,
+]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[EntryBody] = msgspec.msgpack.Decoder(EntryBody)
+
+
+def encode_body(body: EntryBody) -> bytes:
+    """MessagePack bytes of an entry body, the bytes that are hashed into the chain."""
+    return _encoder.encode(body)
+
+
+def decode_body(data: bytes) -> EntryBody:
+    """Decode an entry body.
+
+    Raises:
+        PeerFault: ``malformed`` for anything outside the schema.
+    """
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise PeerFault("malformed", str(error)) from None

@@ -1,0 +1,103 @@
+"""All errors of the project, one tree.
+
+SwarmError                      code, what, why, what to do
+├── LocalProtocolError          this side misused a core; a bug here, raised
+├── ConfigError                 exit 3   a key or value in a file, flag or environment
+├── NoPeerReachable             exit 4   no address answered
+├── NotAuthorised               exit 6   ticket refused, expired, banned
+├── VersionMismatch             exit 7
+├── RunMismatch                 exit 8   other run, other model, other manifest
+├── NoDevice                    exit 9
+├── DataUnavailable             exit 10
+├── CheckpointError             exit 11  missing, truncated or flipped
+├── QuorumLost                  exit 12
+├── Diverged                    exit 13
+├── DiskFull                    exit 14
+├── RoundFailed                 exit 75  a collective call failed; ``retry`` says if a later one may work
+└── PeerFault                   a remote peer broke the protocol: an event with peer and code, counted,
+                                never raised out of a core
+"""
+
+from __future__ import annotations
+
+
+class SwarmError(Exception):
+    """What happened, why, and what to do about it.
+
+    Printed as three lines by the command line; ``exit_code`` is what the process ends with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", todo: str = "") -> None:
+        super().__init__(what if not why else f"{what}: {why}")
+        self.what = what
+        self.why = why
+        self.todo = todo
+
+
+class LocalProtocolError(SwarmError):
+    """A call that the state of a core does not allow."""
+
+
+class ConfigError(SwarmError):
+    exit_code = 3
+
+
+class NoPeerReachable(SwarmError):
+    exit_code = 4
+
+
+class NotAuthorised(SwarmError):
+    exit_code = 6
+
+
+class VersionMismatch(SwarmError):
+    exit_code = 7
+
+
+class RunMismatch(SwarmError):
+    exit_code = 8
+
+
+class NoDevice(SwarmError):
+    exit_code = 9
+
+
+class DataUnavailable(SwarmError):
+    exit_code = 10
+
+
+class CheckpointError(SwarmError):
+    exit_code = 11
+
+
+class QuorumLost(SwarmError):
+    exit_code = 12
+
+
+class Diverged(SwarmError):
+    exit_code = 13
+
+
+class DiskFull(SwarmError):
+    exit_code = 14
+
+
+class RoundFailed(SwarmError):
+    """A collective call ended without an agreed result."""
+
+    exit_code = 75
+
+    def __init__(self, what: str, why: str = "", todo: str = "", *, retry: bool = True) -> None:
+        super().__init__(what, why, todo)
+        self.retry = retry
+
+
+class PeerFault(SwarmError):
+    """A remote peer broke the protocol. ``code`` is stable and counted per peer."""
+
+    def __init__(self, code: str, why: str, peer: bytes | None = None) -> None:
+        super().__init__(code, why)
+        self.code = code
+        self.peer = peer

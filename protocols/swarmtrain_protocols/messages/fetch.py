@@ -1,0 +1,46 @@
+"""Fetching chunks of a blob that is named by its Merkle root: one way for contributions, results, states."""
+
+from __future__ import annotations
+
+import msgspec
+
+from swarmtrain_protocols.messages.common import Count, Hash, Hashes, Name
+
+
+class FetchRequest(msgspec.Struct, frozen=True, tag="fetch?"):
+    """Asks for chunks ``first … first+count-1`` of blob ``root``; ``request`` is the asker's number."""
+
+    request: Count
+    root: Hash
+    first: Count
+    count: Count
+
+
+class FetchAccepted(msgspec.Struct, frozen=True, tag="fetch"):
+    """Leaf hashes of the range and the Merkle proof up to the root; the chunks follow.
+
+    ``total`` is the number of chunks of the blob and must equal what the asker computed.
+    """
+
+    request: Count
+    total: Count
+    leaves: Hashes
+    proof: Hashes
+
+
+class FetchRefused(msgspec.Struct, frozen=True, tag="fetch-refused"):
+    """unknown (no such blob here), busy, range."""
+
+    request: Count
+    code: Name
+
+
+class FetchChunk(msgspec.Struct, frozen=True, tag="chunk"):
+    """A chunk small enough for the control link; its bytes are the frame's payload."""
+
+    request: Count
+    index: Count
+
+
+class FetchCancel(msgspec.Struct, frozen=True, tag="fetch-cancel"):
+    request: Count

@@ -1,0 +1,90 @@
+"""Messages of entering and leaving a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.messages.common import (
+    Addresses,
+    Capability,
+    Channel,
+    Count,
+    Hash,
+    Key,
+    Name,
+    Reason,
+)
+
+
+class ManifestRequest(msgspec.Struct, frozen=True, tag="manifest?"):
+    run: Hash
+
+
+class ManifestReply(msgspec.Struct, frozen=True, tag="manifest"):
+    """The manifest's bytes; their BLAKE3 hash must be the run id."""
+
+    manifest: Annotated[bytes, Meta(max_length=limits.MANIFEST_BYTES_MAX)]
+
+
+class JoinRequest(msgspec.Struct, frozen=True, tag="join?"):
+    """Asks the leader for an entry MEMBER_JOINED. Whoever does not lead answers ``Redirect``.
+
+    ``capability`` is the signed capability of a ticket; ``votes`` asks to become a steward, which
+    only a capability with the grant allows. ``reachable``: others may dial ``addresses``.
+    """
+
+    name: Name
+    addresses: Addresses
+    capability: Capability
+    trains: bool
+    holds_state: bool
+    votes: bool
+    reachable: bool
+
+
+class Redirect(msgspec.Struct, frozen=True, tag="redirect"):
+    """The leader as far as the sender knows; no leader: an empty key."""
+
+    leader: Annotated[bytes, Meta(max_length=32)]
+    addresses: Addresses
+
+
+class JoinRefused(msgspec.Struct, frozen=True, tag="join-refused"):
+    code: Name
+    reason: Reason
+
+
+class LeaveRequest(msgspec.Struct, frozen=True, tag="leave"):
+    """A polite leave, sent to the leader; it becomes MEMBER_LEFT."""
+
+    reason: Reason
+
+
+class Propose(msgspec.Struct, frozen=True, tag="propose"):
+    """A member asks the leader to log ``body``; only the kinds that members may ask for."""
+
+    body: Annotated[bytes, Meta(max_length=limits.ENTRY_BYTES_MAX)]
+
+
+class StateReport(msgspec.Struct, frozen=True, tag="state"):
+    """Where a state holder stands in one channel: it has all rounds below ``round``.
+
+    ``ready``: it trains (or holds state) and its contributions and bytes count from now on.
+    """
+
+    generation: Count
+    channel: Channel
+    round: Count
+    state_hash: Hash
+    ready: bool
+
+
+class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
+    """A member's figures after a round, relayed by stewards to subscribers, never logged."""
+
+    member: Key
+    body: Annotated[bytes, Meta(max_length=4096)]

@@ -1,0 +1,95 @@
+"""Messages of one round, from READY to the report of holding its result.
+
+Bulk bytes never travel in these: they are fetched by Merkle root (``fetch``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.messages.common import (
+    Channel,
+    Count,
+    Hash,
+    Key,
+    RoundKey,
+    Signature,
+)
+
+Codec = Annotated[str, Meta(max_length=16)]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """A contribution is encoded and committed to by ``root``; member -> leader.
+
+    ``values`` is the length of the vector, ``samples`` its weight, ``base_round`` the canonical
+    round that its trainer last saw. ``expect`` is the number of contributors that a group call
+    waits for (0: every member that has called before).
+    """
+
+    generation: Count
+    channel: Channel
+    root: Hash
+    values: Count
+    codec: Codec
+    samples: float
+    base_round: Count
+    expect: Count = 0
+
+
+class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
+    """Takes a ``Ready`` back (timeout of the caller, polite leave); member -> leader."""
+
+    generation: Count
+    channel: Channel
+    root: Hash
+
+
+class PartsHeld(msgspec.Struct, frozen=True, tag="held"):
+    """Which contributors (indices into ROUND_OPENED) have delivered all of ``part``; owner -> leader."""
+
+    key: RoundKey
+    part: Count
+    contributors: Annotated[tuple[Count, ...], Meta(max_length=limits.MEMBERS_MAX)]
+
+
+class TakeOver(msgspec.Struct, frozen=True, tag="takeover"):
+    """``part`` is computed by ``deputy`` from now on; leader -> everybody in the round.
+
+    Harmless if it is wrong: a deputy computes the same bytes as the owner.
+    """
+
+    key: RoundKey
+    part: Count
+    deputy: Key
+
+
+class PartResult(msgspec.Struct, frozen=True, tag="result"):
+    """The encoded result of ``part`` has Merkle root ``root``; signed by who computed it.
+
+    Sent by the owner to everybody who needs the result, relayed by anybody on ``RoundQuery``.
+    """
+
+    key: RoundKey
+    part: Count
+    root: Hash
+    owner: Key
+    signature: Signature
+
+
+class Holding(msgspec.Struct, frozen=True, tag="holding"):
+    """The sender has all result bytes (root over all chunks) and the state before; member -> leader."""
+
+    key: RoundKey
+    root: Hash
+    durable: bool
+
+
+class RoundQuery(msgspec.Struct, frozen=True, tag="round?"):
+    """Asks for what the receiver knows of an attempt: PartsHeld and PartResult messages come back."""
+
+    key: RoundKey

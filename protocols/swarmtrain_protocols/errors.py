@@ -2,6 +2,7 @@
 
 SwarmError                      code, what, why, what to do
 ├── LocalProtocolError          this side misused a core; a bug here, raised
+├── UsageError                  exit 2   a command that cannot be meant
 ├── ConfigError                 exit 3   a key or value in a file, flag or environment
 ├── NoPeerReachable             exit 4   no address answered
 ├── NotAuthorised               exit 6   ticket refused, expired, banned
@@ -38,6 +39,10 @@ class SwarmError(Exception):
 
 class LocalProtocolError(SwarmError):
     """A call that the state of a core does not allow."""
+
+
+class UsageError(SwarmError):
+    exit_code = 2
 
 
 class ConfigError(SwarmError):

@@ -83,6 +83,30 @@ class StateReport(msgspec.Struct, frozen=True, tag="state"):
     ready: bool
 
 
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """The sender's trainer has done all its planned steps; when all have, the run ends."""
+
+    generation: Count
+    finished: bool
+
+
+class SnapshotQuery(msgspec.Struct, frozen=True, tag="snapshot?"):
+    """Which snapshots of a channel's state can the receiver serve?"""
+
+    channel: Channel
+
+
+class SnapshotOffer(msgspec.Struct, frozen=True, tag="snapshot"):
+    """Snapshots on offer, oldest first: states before ``rounds[i]`` with state hash ``roots[i]``.
+
+    Trusted only if the log pins the same hash for that round.
+    """
+
+    channel: Channel
+    rounds: Annotated[tuple[Count, ...], Meta(max_length=8)]
+    roots: Annotated[tuple[Hash, ...], Meta(max_length=8)]
+
+
 class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
     """A member's figures after a round, relayed by stewards to subscribers, never logged."""
 

@@ -1,0 +1,327 @@
+"""What every member derives from the log: members, stewards, channels, rounds and their outcomes.
+
+``apply`` is a pure function of the entries in order. An entry that does not fit the state (a second
+outcome for one attempt, an attempt that was opened twice by a new leader) is ignored by everybody
+alike: that is why an attempt has exactly one outcome (DESIGN §4, §5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.messages.common import RoundKey
+
+ZERO_HASH = bytes(32)
+
+
+class Member(msgspec.Struct):
+    """One site of the run. ``joined_index`` is the log index of its latest MEMBER_JOINED."""
+
+    id: bytes
+    name: str
+    addresses: tuple[str, ...]
+    trains: bool
+    holds_state: bool
+    may_vote: bool
+    reachable: bool
+    joined_index: int
+    ordinal: int
+    """Counts first joins; never reused, so data positions stay disjoint."""
+
+
+class Outcome(msgspec.Struct):
+    """A committed round: enough to fetch its result from anybody and to verify it."""
+
+    round: int
+    attempt: int
+    generation: int
+    root: bytes
+    values: int
+    gather_codec: str
+    state_hash: bytes
+    contributors: tuple[tuple[bytes, float, float], ...]
+    """(member, samples, coefficient) of those in the set."""
+    held_by: tuple[bytes, ...]
+    index: int
+
+
+class ChannelState(msgspec.Struct):
+    """One channel: ``round`` is the next round to commit, ``attempt`` the next attempt at it."""
+
+    name: str
+    values: int
+    round: int = 0
+    attempt: int = 0
+    open: e.RoundOpened | None = None
+    chosen: e.RoundSet | None = None
+    start_round: int = 0
+    start_hash: bytes = ZERO_HASH
+    aborted: int = 0
+    last_abort: str = ""
+    history: list[Outcome] = []
+
+    @property
+    def holds_state(self) -> bool:
+        return self.name.startswith("train/")
+
+    def outcome(self, round_number: int) -> Outcome | None:
+        """The commit of a round, if it is recent enough to be remembered."""
+        for item in reversed(self.history):
+            if item.round == round_number:
+                return item
+        return None
+
+    def pinned_hash(self, round_number: int) -> bytes | None:
+        """State hash before ``round_number`` as the log pins it, or None if it does not."""
+        if self.open is not None and self.open.key.round == round_number:
+            return self.open.state_hash
+        done = self.outcome(round_number)
+        if done is not None:
+            return done.state_hash
+        if round_number == self.start_round and self.start_hash != ZERO_HASH:
+            return self.start_hash
+        return None
+
+
+class Ledger(msgspec.Struct):
+    """The replicated state machine. Equal at all members that applied the same prefix."""
+
+    run: bytes = ZERO_HASH
+    founder: bytes = ZERO_HASH
+    index: int = -1
+    generation: int = 0
+    members: dict[bytes, Member] = {}
+    ordinals: int = 0
+    banned: dict[bytes, str] = {}
+    voters: tuple[bytes, ...] = ()
+    joint: tuple[bytes, ...] = ()
+    genesis_steward: bytes = ZERO_HASH
+    model: e.ModelDefined | None = None
+    channels: dict[str, ChannelState] = {}
+    paused: str = ""
+    ended: str = ""
+    rounds_committed: int = 0
+    rounds_aborted: int = 0
+
+    def apply(self, index: int, body: e.EntryBody) -> bool:
+        """Apply entry ``index``; False if the entry does not fit and is ignored."""
+        assert index == self.index + 1, (index, self.index)
+        self.index = index
+        handler = _HANDLERS.get(type(body))
+        return True if handler is None else handler(self, index, body)
+
+    def ordered_members(self) -> list[Member]:
+        """Members in member order (by key bytes)."""
+        return [self.members[key] for key in sorted(self.members)]
+
+    def train_channels(self) -> list[ChannelState]:
+        return [c for c in self.channels.values() if c.holds_state]
+
+    def may_vote(self, member: bytes) -> bool:
+        known = self.members.get(member)
+        return member == self.genesis_steward or (known is not None and known.may_vote)
+
+    def snapshot(self) -> bytes:
+        """MessagePack of the whole ledger."""
+        return msgspec.msgpack.encode(self)
+
+
+def load_snapshot(data: bytes) -> Ledger:
+    """Decode ``Ledger.snapshot``.
+
+    Raises:
+        PeerFault: ``malformed``.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=Ledger)
+    except msgspec.DecodeError as error:
+        raise PeerFault("malformed", f"ledger snapshot: {error}") from None
+
+
+def _genesis(ledger: Ledger, index: int, body: e.Genesis) -> bool:
+    if index != 0:
+        return False
+    ledger.run, ledger.founder = body.run, body.founder
+    ledger.genesis_steward = body.steward
+    ledger.voters = (body.steward,)
+    return True
+
+
+def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
+    if body.member in ledger.banned:
+        return False
+    known = ledger.members.get(body.member)
+    if known is None:
+        if len(ledger.members) >= limits.MEMBERS_MAX:
+            return False
+        ordinal = ledger.ordinals
+        ledger.ordinals += 1
+    else:
+        ordinal = known.ordinal
+    ledger.members[body.member] = Member(
+        id=body.member,
+        name=body.name,
+        addresses=body.addresses,
+        trains=body.trains,
+        holds_state=body.holds_state,
+        may_vote=body.may_vote or (known is not None and known.may_vote),
+        reachable=body.reachable,
+        joined_index=index,
+        ordinal=ordinal,
+    )
+    return True
+
+
+def _left(ledger: Ledger, index: int, body: e.MemberLeft) -> bool:
+    return ledger.members.pop(body.member, None) is not None
+
+
+def _banned(ledger: Ledger, index: int, body: e.MemberBanned) -> bool:
+    ledger.banned[body.member] = body.reason
+    ledger.members.pop(body.member, None)
+    return True
+
+
+def _stewards(ledger: Ledger, index: int, body: e.StewardsChanged) -> bool:
+    ledger.voters, ledger.joint = body.voters, body.joint
+    return True
+
+
+def _model(ledger: Ledger, index: int, body: e.ModelDefined) -> bool:
+    if ledger.model is not None or len(body.layout) != len(body.roots):
+        return False
+    ledger.model = body
+    for item, root in zip(body.layout, body.roots, strict=True):
+        ledger.channels[item.channel] = ChannelState(
+            name=item.channel, values=item.values, start_hash=root
+        )
+    return True
+
+
+def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
+    if ledger.ended or ledger.paused or not body.contributors or not body.parts:
+        return False
+    channel = ledger.channels.get(body.key.channel)
+    if channel is None:
+        if body.key.channel.startswith("train/") or len(ledger.channels) >= limits.CHANNELS_MAX:
+            return False
+        channel = ChannelState(name=body.key.channel, values=body.values)
+        ledger.channels[channel.name] = channel
+    expected = RoundKey(ledger.generation, channel.name, channel.round, channel.attempt)
+    if channel.open is not None or body.key != expected:
+        return False
+    channel.values = body.values
+    channel.open, channel.chosen = body, None
+    return True
+
+
+def _set(ledger: Ledger, index: int, body: e.RoundSet) -> bool:
+    channel = ledger.channels.get(body.key.channel)
+    if channel is None or channel.open is None or channel.open.key != body.key:
+        return False
+    indices = [item.index for item in body.coefficients]
+    in_range = all(i < len(channel.open.contributors) for i in indices)
+    if channel.chosen is not None or not indices or not in_range or indices != sorted(set(indices)):
+        return False
+    channel.chosen = body
+    return True
+
+
+def _committed(ledger: Ledger, index: int, body: e.RoundCommitted) -> bool:
+    channel = ledger.channels.get(body.key.channel)
+    if channel is None or channel.open is None or channel.open.key != body.key:
+        return False
+    if channel.chosen is None:
+        return False
+    opened = channel.open
+    channel.history.append(
+        Outcome(
+            round=body.key.round,
+            attempt=body.key.attempt,
+            generation=body.key.generation,
+            root=body.root,
+            values=opened.values,
+            gather_codec=opened.gather_codec,
+            state_hash=opened.state_hash,
+            contributors=tuple(
+                (opened.contributors[c.index].member, opened.contributors[c.index].samples, c.value)
+                for c in channel.chosen.coefficients
+            ),
+            held_by=body.held_by,
+            index=index,
+        )
+    )
+    del channel.history[: -limits.HISTORY_ROUNDS]
+    channel.round += 1
+    channel.attempt = 0
+    channel.open = channel.chosen = None
+    ledger.rounds_committed += 1
+    return True
+
+
+def _aborted(ledger: Ledger, index: int, body: e.RoundAborted) -> bool:
+    channel = ledger.channels.get(body.key.channel)
+    if channel is None or channel.open is None or channel.open.key != body.key:
+        return False
+    channel.attempt += 1
+    channel.aborted += 1
+    channel.last_abort = body.reason
+    channel.open = channel.chosen = None
+    ledger.rounds_aborted += 1
+    return True
+
+
+def _paused(ledger: Ledger, index: int, body: e.Paused) -> bool:
+    ledger.paused = body.reason or "paused"
+    return True
+
+
+def _resumed(ledger: Ledger, index: int, body: e.Resumed) -> bool:
+    ledger.paused = ""
+    return True
+
+
+def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
+    if body.generation != ledger.generation + 1:
+        return False
+    ledger.generation = body.generation
+    for name, round_number, root in zip(body.channels, body.rounds, body.roots, strict=True):
+        channel = ledger.channels.get(name)
+        if channel is None:
+            continue
+        channel.round, channel.attempt = round_number, 0
+        channel.open = channel.chosen = None
+        channel.start_round, channel.start_hash = round_number, root
+        channel.history = [item for item in channel.history if item.round < round_number]
+    return True
+
+
+def _ended(ledger: Ledger, index: int, body: e.RunEnded) -> bool:
+    if ledger.ended:
+        return False
+    ledger.ended = body.reason or "ended"
+    return True
+
+
+_HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
+    e.Genesis: _genesis,
+    e.MemberJoined: _joined,
+    e.MemberLeft: _left,
+    e.MemberBanned: _banned,
+    e.StewardsChanged: _stewards,
+    e.ModelDefined: _model,
+    e.RoundOpened: _opened,
+    e.RoundSet: _set,
+    e.RoundCommitted: _committed,
+    e.RoundAborted: _aborted,
+    e.Paused: _paused,
+    e.Resumed: _resumed,
+    e.Rewound: _rewound,
+    e.RunEnded: _ended,
+}

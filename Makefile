@@ -1,0 +1,55 @@
+# One door to everything. `make demo` and `make test` work on a fresh clone: they create a virtual
+# environment in .venv, install into it, and a stamp file makes the next run start at once.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check test-full sim-nightly soak bench wheel clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+install: $(STAMP) ## make .venv and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "swarmtrain needs Python 3.11 or newer on the path"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[train,test,check]'
+	@touch $@
+
+demo: $(STAMP)   ## three peers on this machine train a model together
+	$(BIN)/swarmtrain demo
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check      ## check, then the tests (minutes)
+	$(PYTEST) -q
+
+test-full: check ## also the tests marked slow
+	$(PYTEST) -q -m 'slow or not slow'
+
+SIM_SEEDS ?= 2000
+sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints the seed that fails
+	SWARMTRAIN_SIM_SEEDS=$(SIM_SEEDS) $(PYTEST) -q -m 'slow or not slow' --timeout 0 tests/sim
+
+SOAK_STEPS ?= 20000
+soak: $(STAMP)   ## a long demo with peers killed and links squeezed
+	$(BIN)/swarmtrain demo --chaos --no-dashboard --steps $(SOAK_STEPS) --json
+
+bench: $(STAMP)  ## all-reduce against gloo, in one run; results in benchmarks/results
+	$(BIN)/python benchmarks/allreduce.py
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean:           ## remove the environment and caches
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,38 +1,32 @@
-"""The only reader of the machine's clocks, entropy and processor count.
+"""The machine: the only reader of its clocks, its entropy and its processor count.
 
-Everything else takes `now` as an argument or calls these functions, so that one search finds every
-place where the world leaks in (tests/test_architecture.py does that search).
+Everything else gets these as arguments or calls here, so that one file says what a run depends on
+beyond its inputs.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import time
 
 
-def monotonic_s() -> float:
-    """Seconds on a clock that never goes back; its zero has no meaning."""
+def mono_s() -> float:
+    """Monotonic seconds since some start; the ``now`` of every core."""
     return time.monotonic()
 
 
 def wall_s() -> float:
-    """Seconds since 1970-01-01 UTC, for people and log files; never for deadlines."""
+    """Seconds since 1970-01-01 UTC, for people and for expiry of tickets; never to order events."""
     return time.time()
 
 
 def entropy(nbytes: int) -> bytes:
-    """Bytes from the operating system, for keys and nonces."""
+    """``nbytes`` unpredictable bytes from the operating system."""
     return os.urandom(nbytes)
 
 
-def seeded_random() -> random.Random:
-    """A generator for choices (never for keys), seeded from the operating system."""
-    return random.Random(int.from_bytes(os.urandom(16), "little"))
-
-
 def cpu_count() -> int:
-    """Processors this process may run on; at least 1."""
+    """Processors this process may use: the affinity mask where there is one."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)

@@ -1,0 +1,325 @@
+"""The catalogue of events: every name that a site may log, with its code and fields.
+
+Codes are stable: they stand in logs, in the dashboard and in the documentation. ``docs/events.md``
+is printed from this table by ``python -m swarmtrain_peer.events``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of event: a stable name and code, and what its own fields mean."""
+
+    name: str
+    severity: Severity
+    code: str
+    meaning: str
+    fields: tuple[str, ...] = ()
+    """The event's own fields; those before the first that ends in ``?`` must be given."""
+    limited: bool = False
+    """A remote peer can cause it at will: bounded per (name, peer)."""
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return tuple(name for name in self.fields if not name.endswith("?"))
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        # The peer process
+        Kind(
+            "peer_started",
+            "info",
+            "P100",
+            "The peer process serves its site.",
+            ("listen?", "version?", "pid?"),
+        ),
+        Kind(
+            "peer_stopped",
+            "info",
+            "P101",
+            "The peer process ends; its totals.",
+            ("bytes_sent", "bytes_received", "reason?", "compute_utilization?"),
+        ),
+        Kind(
+            "process_restarted",
+            "warning",
+            "P102",
+            "A process of the site died and was started again.",
+            ("process", "exit_code", "restarts", "wait_s"),
+        ),
+        Kind(
+            "process_ended",
+            "error",
+            "P103",
+            "A process of the site died and is not started again.",
+            ("process", "exit_code", "reason"),
+        ),
+        Kind(
+            "fallback",
+            "warning",
+            "P110",
+            "Something runs in a slower or weaker way than asked for.",
+            ("what", "why", "using?"),
+        ),
+        Kind(
+            "disk_full",
+            "error",
+            "P120",
+            "The disk took no more bytes; training goes on, results are not kept.",
+            ("path?", "free_bytes?"),
+        ),
+        Kind(
+            "internal_error",
+            "error",
+            "P190",
+            "A bug on this side: please report it with this line.",
+            ("why",),
+        ),
+        # Membership and stewards
+        Kind(
+            "member_joined",
+            "info",
+            "M200",
+            "The log admitted a member.",
+            ("peer", "peer_name?", "trains?", "holds_state?", "votes?"),
+        ),
+        Kind("member_left", "info", "M201", "The log let a member go.", ("peer", "reason")),
+        Kind("member_banned", "warning", "M202", "The log banned a member.", ("peer", "reason")),
+        Kind(
+            "join_refused",
+            "warning",
+            "M203",
+            "A machine asked to join and was refused.",
+            ("reason", "peer?"),
+            limited=True,
+        ),
+        Kind(
+            "leader_changed",
+            "info",
+            "M210",
+            "Another steward leads the log, or none does (leader is null).",
+            ("leader", "term"),
+        ),
+        Kind("stewards_changed", "info", "M211", "Other members vote.", ("voters",)),
+        Kind(
+            "quorum_lost",
+            "error",
+            "M212",
+            "No majority of stewards answers: nothing commits until one does.",
+            ("wait_s?",),
+        ),
+        Kind("quorum_regained", "info", "M213", "A majority of stewards answers again.", ()),
+        Kind(
+            "conflicting_certificates",
+            "error",
+            "M220",
+            "Two majorities certified different logs: somebody lied, and the run halts.",
+            ("index?", "peer?"),
+        ),
+        # Rounds
+        Kind(
+            "model_defined",
+            "info",
+            "R300",
+            "The run's model is fixed.",
+            ("values", "schema_hash?"),
+        ),
+        Kind(
+            "contribution_ready",
+            "info",
+            "R301",
+            "A trainer's pseudo-gradient is encoded and announced.",
+            ("samples?", "bytes?", "encode_s?", "member?"),
+        ),
+        Kind(
+            "round_opened",
+            "info",
+            "R310",
+            "The log fixed an attempt: who contributes, who reduces what.",
+            ("contributors?", "parts?", "holders?"),
+        ),
+        Kind(
+            "round_set",
+            "info",
+            "R311",
+            "The log fixed who is summed, with which weights.",
+            ("contributors?",),
+        ),
+        Kind(
+            "part_reduced",
+            "info",
+            "R312",
+            "This site summed a part it owns and published the result.",
+            ("part?", "bytes?", "reduce_s?"),
+        ),
+        Kind(
+            "result_held",
+            "info",
+            "R313",
+            "This site has every byte of a round's result.",
+            ("bytes?", "receive_s?"),
+        ),
+        Kind(
+            "round_committed",
+            "info",
+            "R320",
+            "The one outcome of a round.",
+            ("root?", "contributors?", "samples?"),
+        ),
+        Kind("round_aborted", "warning", "R321", "An attempt ended without effect.", ("reason",)),
+        Kind(
+            "round_figures",
+            "info",
+            "R330",
+            "What this site spent on a round; bytes are totals since the process started.",
+            (
+                "bytes_sent",
+                "bytes_received",
+                "compute_s?",
+                "wait_s?",
+                "encode_s?",
+                "send_s?",
+                "receive_s?",
+                "apply_s?",
+                "samples?",
+                "loss?",
+                "compute_utilization?",
+            ),
+        ),
+        # State
+        Kind(
+            "state_applied",
+            "info",
+            "S400",
+            "A committed round was applied; the state after it.",
+            ("state_hash", "apply_s?"),
+        ),
+        Kind(
+            "state_synced",
+            "info",
+            "S401",
+            "This site caught up with the run's state.",
+            ("state_hash?", "bytes?", "sync_s?", "donor?"),
+        ),
+        Kind(
+            "resync",
+            "warning",
+            "S402",
+            "This site's state differs from the run's; it fetches the run's again.",
+            ("reason", "state_hash?", "expected_hash?"),
+        ),
+        Kind(
+            "checkpoint_saved",
+            "info",
+            "S410",
+            "A checkpoint is on this site's disk.",
+            ("state_hash?", "bytes?", "save_s?"),
+        ),
+        Kind(
+            "checkpoint_refused",
+            "error",
+            "S411",
+            "A checkpoint file is damaged and was not used; an older one is.",
+            ("reason", "path?"),
+        ),
+        Kind(
+            "data_loss",
+            "error",
+            "S420",
+            "Committed rounds were lost with all their holders; the run was rewound.",
+            ("reason", "rounds_lost?"),
+        ),
+        Kind(
+            "rewound",
+            "warning",
+            "S421",
+            "A new generation starts from an older state.",
+            ("reason",),
+        ),
+        # Trainers
+        Kind(
+            "trainer_attached",
+            "info",
+            "T500",
+            "A trainer is connected to this peer process.",
+            ("ranks?", "device?"),
+        ),
+        Kind(
+            "trainer_lost",
+            "warning",
+            "T501",
+            "A trainer went away; nothing half-written of it was used.",
+            ("reason?",),
+        ),
+        Kind(
+            "handover",
+            "info",
+            "T510",
+            "A trainer handed over a pseudo-gradient and went on training.",
+            ("samples?", "inner_steps?", "blocked_s?", "compute_s?"),
+        ),
+        Kind(
+            "evaluated",
+            "info",
+            "T520",
+            "Loss of the canonical state on the fixed held-out set, nats per token.",
+            ("loss", "member?", "tokens?"),
+        ),
+        Kind(
+            "diverged",
+            "error",
+            "T530",
+            "Loss or gradients are not finite; this site stops contributing.",
+            ("reason", "loss?"),
+        ),
+        Kind(
+            "contribution_rejected",
+            "warning",
+            "T531",
+            "A contribution of this site was not admitted; it goes into the next one.",
+            ("reason",),
+        ),
+        # Network
+        Kind("peer_connected", "info", "N600", "An encrypted link is up.", ("peer", "address?")),
+        Kind(
+            "peer_disconnected",
+            "info",
+            "N601",
+            "A link went down.",
+            ("peer", "reason?"),
+            limited=True,
+        ),
+        Kind(
+            "link_refused",
+            "warning",
+            "N602",
+            "A link was refused, here or there.",
+            ("reason", "peer?", "address?"),
+            limited=True,
+        ),
+        Kind(
+            "peer_fault",
+            "warning",
+            "N610",
+            "A remote peer broke the protocol.",
+            ("peer", "fault", "why?"),
+            limited=True,
+        ),
+        Kind(
+            "peer_unreachable", "warning", "N620", "No address of a peer answers.", ("peer",), True
+        ),
+        # The run
+        Kind("paused", "warning", "U700", "The run is paused.", ("reason",)),
+        Kind("resumed", "info", "U701", "The run goes on.", ("reason?",)),
+        Kind("leaving", "info", "U702", "This site leaves the run.", ("now", "reason?")),
+        Kind("run_ended", "info", "U710", "The run is over.", ("reason",)),
+    )
+}

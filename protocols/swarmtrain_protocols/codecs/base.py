@@ -59,14 +59,17 @@ class Codec(Protocol):
 def check_finite(x: F32) -> None:
     """Refuse a local vector f32[n] that must not be sent.
 
+    The bound is half of what ``Codec.check`` accepts, so that no rounding of a codec crosses it.
+
     Raises:
         LocalProtocolError: it holds NaN, infinity or a magnitude above
-            ``limits.VALUE_MAGNITUDE_MAX``.
+            ``limits.VALUE_MAGNITUDE_MAX / 2``.
     """
-    if magnitude_bits(x) > magnitude_bits_of(limits.VALUE_MAGNITUDE_MAX):
+    magnitude_max = limits.VALUE_MAGNITUDE_MAX / 2
+    if magnitude_bits(x) > magnitude_bits_of(magnitude_max):
         raise LocalProtocolError(
             "non-finite values",
-            f"the vector holds NaN, infinity or a magnitude above {limits.VALUE_MAGNITUDE_MAX:.3g}",
+            f"the vector holds NaN, infinity or a magnitude above {magnitude_max:.3g}",
             "Look at the loss and the gradients of this trainer.",
         )
 

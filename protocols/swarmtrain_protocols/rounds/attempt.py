@@ -1,0 +1,278 @@
+"""What one member does in one attempt: fetch parts it owns, compute them, collect all results.
+
+Spec 08. The attempt knows roots and indices; values stay in the data plane.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import msgspec
+
+from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
+from swarmtrain_protocols.entries import RoundOpened, RoundSet
+from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.fetches import Fetches
+
+PART_DOMAIN = b"part"
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 2.0
+
+
+def part_statement(run: bytes, key: RoundKey, part: int, root: bytes) -> bytes:
+    """The bytes that an owner signs for a part's result."""
+    return run + msgspec.msgpack.encode((key, part, root))
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """One thing to fetch, with its sources in order and the time of the next try."""
+
+    purpose: fx.ContributionPart | fx.ResultPart
+    sources: list[PeerId]
+    tries: int = 0
+    next_try: float = 0.0
+    ticket: int | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Member-side state of one attempt."""
+
+    key: RoundKey
+    opened: RoundOpened
+    me: PeerId
+    run: bytes
+    keyring: Keyring
+    rng: random.Random
+    fetches: Fetches
+    out: list[Effect]
+    chosen: RoundSet | None = None
+    assigned: list[int] = field(default_factory=list)
+    have: dict[int, list[int]] = field(default_factory=dict)
+    reducing: list[int] = field(default_factory=list)
+    in_place: dict[int, bytes] = field(default_factory=dict)
+    results: dict[int, m.PartResult] = field(default_factory=dict)
+    deputies: dict[int, PeerId] = field(default_factory=dict)
+    wanted: list[_Wanted] = field(default_factory=list)
+    store_asked: bool = False
+    stored_root: bytes | None = None
+    durable: bool = False
+    held_changed: list[int] = field(default_factory=list)
+
+    # -- opening ---------------------------------------------------------------------------
+
+    @property
+    def own_index(self) -> int | None:
+        for index, item in enumerate(self.opened.contributors):
+            if item.member == self.me:
+                return index
+        return None
+
+    def receivers(self) -> list[PeerId]:
+        """Everybody who needs the result: contributors and state holders, in member order."""
+        people = {c.member for c in self.opened.contributors} | set(self.opened.holders)
+        return [PeerId(p) for p in sorted(people)]
+
+    def begin(self, now: float) -> None:
+        """The attempt was opened: connect to owners, fetch what this node has to sum."""
+        self.out.append(fx.BeginAttempt(self.key))
+        owners = {p.owner for p in self.opened.parts} | {p.deputy for p in self.opened.parts}
+        for owner in sorted(owners):
+            if owner != self.me:
+                self.out.append(Connect(PeerId(owner)))
+        for index, part in enumerate(self.opened.parts):
+            if part.owner == self.me:
+                self.assign(now, index)
+
+    def assign(self, now: float, part: int) -> None:
+        """This node computes ``part``, as owner or as deputy."""
+        if part in self.assigned:
+            return
+        self.assigned.append(part)
+        self.have[part] = []
+        for index, item in enumerate(self.opened.contributors):
+            if item.member == self.me:
+                self.have[part].append(index)
+            else:
+                purpose = fx.ContributionPart(self.key, part, index)
+                self.wanted.append(_Wanted(purpose, [PeerId(item.member)]))
+        self.held_changed.append(part)
+        self.step(now)
+
+    def take_over(self, now: float, part: int, deputy: PeerId) -> None:
+        """The leader says that ``deputy`` computes ``part`` from now on."""
+        if part >= len(self.opened.parts):
+            return
+        self.deputies[part] = deputy
+        if deputy == self.me:
+            self.assign(now, part)
+        else:
+            self.out.append(Connect(deputy))
+
+    def choose(self, now: float, chosen: RoundSet) -> None:
+        """The set is logged: parts whose members are all here are summed."""
+        self.chosen = chosen
+        self.step(now)
+
+    # -- progress --------------------------------------------------------------------------
+
+    def step(self, now: float) -> None:
+        """Start whatever can start now."""
+        for want in self.wanted:
+            if want.ticket is None and want.next_try <= now:
+                self._fetch(now, want)
+        if self.chosen is not None:
+            needed = [c.index for c in self.chosen.coefficients]
+            for part in self.assigned:
+                if part in self.reducing or part in self.in_place:
+                    continue
+                if all(index in self.have[part] for index in needed):
+                    self.reducing.append(part)
+                    self.out.append(fx.ReducePart(self.key, part))
+        if len(self.in_place) == len(self.opened.parts) and not self.store_asked:
+            self.store_asked = True
+            self.out.append(fx.StoreResult(self.key))
+
+    def deadline(self) -> float:
+        return min((w.next_try for w in self.wanted if w.ticket is None), default=math.inf)
+
+    def _fetch(self, now: float, want: _Wanted) -> None:
+        peer = want.sources[want.tries % len(want.sources)]
+        purpose = want.purpose
+        part = self.opened.parts[purpose.part]
+        if isinstance(purpose, fx.ContributionPart):
+            root, first = self.opened.contributors[purpose.index].root, part.first
+        else:
+            root, first = self.results[purpose.part].root, 0
+
+        def done(at: float, reason: str | None) -> None:
+            self._fetched(at, want, peer, reason)
+
+        want.ticket = self.fetches.start(now, peer, root, first, part.count, purpose, done)
+
+    def _fetched(self, now: float, want: _Wanted, peer: PeerId, reason: str | None) -> None:
+        want.ticket = None
+        if reason is None:
+            self.wanted.remove(want)
+            purpose = want.purpose
+            if isinstance(purpose, fx.ContributionPart):
+                self.have[purpose.part].append(purpose.index)
+                self.held_changed.append(purpose.part)
+            else:
+                self.in_place[purpose.part] = self.results[purpose.part].root
+            self.step(now)
+            return
+        if reason == "corrupt":
+            self.out.append(
+                Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": "corrupt_chunk"}))
+            )
+        want.tries += 1
+        backoff = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(want.tries, 8))
+        want.next_try = now + backoff * (0.5 + self.rng.random() / 2)
+        if isinstance(want.purpose, fx.ResultPart):
+            # Somebody else may have this part: ask around, answers add sources.
+            for other in self.receivers():
+                if other not in (self.me, peer):
+                    self.out.append(Send(other, m.RoundQuery(self.key)))
+
+    # -- results ---------------------------------------------------------------------------
+
+    def reduced(self, now: float, part: int, root: bytes) -> None:
+        """The data plane computed ``part``: sign it and tell everybody who needs it."""
+        if part in self.in_place:
+            # A fetched copy was faster; the bytes must be the same.
+            assert self.in_place[part] == root, (self.key, part)
+            return
+        statement = part_statement(self.run, self.key, part, root)
+        signature = self.keyring.sign(PART_DOMAIN, statement)
+        result = m.PartResult(self.key, part, root, self.me, signature)
+        self.in_place[part] = root
+        self.results[part] = result
+        self._forget_result_fetch(part)
+        for peer in self.receivers():
+            if peer != self.me:
+                self.out.append(Send(peer, result))
+        self.step(now)
+
+    def part_result(self, now: float, sender: PeerId, result: m.PartResult) -> None:
+        """A signed result is announced or relayed by ``sender``."""
+        if result.part >= len(self.opened.parts):
+            self._fault(sender, "bad_part")
+            return
+        part = self.opened.parts[result.part]
+        allowed = (part.owner, part.deputy, self.deputies.get(result.part, part.owner))
+        statement = part_statement(self.run, self.key, result.part, result.root)
+        if result.owner not in allowed or not self.keyring.verify(
+            result.owner, PART_DOMAIN, statement, result.signature
+        ):
+            self._fault(sender, "bad_signature")
+            return
+        known = self.results.get(result.part)
+        if known is None:
+            self.results[result.part] = result
+        elif known.root != result.root:
+            # Two signed roots for one part: a lie by one owner, or a broken kernel somewhere.
+            fields: dict[str, object] = {
+                "peer": result.owner.hex(),
+                "code": "conflicting_results",
+                "key": str(self.key),
+            }
+            self.out.append(Emit(fx.Notice("peer_fault", fields)))
+            return
+        if result.part in self.in_place:
+            return
+        self._want_result(now, result.part, sender, PeerId(result.owner))
+
+    def _want_result(self, now: float, part: int, sender: PeerId, owner: PeerId) -> None:
+        for want in self.wanted:
+            if isinstance(want.purpose, fx.ResultPart) and want.purpose.part == part:
+                if sender not in want.sources:
+                    want.sources.append(sender)
+                if want.ticket is None:
+                    want.next_try = now
+                self.step(now)
+                return
+        sources = [owner] if owner == sender else [sender, owner]
+        self.wanted.append(_Wanted(fx.ResultPart(self.key, part), sources))
+        self.step(now)
+
+    def _forget_result_fetch(self, part: int) -> None:
+        for want in list(self.wanted):
+            if isinstance(want.purpose, fx.ResultPart) and want.purpose.part == part:
+                self.wanted.remove(want)
+                if want.ticket is not None:
+                    self.fetches.cancel(want.ticket)
+
+    def answer_query(self, peer: PeerId) -> None:
+        """Relay what is in place here to whoever asks."""
+        for part in sorted(self.in_place):
+            if part in self.results:
+                self.out.append(Send(peer, self.results[part]))
+
+    def _fault(self, peer: PeerId, code: str) -> None:
+        self.out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": code})))
+
+    # -- reports ---------------------------------------------------------------------------
+
+    def reports(self, leader: PeerId, everything: bool) -> None:
+        """Tell the leader what changed, or all there is after a change of leader."""
+        parts = list(self.assigned) if everything else sorted(set(self.held_changed))
+        self.held_changed.clear()
+        for part in parts:
+            held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])))
+            self.out.append(Send(leader, held))
+        if everything and self.stored_root is not None:
+            self.out.append(Send(leader, m.Holding(self.key, self.stored_root, self.durable)))
+
+    def cancel(self) -> None:
+        """The attempt is over: no fetch goes on."""
+        for want in self.wanted:
+            if want.ticket is not None:
+                self.fetches.cancel(want.ticket)
+        self.wanted.clear()

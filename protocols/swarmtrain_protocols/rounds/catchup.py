@@ -1,0 +1,350 @@
+"""Keeps the canonical state of this node at the ledger's round: apply, replay, or fetch a snapshot.
+
+Restart, late join and a missed round are one procedure (docs/architecture.md). Every byte
+that is used is pinned by the log: a snapshot by the state hash of a ROUND_OPENED or MODEL_DEFINED, a
+result by the root of its ROUND_COMMITTED. Spec 10.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
+from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger, Outcome
+from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.fetches import Fetches
+from swarmtrain_protocols.rounds.member import RoundMember
+
+SNAPSHOT_RANGE_CHUNKS = 16
+RANGES_PER_DONOR = 2
+QUERY_INTERVAL_S = 1.0
+SOURCES_MAX = 8
+
+
+@dataclass(slots=True)
+class _Download:
+    """Chunks of one blob, fetched in ranges from several donors."""
+
+    purpose: fx.WholeResult | fx.Snapshot
+    donors: list[PeerId]
+    todo: list[tuple[int, int]]
+    flying: dict[int, tuple[PeerId, tuple[int, int]]] = field(default_factory=dict)
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Track:
+    """Where the state of one channel stands here. ``state_hash`` None: no state yet."""
+
+    channel: str
+    round: int = 0
+    state_hash: bytes | None = None
+    busy: bool = False
+    download: _Download | None = None
+    next_query: float = 0.0
+    verified: int = -1
+
+
+class CatchUp:
+    """All state channels of one node. Inactive for nodes that hold no state."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        rng: random.Random,
+        ledger: Ledger,
+        fetches: Fetches,
+        out: list[Effect],
+        member: RoundMember,
+        connected: Callable[[], list[PeerId]],
+    ) -> None:
+        self.ledger = ledger
+        self.leader: PeerId | None = None
+        self.active = False
+        self.tracks: dict[str, Track] = {}
+        self.snapshots: dict[str, list[tuple[int, bytes]]] = {}
+        """What this node can serve: (round, state hash), oldest first; kept by the shell."""
+        self._me = me
+        self._rng = rng
+        self._fetches = fetches
+        self._out = out
+        self._member = member
+        self._connected = connected
+
+    def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
+        """The shell loaded (or made) a state: the one before ``round_number``."""
+        self.tracks[channel] = Track(channel, round_number, state_hash)
+
+    def in_step(self, channel: str) -> bool:
+        """The state here is the one that the next round is applied to."""
+        track = self.tracks.get(channel)
+        return (
+            track is not None
+            and track.state_hash is not None
+            and track.round == self.ledger.channels[channel].round
+        )
+
+    # -- following the ledger --------------------------------------------------------------
+
+    def reconcile(self, now: float) -> None:
+        if not self.active:
+            return
+        for channel in self.ledger.train_channels():
+            track = self.tracks.setdefault(channel.name, Track(channel.name))
+            self._verify(channel, track)
+            self._advance(now, channel, track)
+
+    def _verify(self, channel: ChannelState, track: Track) -> None:
+        """Compare the own state with the hash that the log pins for its round, once a round."""
+        if track.state_hash is None or track.busy or track.verified == track.round:
+            return
+        pinned = channel.pinned_hash(track.round)
+        if track.round > channel.round:
+            reason = "the run was rewound"
+        elif pinned is None:
+            return
+        elif pinned == track.state_hash:
+            track.verified = track.round
+            return
+        else:
+            reason = "own state differs from the pinned hash"
+        self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
+        track.state_hash = None
+        track.download = None
+
+    def _advance(self, now: float, channel: ChannelState, track: Track) -> None:
+        if track.busy or track.download is not None:
+            return
+        if track.state_hash is None:
+            self._query(now, channel, track)
+            return
+        if track.round >= channel.round or track.next_query > now:
+            return
+        outcome = channel.outcome(track.round)
+        if outcome is None:
+            reason = f"round {track.round} is no longer in the log's history"
+            self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
+            track.state_hash = None
+            self._query(now, channel, track)
+        elif self._member.in_place.get((track.channel, track.round)) == outcome.root:
+            track.busy = True
+            self._out.append(fx.ApplyResult(track.channel, track.round, outcome.root))
+        elif track.round not in self._member.pending_rounds(track.channel):
+            self._fetch_result(now, channel, track, outcome)
+
+    # -- results and snapshots -------------------------------------------------------------
+
+    def _sources(self, preferred: tuple[bytes, ...]) -> list[PeerId]:
+        here = self._connected()
+        known = [PeerId(p) for p in preferred if p != self._me]
+        holders = [
+            PeerId(p.id)
+            for p in self.ledger.ordered_members()
+            if p.holds_state and p.id != self._me and p.id not in known
+        ]
+        self._rng.shuffle(holders)
+        ordered = known + holders
+        ordered.sort(key=lambda p: p not in here)
+        return ordered[:SOURCES_MAX]
+
+    def _fetch_result(
+        self, now: float, channel: ChannelState, track: Track, outcome: Outcome
+    ) -> None:
+        donors = self._sources(outcome.held_by)
+        total = -(-outcome.values // limits.CHUNK_VALUES)
+        purpose = fx.WholeResult(track.channel, outcome.round, outcome.root)
+        self._start(now, track, purpose, donors, total)
+
+    def _query(self, now: float, channel: ChannelState, track: Track) -> None:
+        if track.next_query > now:
+            return
+        track.next_query = now + QUERY_INTERVAL_S
+        for peer in self._sources(()):
+            self._out.append(Send(peer, SnapshotQuery(track.channel)))
+
+    def _start(
+        self,
+        now: float,
+        track: Track,
+        purpose: fx.WholeResult | fx.Snapshot,
+        donors: list[PeerId],
+        total: int,
+    ) -> None:
+        if not donors:
+            return
+        todo = [
+            (first, min(SNAPSHOT_RANGE_CHUNKS, total - first))
+            for first in range(0, total, SNAPSHOT_RANGE_CHUNKS)
+        ]
+        todo.reverse()
+        track.download = _Download(purpose, donors, todo)
+        self._pump(now, track)
+
+    def _pump(self, now: float, track: Track) -> None:
+        download = track.download
+        if download is None:
+            return
+        for donor in list(download.donors):
+            while download.todo and self._load(download, donor) < RANGES_PER_DONOR:
+                self._fetch(now, track, download, donor, download.todo.pop())
+        if not download.todo and not download.flying:
+            self._arrived(now, track, download)
+
+    @staticmethod
+    def _load(download: _Download, donor: PeerId) -> int:
+        return sum(1 for peer, _ in download.flying.values() if peer == donor)
+
+    def _fetch(
+        self, now: float, track: Track, download: _Download, donor: PeerId, piece: tuple[int, int]
+    ) -> None:
+        def done(at: float, reason: str | None) -> None:
+            self._fetched(at, track, download, ticket, reason)
+
+        root = download.purpose.root
+        ticket = self._fetches.start(now, donor, root, piece[0], piece[1], download.purpose, done)
+        download.flying[ticket] = (donor, piece)
+
+    def _fetched(
+        self, now: float, track: Track, download: _Download, ticket: int, reason: str | None
+    ) -> None:
+        donor, piece = download.flying.pop(ticket)
+        if track.download is not download:
+            return
+        if reason is None:
+            self._pump(now, track)
+            return
+        if reason == "corrupt":
+            fields: dict[str, object] = {"peer": donor.hex(), "code": "corrupt_chunk"}
+            self._out.append(Emit(fx.Notice("peer_fault", fields)))
+        download.todo.append(piece)
+        if donor in download.donors:
+            download.donors.remove(donor)
+        if download.donors:
+            self._pump(now, track)
+        elif not download.flying:
+            self._failed(now, track, download)
+
+    def _failed(self, now: float, track: Track, download: _Download) -> None:
+        """No donor is left. A result that nobody serves any more means: take a snapshot."""
+        track.download = None
+        channel = self.ledger.channels.get(track.channel)
+        if isinstance(download.purpose, fx.WholeResult) and channel is not None:
+            # The own state stays: if the result is lost everywhere, it is what a rewind goes to.
+            reason = f"nobody serves the result of round {download.purpose.round}"
+            self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
+            self._query(now, channel, track)
+            self.report(track.channel)
+        track.next_query = now + QUERY_INTERVAL_S
+
+    def _arrived(self, now: float, track: Track, download: _Download) -> None:
+        track.download = None
+        purpose = download.purpose
+        if isinstance(purpose, fx.Snapshot):
+            track.busy = True
+            self._out.append(fx.InstallSnapshot(purpose.channel, purpose.round, purpose.root))
+        else:
+            self._member.in_place[purpose.channel, purpose.round] = purpose.root
+            self.reconcile(now)
+
+    def offered(self, now: float, peer: PeerId, offer: SnapshotOffer) -> None:
+        """A donor's answer: take its newest snapshot that the log pins."""
+        channel = self.ledger.channels.get(offer.channel)
+        track = self.tracks.get(offer.channel)
+        if channel is None or track is None or track.busy or self.in_step(offer.channel):
+            return
+        download = track.download
+        if download is not None:
+            if isinstance(download.purpose, fx.WholeResult):
+                return
+            if download.purpose.root in offer.roots and peer not in download.donors:
+                download.donors.append(peer)
+                self._pump(now, track)
+            return
+        good = [
+            (number, root)
+            for number, root in zip(offer.rounds, offer.roots, strict=False)
+            if root != ZERO_HASH
+            and self._usable(channel, number, root)
+            and (track.state_hash is None or number > track.round)
+        ]
+        if good:
+            number, root = max(good)
+            total = 1 + -(-channel.values // limits.CHUNK_VALUES)
+            self._start(now, track, fx.Snapshot(track.channel, number, root), [peer], total)
+
+    @staticmethod
+    def _usable(channel: ChannelState, number: int, root: bytes) -> bool:
+        """Pinned, and every later result is in the log's history."""
+        if channel.pinned_hash(number) != root:
+            return False
+        return all(channel.outcome(r) is not None for r in range(number, channel.round))
+
+    def queried(self, peer: PeerId, query: SnapshotQuery) -> None:
+        have = self.snapshots.get(query.channel, [])[-8:]
+        rounds = tuple(number for number, _ in have)
+        roots = tuple(root for _, root in have)
+        self._out.append(Send(peer, SnapshotOffer(query.channel, rounds, roots)))
+
+    # -- answers of the data plane ---------------------------------------------------------
+
+    def applied(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
+        """The state here is now the one before ``round_number``."""
+        track = self.tracks.setdefault(channel, Track(channel))
+        track.busy = False
+        track.round, track.state_hash = round_number, state_hash
+        self._member.in_place.pop((channel, round_number - 1), None)
+        known = self.ledger.channels.get(channel)
+        caught_up = known is not None and known.round == round_number
+        self._out.append(Emit(fx.StateAdvanced(channel, round_number, state_hash, caught_up)))
+        self.reconcile(now)
+        if self.in_step(channel):
+            self.report(channel)
+
+    def install_failed(self, now: float, channel: str, reason: str) -> None:
+        """The data plane could not use what was fetched; start again with a snapshot."""
+        track = self.tracks[channel]
+        track.busy = False
+        track.state_hash = None
+        track.next_query = now + QUERY_INTERVAL_S
+        self._out.append(Emit(fx.Resync(channel, track.round, reason)))
+
+    # -- reports ---------------------------------------------------------------------------
+
+    def report(self, channel: str) -> None:
+        """Tell the leader that this node holds the current state of ``channel``."""
+        track = self.tracks[channel]
+        if self.leader is None or track.state_hash is None:
+            return
+        message = StateReport(
+            self.ledger.generation, channel, track.round, track.state_hash, self.in_step(channel)
+        )
+        self._out.append(Send(self.leader, message))
+
+    def announce(self) -> None:
+        for name in self.tracks:
+            if name in self.ledger.channels:
+                self.report(name)
+
+    # -- time ------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        self.reconcile(now)
+
+    def _behind(self, track: Track) -> bool:
+        return track.channel in self.ledger.channels and not self.in_step(track.channel)
+
+    def deadline(self) -> float:
+        if not self.active:
+            return math.inf
+        waiting = [
+            t.next_query
+            for t in self.tracks.values()
+            if not t.busy and t.download is None and t.next_query > 0.0 and self._behind(t)
+        ]
+        return min(waiting, default=math.inf)

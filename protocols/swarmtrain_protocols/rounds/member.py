@@ -1,0 +1,342 @@
+"""The member's side of all rounds: own contributions, attempts in progress, reports. Spec 08."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send, short_id
+from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.ledger import ChannelState, Ledger, Outcome
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.attempt import Attempt
+from swarmtrain_protocols.rounds.fetches import Fetches
+
+CLOSING_TIMEOUT_S = 10.0
+QUERY_INTERVAL_S = 0.5
+RECENT_ATTEMPTS_MAX = 16
+
+
+@dataclass(slots=True)
+class Offer:
+    """An own contribution that is not decided yet."""
+
+    channel: str
+    root: bytes
+    values: int
+    codec: str
+    samples: float
+    base_round: int
+    expect: int
+    bound: RoundKey | None = None
+
+
+@dataclass(slots=True)
+class _Closing:
+    """A committed attempt whose bytes are not all here yet."""
+
+    attempt: Attempt
+    outcome: Outcome
+    deadline: float
+    next_query: float
+
+
+class RoundMember:
+    """All attempts that this node takes part in. One undecided contribution per channel."""
+
+    def __init__(
+        self,
+        *,
+        keyring: Keyring,
+        rng: random.Random,
+        ledger: Ledger,
+        fetches: Fetches,
+        out: list[Effect],
+        max_base_age_rounds: int,
+    ) -> None:
+        self.ledger = ledger
+        self.leader: PeerId | None = None
+        self._me = keyring.peer_id
+        self._keyring = keyring
+        self._rng = rng
+        self._fetches = fetches
+        self._out = out
+        self._max_base_age = max_base_age_rounds
+        self._offers: dict[str, Offer] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._closing: list[_Closing] = []
+        self._recent: dict[RoundKey, list[m.PartResult]] = {}
+        self.in_place: dict[tuple[str, int], bytes] = {}
+        """Results that are in place and committed, by (channel, round): food for the catch-up."""
+
+    # -- the own contribution --------------------------------------------------------------
+
+    def offer(self, now: float, offer: Offer) -> None:
+        """Announce an encoded contribution.
+
+        Raises:
+            LocalProtocolError: the channel has an undecided contribution.
+        """
+        if offer.channel in self._offers:
+            raise LocalProtocolError("one contribution at a time", offer.channel)
+        self._offers[offer.channel] = offer
+        self._send_ready(offer)
+        self.reconcile(now)
+
+    def withdraw(self, now: float, channel: str) -> bool:
+        """Take an unbound contribution back; False if it is in an open attempt already."""
+        offer = self._offers.get(channel)
+        if offer is None or offer.bound is not None:
+            return False
+        del self._offers[channel]
+        if self.leader is not None:
+            message = m.Withdraw(self.ledger.generation, channel, offer.root)
+            self._out.append(Send(self.leader, message))
+        self._out.append(fx.ReleaseContribution(channel, offer.root))
+        return True
+
+    def undecided(self, channel: str) -> Offer | None:
+        return self._offers.get(channel)
+
+    def _send_ready(self, offer: Offer) -> None:
+        if self.leader is None:
+            return
+        self._out.append(
+            Send(
+                self.leader,
+                m.Ready(
+                    self.ledger.generation,
+                    offer.channel,
+                    offer.root,
+                    offer.values,
+                    offer.codec,
+                    offer.samples,
+                    offer.base_round,
+                    offer.expect,
+                ),
+            )
+        )
+
+    def announce(self, now: float) -> None:
+        """A new leader, or a new link to it: repeat everything it needs to go on."""
+        for offer in self._offers.values():
+            if offer.bound is None:
+                self._send_ready(offer)
+        if self.leader is not None:
+            for attempt in self._attempts.values():
+                attempt.reports(self.leader, everything=True)
+
+    # -- following the ledger --------------------------------------------------------------
+
+    def reconcile(self, now: float) -> None:
+        """Compare what runs here with what the ledger says, and act on the difference."""
+        for name in list(self.ledger.channels):
+            channel = self.ledger.channels[name]
+            attempt = self._attempts.get(name)
+            if attempt is not None and (channel.open is None or channel.open.key != attempt.key):
+                self._finish(now, attempt, channel)
+                attempt = None
+            if channel.open is not None and attempt is None:
+                attempt = self._begin(now, channel)
+            if attempt is not None and channel.chosen is not None and attempt.chosen is None:
+                attempt.choose(now, channel.chosen)
+            self._expire_offer(channel)
+        self._flush_reports()
+
+    def _begin(self, now: float, channel: ChannelState) -> Attempt | None:
+        opened = channel.open
+        assert opened is not None
+        people = [c.member for c in opened.contributors] + list(opened.holders)
+        people += [p.owner for p in opened.parts] + [p.deputy for p in opened.parts]
+        if self._me not in people:
+            return None
+        attempt = Attempt(
+            opened.key,
+            opened,
+            self._me,
+            self.ledger.run,
+            self._keyring,
+            self._rng,
+            self._fetches,
+            self._out,
+        )
+        self._attempts[channel.name] = attempt
+        offer = self._offers.get(channel.name)
+        index = attempt.own_index
+        own = None if index is None else opened.contributors[index]
+        if own is not None and offer is not None and own.root == offer.root:
+            offer.bound = opened.key
+        attempt.begin(now)
+        return attempt
+
+    def _finish(self, now: float, attempt: Attempt, channel: ChannelState) -> None:
+        del self._attempts[channel.name]
+        key = attempt.key
+        outcome = channel.outcome(key.round)
+        committed = (
+            outcome is not None
+            and outcome.attempt == key.attempt
+            and outcome.generation == key.generation
+        )
+        self._decide_offer(channel, attempt, outcome if committed else None)
+        if not committed or outcome is None:
+            attempt.cancel()
+            self._out.append(fx.ReleaseAttempt(key))
+            return
+        if attempt.stored_root is not None:
+            self._settle(attempt, outcome)
+        elif self._me in attempt.receivers():
+            closing = _Closing(attempt, outcome, now + CLOSING_TIMEOUT_S, now + QUERY_INTERVAL_S)
+            self._closing.append(closing)
+        else:
+            attempt.cancel()
+            self._out.append(fx.ReleaseAttempt(key))
+
+    def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
+        """The committed bytes are in place."""
+        assert attempt.stored_root == outcome.root, (attempt.key, "own result differs")
+        attempt.cancel()
+        self._recent[attempt.key] = [attempt.results[p] for p in sorted(attempt.results)]
+        while len(self._recent) > RECENT_ATTEMPTS_MAX:
+            del self._recent[next(iter(self._recent))]
+        if attempt.key.channel.startswith("train/"):
+            self.in_place[attempt.key.channel, attempt.key.round] = outcome.root
+        else:
+            self._out.append(Emit(fx.GroupDone(attempt.key, outcome.root, outcome.contributors)))
+        self._out.append(fx.ReleaseAttempt(attempt.key))
+
+    def _decide_offer(
+        self, channel: ChannelState, attempt: Attempt, outcome: Outcome | None
+    ) -> None:
+        offer = self._offers.get(channel.name)
+        if offer is None or offer.bound != attempt.key:
+            return
+        if outcome is None:
+            offer.bound = None
+            if channel.name.startswith("group/"):
+                self._send_ready(offer)  # a group call waits for the next attempt
+                return
+            verdict, coefficient = "aborted", 0.0
+        else:
+            mine = [c for member, _, c in outcome.contributors if member == self._me]
+            verdict, coefficient = ("committed", mine[0]) if mine else ("excluded", 0.0)
+        self._close_offer(offer, verdict, coefficient, attempt.key)
+
+    def _close_offer(self, offer: Offer, verdict: str, coefficient: float, key: RoundKey) -> None:
+        del self._offers[offer.channel]
+        self._out.append(
+            Emit(fx.ContributionDecided(offer.channel, offer.root, verdict, coefficient, key))
+        )
+        self._out.append(fx.ReleaseContribution(offer.channel, offer.root))
+
+    def _expire_offer(self, channel: ChannelState) -> None:
+        """A contribution whose base is too old is returned to its trainer, never silently used."""
+        offer = self._offers.get(channel.name)
+        if offer is None or offer.bound is not None or not channel.holds_state:
+            return
+        if channel.round - offer.base_round > self._max_base_age:
+            if self.leader is not None:
+                message = m.Withdraw(self.ledger.generation, channel.name, offer.root)
+                self._out.append(Send(self.leader, message))
+            key = RoundKey(self.ledger.generation, channel.name, channel.round, channel.attempt)
+            self._close_offer(offer, "excluded", 0.0, key)
+
+    # -- answers of the data plane ---------------------------------------------------------
+
+    def reduced(self, now: float, key: RoundKey, part: int, root: bytes) -> None:
+        attempt = self._find(key)
+        if attempt is not None:
+            attempt.reduced(now, part, root)
+
+    def stored(self, now: float, key: RoundKey, root: bytes, durable: bool) -> None:
+        """All parts are in place and hashed to ``root``; ``durable``: on disk."""
+        attempt = self._find(key)
+        if attempt is None:
+            self._out.append(fx.ReleaseAttempt(key))
+            return
+        attempt.stored_root, attempt.durable = root, durable
+        if self._attempts.get(key.channel) is attempt:
+            if self.leader is not None:
+                self._out.append(Send(self.leader, m.Holding(key, root, durable)))
+            return
+        for closing in self._closing:
+            if closing.attempt is attempt:
+                self._closing.remove(closing)
+                self._settle(attempt, closing.outcome)
+                return
+
+    def _find(self, key: RoundKey) -> Attempt | None:
+        attempt = self._attempts.get(key.channel)
+        if attempt is not None and attempt.key == key:
+            return attempt
+        for closing in self._closing:
+            if closing.attempt.key == key:
+                return closing.attempt
+        return None
+
+    def pending_rounds(self, channel: str) -> list[int]:
+        """Committed rounds whose bytes are still on their way by the normal path."""
+        return [c.outcome.round for c in self._closing if c.attempt.key.channel == channel]
+
+    # -- messages --------------------------------------------------------------------------
+
+    def receive(self, now: float, peer: PeerId, message: object) -> None:
+        if isinstance(message, m.PartResult):
+            attempt = self._find(message.key)
+            if attempt is not None:
+                attempt.part_result(now, peer, message)
+        elif isinstance(message, m.TakeOver):
+            attempt = self._find(message.key)
+            if attempt is not None and peer == self.leader:
+                attempt.take_over(now, message.part, PeerId(message.deputy))
+        elif isinstance(message, m.RoundQuery):
+            attempt = self._find(message.key)
+            if attempt is not None:
+                attempt.answer_query(peer)
+            for result in self._recent.get(message.key, []):
+                self._out.append(Send(peer, result))
+        self._flush_reports()
+
+    def _flush_reports(self) -> None:
+        if self.leader is None:
+            return
+        for attempt in self._attempts.values():
+            if attempt.held_changed:
+                attempt.reports(self.leader, everything=False)
+
+    # -- time ------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        for attempt in self._attempts.values():
+            attempt.step(now)
+        for closing in list(self._closing):
+            closing.attempt.step(now)
+            if closing.deadline <= now:
+                self._give_up(closing)
+            elif closing.next_query <= now:
+                # Whoever computed a part may have died before telling us; others have it.
+                closing.next_query = now + QUERY_INTERVAL_S
+                for peer in closing.attempt.receivers():
+                    if peer != self._me:
+                        self._out.append(Send(peer, m.RoundQuery(closing.attempt.key)))
+        self._flush_reports()
+
+    def _give_up(self, closing: _Closing) -> None:
+        """The normal path did not bring all parts; the catch-up fetches by the committed root."""
+        self._closing.remove(closing)
+        closing.attempt.cancel()
+        key = closing.attempt.key
+        source = short_id(closing.outcome.held_by[0]) if closing.outcome.held_by else ""
+        fields: dict[str, object] = {"what": "result by committed root", "key": str(key)}
+        self._out.append(Emit(fx.Notice("fallback", fields | {"source": source})))
+        self._out.append(fx.ReleaseAttempt(key))
+
+    def deadline(self) -> float:
+        times = [a.deadline() for a in self._attempts.values()]
+        for closing in self._closing:
+            times += [closing.deadline, closing.next_query, closing.attempt.deadline()]
+        return min(times, default=math.inf)

@@ -1,0 +1,54 @@
+"""Part tables and coefficients: pure functions that fix the bytes of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.entries import Part
+
+
+def plan_parts(
+    values: int, owners: Sequence[bytes], leader: bytes, round_number: int
+) -> tuple[Part, ...]:
+    """Slice ``values`` into contiguous parts of whole chunks, one or more per owner.
+
+    A vector of a single chunk goes to the leader if it may own parts: that saves two hops.
+    Otherwise shares are equal (to one chunk) and the owner of the first part rotates with the
+    round. A part's deputy is the next owner in the list.
+    """
+    assert values > 0
+    assert owners
+    total = -(-values // limits.CHUNK_VALUES)
+    order = list(owners)
+    if leader in order:
+        order.remove(leader)
+        order.insert(0, leader)
+    if total >= len(order):
+        turn = round_number % len(order)
+        order = order[turn:] + order[:turn]
+    shares = min(total, len(order))
+    while -(-total // shares) > limits.CHUNKS_PER_FETCH_MAX:
+        shares += len(order)
+    assert shares <= limits.PARTS_MAX, "the vector is too long for one channel"
+    parts: list[Part] = []
+    first = 0
+    for index in range(shares):
+        count = total // shares + (1 if index < total % shares else 0)
+        owner = order[index % len(order)]
+        deputy = order[(index + 1) % len(order)]
+        parts.append(Part(first, count, owner, deputy))
+        first += count
+    assert first == total
+    return tuple(parts)
+
+
+def coefficients_of(samples: Sequence[float]) -> list[np.float32]:
+    """Weights by samples: c_i = fp32(samples_i / sum), the sum taken in fp64 in member order."""
+    total = 0.0
+    for item in samples:
+        total += item
+    assert total > 0
+    return [np.float32(item / total) for item in samples]

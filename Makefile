@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-full sim-nightly soak bench wheel clean
+.PHONY: help install demo test check test-full sim-nightly soak bench spec wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -47,6 +47,9 @@ soak: $(STAMP)   ## a long demo with peers killed and links squeezed
 
 bench: $(STAMP)  ## all-reduce against gloo, in one run; results in benchmarks/results
 	$(BIN)/python benchmarks/allreduce.py
+
+spec: $(STAMP)   ## rewrite the table of limits in protocols/spec/00-conventions.md
+	$(BIN)/python protocols/spec/update.py
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -1,0 +1,1 @@
+"""The peer process: I/O shells around the protocol cores. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The command line: thin commands over the peer process and its control socket."""

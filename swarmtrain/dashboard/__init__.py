@@ -1,0 +1,1 @@
+"""The web dashboard: reads a control socket, decides nothing."""

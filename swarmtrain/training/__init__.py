@@ -1,0 +1,1 @@
+"""The hooks into a training loop; the only code that imports torch."""

@@ -1,0 +1,1 @@
+"""The replicated log: Raft among the stewards, certificates for everybody else."""

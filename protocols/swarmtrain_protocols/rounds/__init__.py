@@ -1,0 +1,1 @@
+"""Rounds: plan, exchange, decide, apply; one outcome for everybody."""

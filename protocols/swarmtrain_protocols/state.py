@@ -244,8 +244,8 @@ class CanonicalState:
     def _leaf(self, index: int) -> bytes:
         part = self.layout.part(index)
         hasher = blake3(LEAF_PREFIX)
-        hasher.update(self.theta[part].view(np.uint8))
-        hasher.update(self.momentum[part].view(np.uint8))
+        hasher.update(self.theta[part].view(np.uint8).data)
+        hasher.update(self.momentum[part].view(np.uint8).data)
         return hasher.digest()
 
     def __repr__(self) -> str:

@@ -40,17 +40,43 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from swarmtrain_peer.shm_layout import (
+    ABI_VERSION,
+    AT_COEFFICIENT,
+    AT_DECIDED_ROUND,
+    AT_DECIDED_SEQ,
+    AT_DECISION,
+    AT_HANDOVER,
+    AT_HELD,
+    AT_N,
+    AT_OUTCOME,
+    AT_PUBLISHED,
+    AT_RANGE_COUNT,
+    AT_RANGE_WORDS,
+    AT_SLOT_GENERATION,
+    AT_THETA,
+    HEADER_BEAT,
+    HEADER_READY,
+    HEADER_STOP,
+    MAGIC,
+    OUTCOMES,
+    PAGE,
+    RANGE_BYTES,
+    ChannelPlaces,
+    Decision,
+    HandoverInfo,
+    Places,
+    Range,
+    places,
+    read_places,
+)
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import (
-    ConfigError,
     DiskFull,
     LocalProtocolError,
     RunMismatch,
@@ -58,122 +84,6 @@ from swarmtrain_protocols.errors import (
 )
 
 F32 = NDArray[np.float32]
-
-MAGIC = b"SWTRNSHM"
-ABI_VERSION = 1
-PAGE = 4096
-RANGES_OFFSET = 512
-RANGE_BYTES = 64
-OUTCOMES = ("", "committed", "aborted", "excluded")
-
-# Indices of eight-byte words inside a channel page.
-_N, _THETA, _HANDOVER, _RANGE_COUNT = 8, 9, 11, 12
-_SLOT_GENERATION, _PUBLISHED = 16, 20
-_DECISION, _DECIDED_SEQ, _OUTCOME, _COEFFICIENT, _DECIDED_ROUND = 24, 25, 26, 27, 28
-_HELD = 32
-_RANGE_WORDS = RANGES_OFFSET // 8
-_HEADER_READY, _HEADER_BEAT, _HEADER_STOP = 7, 8, 9
-
-assert RANGES_OFFSET + limits.SHM_RANGES_MAX * RANGE_BYTES <= PAGE
-assert limits.CHANNEL_NAME_CHARS_MAX <= 64
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Values ``first … first+count-1`` of a channel are written by trainer rank ``rank``."""
-
-    rank: int
-    first: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelPlaces:
-    """Byte offsets of one channel in the file."""
-
-    name: str
-    n: int
-    page: int
-    theta: tuple[int, int]
-    handover: int
-    ranges: tuple[Range, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Byte offsets of everything."""
-
-    channels: tuple[ChannelPlaces, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class HandoverInfo:
-    """What a trainer said about its hand-over; summed or agreed over its ranks."""
-
-    seq: int
-    base_round: int
-    samples: float
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Outcome of hand-over ``seq``: ``committed``, ``aborted`` or ``excluded``.
-
-    ``coefficient`` is the weight with which it went into the round (0 unless committed) and
-    ``round`` the round of the channel's state after the decision.
-    """
-
-    seq: int
-    outcome: str
-    coefficient: float
-    round: int
-
-
-def places(
-    layout: Sequence[tuple[str, int]], ranges: dict[str, Sequence[Range]] | None = None
-) -> Places:
-    """Where everything lies, for channels ``layout`` = (name, number of values).
-
-    Without ``ranges`` rank 0 covers every channel.
-
-    Raises:
-        ConfigError: no channel, too many, a bad name or size, or ranges that do not cover exactly.
-    """
-    names = {name for name, _ in layout}
-    if not 0 < len(layout) <= limits.CHANNELS_MAX or len(names) != len(layout):
-        raise ConfigError("shared memory", f"{len(layout)} channels, or two of one name")
-    offset = PAGE * (1 + len(layout))
-    channels = []
-    for index, (name, n) in enumerate(layout):
-        if not name or len(name.encode()) > limits.CHANNEL_NAME_CHARS_MAX or "\0" in name:
-            raise ConfigError("shared memory", f"channel name {name!r}")
-        if not 0 < n <= limits.VALUES_PER_CHANNEL_MAX:
-            raise ConfigError("shared memory", f"channel {name} has {n} values")
-        mine = tuple((ranges or {}).get(name, (Range(0, 0, n),)))
-        _check_cover(name, n, mine)
-        step = -(-4 * n // PAGE) * PAGE
-        channels.append(
-            ChannelPlaces(
-                name, n, PAGE * (1 + index), (offset, offset + step), offset + 2 * step, mine
-            )
-        )
-        offset += 3 * step
-    return Places(tuple(channels), offset)
-
-
-def _check_cover(name: str, n: int, ranges: tuple[Range, ...]) -> None:
-    if len(ranges) > limits.SHM_RANGES_MAX:
-        raise ConfigError("shared memory", f"channel {name} has {len(ranges)} ranges")
-    at = 0
-    for part in sorted(ranges, key=lambda r: r.first):
-        if part.first != at or part.count <= 0:
-            raise ConfigError("shared memory", f"ranges of {name} leave a hole or overlap at {at}")
-        at += part.count
-    if at != n:
-        raise ConfigError("shared memory", f"ranges of {name} cover {at} of {n} values")
-
 
 _fence_lock = threading.Lock()
 
@@ -203,7 +113,7 @@ class _Channel:
         return int(self.words[index])
 
     def range_word(self, index: int, field: int) -> int:
-        return _RANGE_WORDS + index * (RANGE_BYTES // 8) + field
+        return AT_RANGE_WORDS + index * (RANGE_BYTES // 8) + field
 
 
 class _Side:
@@ -265,29 +175,29 @@ class PeerSide(_Side):
         for channel in self._channels.values():
             at = channel.at
             self._mapped[at.page : at.page + 64] = at.name.encode().ljust(64, b"\0")
-            channel.words[_N] = at.n
-            channel.words[_THETA : _THETA + 2] = at.theta
-            channel.words[_HANDOVER] = at.handover
-            channel.words[_RANGE_COUNT] = len(at.ranges)
+            channel.words[AT_N] = at.n
+            channel.words[AT_THETA : AT_THETA + 2] = at.theta
+            channel.words[AT_HANDOVER] = at.handover
+            channel.words[AT_RANGE_COUNT] = len(at.ranges)
             for index, part in enumerate(at.ranges):
                 first = channel.range_word(index, 0)
                 channel.words[first : first + 3] = (part.rank, part.first, part.count)
         _fence()
-        self._header[_HEADER_READY] = 1
+        self._header[HEADER_READY] = 1
 
     def publish(self, name: str, round: int, theta: F32) -> None:
         """Copy θ (f32[n]) of ``round`` into the slot nobody is told to read, then point at it."""
         channel = self.channel(name)
         if theta.shape != (channel.at.n,) or theta.dtype != np.float32:
             raise LocalProtocolError("publish", f"{name}: {theta.dtype}{theta.shape}")
-        slot = 1 - ((channel.word(_PUBLISHED) - 1) & 1) if channel.word(_PUBLISHED) else 0
-        generation = channel.word(_SLOT_GENERATION + slot)
-        channel.words[_SLOT_GENERATION + slot] = generation | 1
+        slot = 1 - ((channel.word(AT_PUBLISHED) - 1) & 1) if channel.word(AT_PUBLISHED) else 0
+        generation = channel.word(AT_SLOT_GENERATION + slot)
+        channel.words[AT_SLOT_GENERATION + slot] = generation | 1
         _fence()
         np.copyto(channel.theta[slot], theta)
         _fence()
-        channel.words[_SLOT_GENERATION + slot] = (generation | 1) + 1
-        channel.words[_PUBLISHED] = (round << 1 | slot) + 1
+        channel.words[AT_SLOT_GENERATION + slot] = (generation | 1) + 1
+        channel.words[AT_PUBLISHED] = (round << 1 | slot) + 1
 
     def handover(self, name: str, seq: int) -> tuple[F32, HandoverInfo] | None:
         """A read-only view (f32[n]) of hand-over ``seq``, or ``None`` if it is not complete.
@@ -298,12 +208,12 @@ class PeerSide(_Side):
         channel = self.channel(name)
         if seq <= 0:
             raise LocalProtocolError("hand-over", f"sequence number {seq}")
-        channel.words[_HELD] = seq
+        channel.words[AT_HELD] = seq
         _fence()
         samples, steps, base_round = 0.0, 0, -1
         for index in range(len(channel.at.ranges)):
             if channel.word(channel.range_word(index, 3)) != 2 * seq:
-                channel.words[_HELD] = 0
+                channel.words[AT_HELD] = 0
                 return None
             samples += float(channel.doubles[channel.range_word(index, 5)])
             steps = max(steps, channel.word(channel.range_word(index, 6)))
@@ -323,37 +233,37 @@ class PeerSide(_Side):
 
     def release(self, name: str) -> None:
         """The peer process has what it needs; the slot may be written again."""
-        self.channel(name).words[_HELD] = 0
+        self.channel(name).words[AT_HELD] = 0
 
     def decide(self, name: str, decision: Decision) -> None:
         """Tell the trainer how a hand-over ended, and release its slot."""
         channel = self.channel(name)
         if decision.outcome not in OUTCOMES[1:]:
             raise LocalProtocolError("decision", f"outcome {decision.outcome!r}")
-        generation = channel.word(_DECISION)
-        channel.words[_DECISION] = generation | 1
+        generation = channel.word(AT_DECISION)
+        channel.words[AT_DECISION] = generation | 1
         _fence()
-        channel.words[_DECIDED_SEQ] = decision.seq
-        channel.words[_OUTCOME] = OUTCOMES.index(decision.outcome)
-        channel.doubles[_COEFFICIENT] = decision.coefficient
-        channel.words[_DECIDED_ROUND] = decision.round
-        channel.words[_HELD] = 0
+        channel.words[AT_DECIDED_SEQ] = decision.seq
+        channel.words[AT_OUTCOME] = OUTCOMES.index(decision.outcome)
+        channel.doubles[AT_COEFFICIENT] = decision.coefficient
+        channel.words[AT_DECIDED_ROUND] = decision.round
+        channel.words[AT_HELD] = 0
         _fence()
-        channel.words[_DECISION] = (generation | 1) + 1
+        channel.words[AT_DECISION] = (generation | 1) + 1
 
     def set_should_stop(self, reason: str) -> None:
         """Ask the trainer to end; the first reason stays."""
-        if self._header[_HEADER_STOP]:
+        if self._header[HEADER_STOP]:
             return
         text = reason.encode()[: limits.SHM_STOP_REASON_BYTES_MAX]
         self._mapped[80:84] = struct.pack("<I", len(text))
         self._mapped[84 : 84 + len(text)] = text
         _fence()
-        self._header[_HEADER_STOP] = 1
+        self._header[HEADER_STOP] = 1
 
     def beat(self, now_ns: int) -> None:
         """Show that the peer process lives; ``now_ns`` is the machine's monotonic clock."""
-        self._header[_HEADER_BEAT] = now_ns
+        self._header[HEADER_BEAT] = now_ns
 
 
 class TrainerSide(_Side):
@@ -387,14 +297,14 @@ class TrainerSide(_Side):
                 raise RunMismatch("shared memory", "made for another list of parameters")
             if os.fstat(fd).st_size != nbytes or not ready or not 0 < count <= limits.CHANNELS_MAX:
                 raise RunMismatch("shared memory", f"{path} is not whole")
-            where = _read_places(os.pread(fd, PAGE * (1 + count), 0), count, nbytes)
+            where = read_places(os.pread(fd, PAGE * (1 + count), 0), count, nbytes)
             return cls(path, fd, where, rank)
         finally:
             os.close(fd)
 
     def published_round(self, name: str) -> int | None:
         """Round of the newest θ, or ``None`` before the first."""
-        word = self.channel(name).word(_PUBLISHED)
+        word = self.channel(name).word(AT_PUBLISHED)
         return None if word == 0 else (word - 1) >> 1
 
     def theta(self, name: str, out: F32) -> int | None:
@@ -405,22 +315,22 @@ class TrainerSide(_Side):
         """
         channel = self.channel(name)
         for _ in range(limits.SHM_READ_TRIES_MAX):
-            word = channel.word(_PUBLISHED)
+            word = channel.word(AT_PUBLISHED)
             if word == 0:
                 return None
             slot = (word - 1) & 1
-            before = channel.word(_SLOT_GENERATION + slot)
+            before = channel.word(AT_SLOT_GENERATION + slot)
             _fence()
             np.copyto(out, channel.theta[slot])
             _fence()
-            after = channel.word(_SLOT_GENERATION + slot)
-            if before == after and before & 1 == 0 and channel.word(_PUBLISHED) == word:
+            after = channel.word(AT_SLOT_GENERATION + slot)
+            if before == after and before & 1 == 0 and channel.word(AT_PUBLISHED) == word:
                 return (word - 1) >> 1
         raise LocalProtocolError("theta", f"{name} changed under {limits.SHM_READ_TRIES_MAX} reads")
 
     def may_write(self, name: str) -> bool:
         """Whether the peer process has let go of the hand-over slot."""
-        return self.channel(name).word(_HELD) == 0
+        return self.channel(name).word(AT_HELD) == 0
 
     def next_seq(self, name: str) -> int:
         """The lowest hand-over number that no trainer, dead or alive, has begun."""
@@ -468,22 +378,22 @@ class TrainerSide(_Side):
     def decision(self, name: str) -> Decision | None:
         """The last decision, or ``None`` if there is none yet or it is just being written."""
         channel = self.channel(name)
-        before = channel.word(_DECISION)
+        before = channel.word(AT_DECISION)
         if before == 0 or before & 1:
             return None
         _fence()
         found = Decision(
-            channel.word(_DECIDED_SEQ),
-            OUTCOMES[channel.word(_OUTCOME)],
-            float(channel.doubles[_COEFFICIENT]),
-            channel.word(_DECIDED_ROUND),
+            channel.word(AT_DECIDED_SEQ),
+            OUTCOMES[channel.word(AT_OUTCOME)],
+            float(channel.doubles[AT_COEFFICIENT]),
+            channel.word(AT_DECIDED_ROUND),
         )
         _fence()
-        return found if channel.word(_DECISION) == before else None
+        return found if channel.word(AT_DECISION) == before else None
 
     def should_stop(self) -> str | None:
         """The reason to stop training, or ``None``."""
-        if not self._header[_HEADER_STOP]:
+        if not self._header[HEADER_STOP]:
             return None
         _fence()
         (length,) = struct.unpack("<I", self._mapped[80:84])
@@ -491,7 +401,7 @@ class TrainerSide(_Side):
 
     def beat_ns(self) -> int:
         """Monotonic ns of the peer process's last heartbeat, 0 before the first."""
-        return int(self._header[_HEADER_BEAT])
+        return int(self._header[HEADER_BEAT])
 
 
 def _reserve(fd: int, path: Path, nbytes: int) -> None:
@@ -509,24 +419,16 @@ def _reserve(fd: int, path: Path, nbytes: int) -> None:
         ) from None
 
 
-def _read_places(head: bytes, count: int, nbytes: int) -> Places:
-    """Read the channel pages of a file and check them against what ``places`` says."""
-    layout: list[tuple[str, int]] = []
-    ranges: dict[str, Sequence[Range]] = {}
-    for index in range(count):
-        page: Any = head[PAGE * (1 + index) : PAGE * (2 + index)]
-        name = page[:64].rstrip(b"\0").decode(errors="replace")
-        words = np.frombuffer(page, "<u8")
-        parts = []
-        for k in range(min(int(words[_RANGE_COUNT]), limits.SHM_RANGES_MAX)):
-            first = _RANGE_WORDS + k * (RANGE_BYTES // 8)
-            parts.append(Range(int(words[first]), int(words[first + 1]), int(words[first + 2])))
-        layout.append((name, int(words[_N])))
-        ranges[name] = parts
-    try:
-        where = places(layout, ranges)
-    except ConfigError as error:
-        raise RunMismatch("shared memory", f"damaged header ({error.why})") from None
-    if where.nbytes != nbytes:
-        raise RunMismatch("shared memory", "damaged header (size)")
-    return where
+__all__ = [
+    "ABI_VERSION",
+    "MAGIC",
+    "OUTCOMES",
+    "PAGE",
+    "Decision",
+    "HandoverInfo",
+    "PeerSide",
+    "Places",
+    "Range",
+    "TrainerSide",
+    "places",
+]

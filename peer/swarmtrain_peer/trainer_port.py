@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from swarmtrain_peer import host
 from swarmtrain_peer.shm import Decision, HandoverInfo, PeerSide, Places, Range, places
 from swarmtrain_protocols.errors import DiskFull, LocalProtocolError
 
@@ -76,7 +77,7 @@ class TrainerPort:
                 left.unlink(missing_ok=True)
 
     def _create(self, schema_hash: bytes, where: Places) -> PeerSide:
-        name = self._prefix + os.urandom(8).hex()
+        name = self._prefix + host.entropy(8).hex()
         folders = self._folders()
         for folder in folders[:-1]:
             try:

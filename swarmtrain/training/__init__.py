@@ -1,1 +1,1 @@
-"""The hooks into a training loop; the only code that imports torch."""
+"""The hooks for a training loop, the presets and their data. The only code that imports torch."""

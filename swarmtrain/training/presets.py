@@ -1,0 +1,86 @@
+"""Presets: everything a bare ``swarmtrain join TICKET`` needs to train, from the run keys alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarmtrain.training.model import ByteGPT, Sizes
+from swarmtrain_protocols.errors import ConfigError
+
+PRESETS = {
+    "lm-tiny": Sizes(),
+    "lm-small": Sizes(d_model=192, layers=4, heads=6, context=128),
+    "lm-base": Sizes(d_model=384, layers=6, heads=6, context=256),
+}
+
+
+@dataclass(slots=True)
+class Preset:
+    """A model on its device, its inner optimizer and the inner schedule."""
+
+    model: ByteGPT
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    clip: float
+
+    @property
+    def context(self) -> int:
+        return self.model.sizes.context
+
+
+def lr_factor(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then cosine to 10 % at ``total`` (0: no decay). ``step`` counts from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if total <= warmup:
+        return 1.0
+    progress = min(1.0, (step - warmup) / (total - warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def build(keys: Mapping[str, Any], device: torch.device) -> Preset:
+    """Build the preset that the run keys name.
+
+    Raises:
+        ConfigError: unknown preset or sizes that do not fit together.
+    """
+    name = keys["preset"]
+    if name not in PRESETS:
+        raise ConfigError(f"run key preset = {name}", "no such preset", f"one of {list(PRESETS)}")
+    sizes = Sizes.from_mapping(PRESETS[name], keys.get("model") or {})
+    model = ByteGPT(sizes, keys["seed"]).to(device)
+    optimizer: torch.optim.Optimizer
+    lr, decay = keys["inner_lr"], keys["inner_weight_decay"]
+    if keys["inner_optimizer"] == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    else:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
+    warmup, total = keys["inner_warmup_steps"], keys["total_steps"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, warmup, total)
+    )
+    return Preset(model, optimizer, scheduler, keys["inner_clip"])
+
+
+def evaluate(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> float:
+    """Nats per byte over windows of shape [windows, context], in pieces of 32 windows."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for first in range(0, len(tokens), 32):
+            logits = model(tokens[first : first + 32])
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets[first : first + 32].flatten(), reduction="sum"
+            )
+            total += float(losses)
+            count += targets[first : first + 32].numel()
+    return total / count

@@ -48,6 +48,14 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Learn:
+    """Where ``peer`` can be dialled; replaces what was known. No connection is made."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnect:
     """Close the connection to ``peer``, telling it why."""
 

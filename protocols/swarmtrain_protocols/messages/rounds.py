@@ -50,11 +50,15 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
 
 
 class PartsHeld(msgspec.Struct, frozen=True, tag="held"):
-    """Which contributors (indices into ROUND_OPENED) have delivered all of ``part``; owner -> leader."""
+    """Which contributors (indices into ROUND_OPENED) have delivered all of ``part``; owner -> leader.
+
+    ``refused``: those whose bytes match their root and are no valid contribution.
+    """
 
     key: RoundKey
     part: Count
     contributors: Annotated[tuple[Count, ...], Meta(max_length=limits.MEMBERS_MAX)]
+    refused: Annotated[tuple[Count, ...], Meta(max_length=limits.MEMBERS_MAX)] = ()
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag="takeover"):

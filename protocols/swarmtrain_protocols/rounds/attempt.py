@@ -63,6 +63,7 @@ class Attempt:
     store_asked: bool = False
     stored_root: bytes | None = None
     durable: bool = False
+    refused: list[int] = field(default_factory=list)
     held_changed: list[int] = field(default_factory=list)
 
     # -- opening ---------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Attempt:
 
     def begin(self, now: float) -> None:
         """The attempt was opened: connect to owners, fetch what this node has to sum."""
-        self.out.append(fx.BeginAttempt(self.key))
+        self.out.append(fx.BeginAttempt(self.opened))
         owners = {p.owner for p in self.opened.parts} | {p.deputy for p in self.opened.parts}
         for owner in sorted(owners):
             if owner != self.me:
@@ -134,7 +135,7 @@ class Attempt:
                     continue
                 if all(index in self.have[part] for index in needed):
                     self.reducing.append(part)
-                    self.out.append(fx.ReducePart(self.key, part))
+                    self.out.append(fx.ReducePart(self.key, part, self.chosen))
         if len(self.in_place) == len(self.opened.parts) and not self.store_asked:
             self.store_asked = True
             self.out.append(fx.StoreResult(self.key))
@@ -172,6 +173,13 @@ class Attempt:
             self.out.append(
                 Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": "corrupt_chunk"}))
             )
+        if reason == "invalid" and isinstance(want.purpose, fx.ContributionPart):
+            # The bytes are what was announced, and not a valid contribution: nobody can use them.
+            self.wanted.remove(want)
+            self.refused.append(want.purpose.index)
+            self.held_changed.append(want.purpose.part)
+            self._fault(peer, "invalid_contribution")
+            return
         want.tries += 1
         backoff = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(want.tries, 8))
         want.next_try = now + backoff * (0.5 + self.rng.random() / 2)
@@ -265,7 +273,8 @@ class Attempt:
         parts = list(self.assigned) if everything else sorted(set(self.held_changed))
         self.held_changed.clear()
         for part in parts:
-            held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])))
+            refused = tuple(sorted(set(self.refused)))
+            held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])), refused)
             self.out.append(Send(leader, held))
         if everything and self.stored_root is not None:
             self.out.append(Send(leader, m.Holding(self.key, self.stored_root, self.durable)))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarmtrain_protocols.entries import RoundOpened, RoundSet
 from swarmtrain_protocols.messages.common import RoundKey
 
 
 @dataclass(frozen=True, slots=True)
 class BeginAttempt:
-    """Take memory for an attempt of which this node owns or needs parts. No answer."""
+    """An attempt begins in which this node owns or needs parts. No answer."""
 
-    key: RoundKey
+    opened: RoundOpened
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class ReducePart:
 
     key: RoundKey
     part: int
+    chosen: RoundSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 
-
 RECHECK_S = 0.1
 
 
@@ -51,6 +50,7 @@ class _Phase:
     started: float
     deadline: float
     held: dict[int, dict[bytes, tuple[int, ...]]] = field(default_factory=dict)
+    refused: dict[int, None] = field(default_factory=dict)
     deputies: dict[int, bytes] = field(default_factory=dict)
     holding: dict[bytes, tuple[bytes, bool]] = field(default_factory=dict)
     lost_since: float = math.inf
@@ -134,6 +134,7 @@ class RoundLeader:
             phase = self._phase_of(message.key)
             if phase is not None and message.part < len(phase.opened.parts):
                 phase.held.setdefault(message.part, {})[peer] = message.contributors
+                phase.refused.update(dict.fromkeys(message.refused))
         elif isinstance(message, m.Holding):
             phase = self._phase_of(message.key)
             if phase is not None and peer in phase.opened.holders:
@@ -402,7 +403,11 @@ class RoundLeader:
         if phase.proposed:
             return
         delivered, complete = self._delivered(phase)
-        wanted = [i for i, c in enumerate(phase.opened.contributors) if c.member in present]
+        wanted = [
+            i
+            for i, c in enumerate(phase.opened.contributors)
+            if c.member in present and i not in phase.refused
+        ]
         late = now >= phase.deadline
         if not (complete and delivered and all(i in delivered for i in wanted)) and not late:
             return

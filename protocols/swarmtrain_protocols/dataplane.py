@@ -1,0 +1,325 @@
+"""Where the numbers are: buffers, blobs and canonical states behind the handles of the cores.
+
+Pure: no thread, no disk. The peer process calls it from worker threads, one call per attempt and
+part at a time; the simulator calls it inline. ``provide`` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.codecs import check_finite, get_codec
+from swarmtrain_protocols.codecs.base import F32
+from swarmtrain_protocols.entries import RoundOpened, RoundSet
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.merkle import Blob, leaf_hash
+from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.state import (
+    CanonicalState,
+    Layout,
+    Mapper,
+    decode_chunks,
+    encode_chunks,
+    header_chunk,
+    reduce_chunk,
+)
+
+RESULTS_KEPT_PER_CHANNEL = 4
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """One attempt: what was fetched and what was computed."""
+
+    opened: RoundOpened
+    contributions: dict[tuple[int, int], list[bytearray]] = field(default_factory=dict)
+    parts: dict[int, Blob] = field(default_factory=dict)
+    incoming: dict[int, list[bytearray]] = field(default_factory=dict)
+    result: Blob | None = None
+
+
+class DataPlane:
+    """All tensor bytes of one node.
+
+    Args:
+        outer_lr, outer_momentum: of the run, fp32 values.
+        run: maps chunk work over threads; ``map`` for inline work.
+        chunk_values: values per chunk; smaller only in tests and in the simulator.
+    """
+
+    def __init__(
+        self,
+        *,
+        outer_lr: float,
+        outer_momentum: float,
+        run: Mapper = map,
+        chunk_values: int = limits.CHUNK_VALUES,
+    ) -> None:
+        self.outer_lr = outer_lr
+        self.outer_momentum = outer_momentum
+        self.states: dict[str, CanonicalState] = {}
+        self._run = run
+        self._chunk_values = chunk_values
+        self._blobs: dict[bytes, Blob] = {}
+        self._uses: dict[bytes, int] = {}
+        self._attempts: dict[RoundKey, _Buffers] = {}
+        self._results: dict[str, list[bytes]] = {}
+        self._result_codecs: dict[bytes, tuple[int, str]] = {}
+        self._incoming: dict[bytes, list[bytearray]] = {}
+
+    def layout(self, values: int) -> Layout:
+        return Layout(values, self._chunk_values)
+
+    # -- blobs ------------------------------------------------------------------------------
+
+    def provide(self, root: bytes) -> Blob | None:
+        """The blob under ``root`` if it is in memory here."""
+        return self._blobs.get(root)
+
+    def register(self, blob: Blob) -> None:
+        """Serve a blob; registered twice it must be dropped twice."""
+        self._blobs.setdefault(blob.root, blob)
+        self._uses[blob.root] = self._uses.get(blob.root, 0) + 1
+
+    def drop(self, root: bytes) -> None:
+        """Undo one ``register``; unknown roots are ignored."""
+        uses = self._uses.get(root, 0) - 1
+        if uses > 0:
+            self._uses[root] = uses
+        else:
+            self._uses.pop(root, None)
+            self._blobs.pop(root, None)
+
+    # -- contributions ----------------------------------------------------------------------
+
+    def encode(self, values: F32, codec: str) -> Blob:
+        """Encode and register a contribution f32[n].
+
+        Raises:
+            LocalProtocolError: NaN, infinity or absurd magnitudes in it.
+        """
+        check_finite(values)
+        chunks = encode_chunks(values, get_codec(codec), chunk_values=self._chunk_values)
+        leaves: list[bytes] = [b""] * len(chunks)
+
+        def hash_chunk(index: int) -> None:
+            leaves[index] = leaf_hash(chunks[index])
+
+        for _ in self._run(hash_chunk, range(len(chunks))):
+            pass
+        blob = Blob([memoryview(c) for c in chunks], leaves)
+        self.register(blob)
+        return blob
+
+    # -- an attempt -------------------------------------------------------------------------
+
+    def begin(self, opened: RoundOpened) -> None:
+        self._attempts.setdefault(opened.key, _Buffers(opened))
+
+    def destinations(self, purpose: object, first: int, count: int) -> list[memoryview]:
+        """Writable memory for the chunks of a fetch, taken before anything is asked for.
+
+        Raises:
+            LocalProtocolError: the attempt is not open here.
+        """
+        return [memoryview(b) for b in self._allocate(purpose, first, count)]
+
+    def _allocate(self, purpose: object, first: int, count: int) -> list[bytearray]:
+        if isinstance(purpose, fx.ContributionPart):
+            buffers = self._buffers(purpose.key)
+            taken = self._part_memory(buffers.opened, purpose.part, scatter=True)
+            buffers.contributions[purpose.part, purpose.index] = taken
+            return taken
+        if isinstance(purpose, fx.ResultPart):
+            buffers = self._buffers(purpose.key)
+            taken = self._part_memory(buffers.opened, purpose.part, scatter=False)
+            buffers.incoming[purpose.part] = taken
+            return taken
+        if isinstance(purpose, fx.WholeResult):
+            values, codec = self._result_codecs[purpose.root]
+            sizes = self._encoded_sizes(values, codec)
+        elif isinstance(purpose, fx.Snapshot):
+            values = self._result_codecs[purpose.root][0]
+            sizes = self._state_sizes(purpose.channel, purpose.round, values)
+        else:
+            raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
+        whole = self._incoming.get(purpose.root)
+        if whole is None:
+            whole = [bytearray(size) for size in sizes]
+            self._incoming[purpose.root] = whole
+        return whole[first : first + count]
+
+    def expect(self, root: bytes, values: int, codec: str) -> None:
+        """Sizes of a blob that will be fetched by committed root; from the log, not the sender."""
+        self._result_codecs[root] = (values, codec)
+
+    def _buffers(self, key: RoundKey) -> _Buffers:
+        buffers = self._attempts.get(key)
+        if buffers is None:
+            raise LocalProtocolError("no such attempt", str(key))
+        return buffers
+
+    def _part_memory(self, opened: RoundOpened, part: int, *, scatter: bool) -> list[bytearray]:
+        codec = get_codec(opened.scatter_codec if scatter else opened.gather_codec)
+        layout = self.layout(opened.values)
+        item = opened.parts[part]
+        return [
+            bytearray(layout.encoded_nbytes(i, codec))
+            for i in range(item.first, item.first + item.count)
+        ]
+
+    def _encoded_sizes(self, values: int, codec_name: str) -> list[int]:
+        layout, codec = self.layout(values), get_codec(codec_name)
+        return [layout.encoded_nbytes(i, codec) for i in range(layout.chunks)]
+
+    def _state_sizes(self, channel: str, round_number: int, values: int) -> list[int]:
+        layout = self.layout(values)
+        header = len(header_chunk(channel, round_number, values))
+        return [header, *(layout.state_nbytes(i) for i in range(layout.chunks))]
+
+    def accept(self, purpose: object, leaves: Sequence[bytes] | None = None) -> None:
+        """Fetched chunks are in place and match their root; are they valid values?
+
+        Raises:
+            PeerFault: ``malformed`` or ``non_finite``.
+        """
+        if isinstance(purpose, fx.ContributionPart):
+            buffers = self._buffers(purpose.key)
+            chunks = buffers.contributions[purpose.part, purpose.index]
+            codec = get_codec(buffers.opened.scatter_codec)
+            layout = self.layout(buffers.opened.values)
+            first = buffers.opened.parts[purpose.part].first
+            for offset, chunk in enumerate(chunks):
+                codec.check(chunk, layout.nvalues(first + offset))
+        elif isinstance(purpose, fx.ResultPart):
+            buffers = self._buffers(purpose.key)
+            chunks = buffers.incoming.pop(purpose.part)
+            blob = Blob(chunks, leaves) if leaves is not None else Blob.of(chunks)
+            buffers.parts[purpose.part] = blob
+            self.register(blob)
+
+    def reduce(self, key: RoundKey, part: int, chosen: RoundSet) -> bytes:
+        """Sum a part over the logged set in member order, encode once; returns its root.
+
+        Raises:
+            PeerFault: ``non_finite``: the sum is not a legal result.
+        """
+        buffers = self._buffers(key)
+        opened = buffers.opened
+        item = opened.parts[part]
+        layout = self.layout(opened.values)
+        codec_in, codec_out = get_codec(opened.scatter_codec), get_codec(opened.gather_codec)
+        coefficients = [c.value for c in chosen.coefficients]
+        sources = [self._source(buffers, part, c.index) for c in chosen.coefficients]
+        out: list[bytearray] = [bytearray()] * item.count
+        leaves: list[bytes] = [b""] * item.count
+
+        def work(offset: int) -> None:
+            n = layout.nvalues(item.first + offset)
+            column = [chunks[offset] for chunks in sources]
+            out[offset] = reduce_chunk(column, coefficients, codec_in, codec_out, n)
+            leaves[offset] = leaf_hash(out[offset])
+
+        for _ in self._run(work, range(item.count)):
+            pass
+        blob = Blob(out, leaves)
+        buffers.parts[part] = blob
+        self.register(blob)
+        return blob.root
+
+    def _source(self, buffers: _Buffers, part: int, index: int) -> Sequence[bytearray | memoryview]:
+        fetched = buffers.contributions.get((part, index))
+        if fetched is not None:
+            return fetched
+        own = self._blobs.get(buffers.opened.contributors[index].root)
+        if own is None:
+            raise LocalProtocolError("a contribution of the set is not here", f"part {part}")
+        item = buffers.opened.parts[part]
+        return own.chunks[item.first : item.first + item.count]
+
+    def assemble(self, key: RoundKey) -> Blob:
+        """All parts are in place: the whole result as one blob; hashes are reused."""
+        buffers = self._buffers(key)
+        ordered = [buffers.parts[i] for i in range(len(buffers.opened.parts))]
+        chunks = [chunk for blob in ordered for chunk in blob.chunks]
+        leaves = [leaf for blob in ordered for leaf in blob.leaves]
+        blob = Blob(chunks, leaves)
+        buffers.result = blob
+        self._keep_result(key.channel, blob, buffers.opened.values, buffers.opened.gather_codec)
+        return blob
+
+    def _keep_result(self, channel: str, blob: Blob, values: int, codec: str) -> None:
+        self.register(blob)
+        self._result_codecs[blob.root] = (values, codec)
+        kept = self._results.setdefault(channel, [])
+        kept.append(blob.root)
+        while len(kept) > RESULTS_KEPT_PER_CHANNEL:
+            old = kept.pop(0)
+            self.drop(old)
+            if old not in kept:
+                self._result_codecs.pop(old, None)
+
+    def complete(self, purpose: fx.WholeResult) -> Blob:
+        """A committed result that was fetched as a whole is in place."""
+        blob = Blob.of(self._incoming.pop(purpose.root))
+        if blob.root != purpose.root:
+            raise PeerFault("corrupt", "a fetched result does not match its root")
+        values, codec = self._result_codecs[purpose.root]
+        self._keep_result(purpose.channel, blob, values, codec)
+        return blob
+
+    def release_attempt(self, key: RoundKey) -> None:
+        buffers = self._attempts.pop(key, None)
+        if buffers is not None:
+            for blob in buffers.parts.values():
+                self.drop(blob.root)
+
+    # -- results ----------------------------------------------------------------------------
+
+    def decoded(self, root: bytes) -> F32:
+        """A result as a fresh f32[n]."""
+        blob = self._blobs[root]
+        values, codec = self._result_codecs[root]
+        out = np.empty(values, np.float32)
+        decode_chunks(blob.chunks, get_codec(codec), out, chunk_values=self._chunk_values)
+        return out
+
+    def apply(self, channel: str, round_number: int, root: bytes) -> tuple[int, bytes]:
+        """Take the outer step with a committed result; returns (next round, state hash)."""
+        state = self.states[channel]
+        assert state.round == round_number, (channel, state.round, round_number)
+        blob = self._blobs[root]
+        codec = get_codec(self._result_codecs[root][1])
+        state.apply(blob.chunks, codec, self.outer_lr, self.outer_momentum, run=self._run)
+        return state.round, state.root()
+
+    def install(self, purpose: fx.Snapshot) -> tuple[int, bytes]:
+        """Make a fetched snapshot the canonical state; returns (round, state hash).
+
+        Raises:
+            PeerFault: ``malformed`` or ``corrupt``.
+        """
+        chunks = self._incoming.pop(purpose.root)
+        values = self._result_codecs[purpose.root][0]
+        if bytes(chunks[0]) != header_chunk(purpose.channel, purpose.round, values):
+            raise PeerFault("malformed", "snapshot header of another state")
+        state = self.new_state(purpose.channel, purpose.round, values)
+        for index, chunk in enumerate(chunks):
+            state.load_chunk(index, chunk)
+        root = state.root()
+        if root != purpose.root:
+            raise PeerFault("corrupt", "a fetched snapshot does not match its root")
+        self.states[purpose.channel] = state
+        return state.round, root
+
+    def new_state(self, channel: str, round_number: int, values: int) -> CanonicalState:
+        """A zero state; not installed."""
+        theta, momentum = np.zeros(values, np.float32), np.zeros(values, np.float32)
+        return CanonicalState(
+            channel, round_number, theta, momentum, chunk_values=self._chunk_values
+        )

@@ -136,6 +136,11 @@ class NoiseXX:
         self._symmetric.mix_hash(prologue)
 
     @property
+    def static_public(self) -> bytes:
+        """Our static public key, 32 bytes."""
+        return self._s.public_key().public_bytes_raw()
+
+    @property
     def complete(self) -> bool:
         """All three messages are exchanged."""
         return self._turn == 3
@@ -188,7 +193,7 @@ class NoiseXX:
         if self._turn == 1:
             self._mix_dh(self._e, self._re)
         if self._turn > 0:
-            out += self._symmetric.encrypt_and_hash(self._s.public_key().public_bytes_raw())
+            out += self._symmetric.encrypt_and_hash(self.static_public)
             if self._turn == 1:
                 self._mix_es()
             else:

@@ -141,11 +141,9 @@ class DataPlane:
             buffers.incoming[purpose.part] = taken
             return taken
         if isinstance(purpose, fx.WholeResult):
-            values, codec = self._result_codecs[purpose.root]
-            sizes = self._encoded_sizes(values, codec)
+            sizes = self._encoded_sizes(purpose.values, purpose.codec)
         elif isinstance(purpose, fx.Snapshot):
-            values = self._result_codecs[purpose.root][0]
-            sizes = self._state_sizes(purpose.channel, purpose.round, values)
+            sizes = self._state_sizes(purpose.channel, purpose.round, purpose.values)
         else:
             raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
         whole = self._incoming.get(purpose.root)
@@ -153,10 +151,6 @@ class DataPlane:
             whole = [bytearray(size) for size in sizes]
             self._incoming[purpose.root] = whole
         return whole[first : first + count]
-
-    def expect(self, root: bytes, values: int, codec: str) -> None:
-        """Sizes of a blob that will be fetched by committed root; from the log, not the sender."""
-        self._result_codecs[root] = (values, codec)
 
     def _buffers(self, key: RoundKey) -> _Buffers:
         buffers = self._attempts.get(key)
@@ -199,7 +193,8 @@ class DataPlane:
         elif isinstance(purpose, fx.ResultPart):
             buffers = self._buffers(purpose.key)
             chunks = buffers.incoming.pop(purpose.part)
-            blob = Blob(chunks, leaves) if leaves is not None else Blob.of(chunks)
+            views = [memoryview(c) for c in chunks]
+            blob = Blob(views, leaves) if leaves is not None else Blob.of(views)
             buffers.parts[purpose.part] = blob
             self.register(blob)
 
@@ -227,7 +222,7 @@ class DataPlane:
 
         for _ in self._run(work, range(item.count)):
             pass
-        blob = Blob(out, leaves)
+        blob = Blob([memoryview(c) for c in out], leaves)
         buffers.parts[part] = blob
         self.register(blob)
         return blob.root
@@ -266,11 +261,10 @@ class DataPlane:
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
-        blob = Blob.of(self._incoming.pop(purpose.root))
+        blob = Blob.of([memoryview(c) for c in self._incoming.pop(purpose.root)])
         if blob.root != purpose.root:
             raise PeerFault("corrupt", "a fetched result does not match its root")
-        values, codec = self._result_codecs[purpose.root]
-        self._keep_result(purpose.channel, blob, values, codec)
+        self._keep_result(purpose.channel, blob, purpose.values, purpose.codec)
         return blob
 
     def release_attempt(self, key: RoundKey) -> None:
@@ -305,7 +299,7 @@ class DataPlane:
             PeerFault: ``malformed`` or ``corrupt``.
         """
         chunks = self._incoming.pop(purpose.root)
-        values = self._result_codecs[purpose.root][0]
+        values = purpose.values
         if bytes(chunks[0]) != header_chunk(purpose.channel, purpose.round, values):
             raise PeerFault("malformed", "snapshot header of another state")
         state = self.new_state(purpose.channel, purpose.round, values)

@@ -1,8 +1,8 @@
 """Keeps the canonical state of this node at the ledger's round: apply, replay, or fetch a snapshot.
 
-Restart, late join and a missed round are one procedure (docs/architecture.md). Every byte
-that is used is pinned by the log: a snapshot by the state hash of a ROUND_OPENED or MODEL_DEFINED, a
-result by the root of its ROUND_COMMITTED. Spec 10.
+Restart, late join and a missed round are one procedure (docs/architecture.md). Every byte that is
+used is pinned by the log: a snapshot by the state hash of a ROUND_OPENED or MODEL_DEFINED, a result
+by the root of its ROUND_COMMITTED. Spec 10.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class CatchUp:
         out: list[Effect],
         member: RoundMember,
         connected: Callable[[], list[PeerId]],
+        chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
         self.ledger = ledger
         self.leader: PeerId | None = None
@@ -76,6 +77,7 @@ class CatchUp:
         self._out = out
         self._member = member
         self._connected = connected
+        self._chunk_values = chunk_values
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
@@ -157,8 +159,10 @@ class CatchUp:
         self, now: float, channel: ChannelState, track: Track, outcome: Outcome
     ) -> None:
         donors = self._sources(outcome.held_by)
-        total = -(-outcome.values // limits.CHUNK_VALUES)
-        purpose = fx.WholeResult(track.channel, outcome.round, outcome.root)
+        total = -(-outcome.values // self._chunk_values)
+        purpose = fx.WholeResult(
+            track.channel, outcome.round, outcome.root, outcome.values, outcome.gather_codec
+        )
         self._start(now, track, purpose, donors, total)
 
     def _query(self, now: float, channel: ChannelState, track: Track) -> None:
@@ -244,13 +248,12 @@ class CatchUp:
 
     def _arrived(self, now: float, track: Track, download: _Download) -> None:
         track.download = None
+        track.busy = True
         purpose = download.purpose
         if isinstance(purpose, fx.Snapshot):
-            track.busy = True
-            self._out.append(fx.InstallSnapshot(purpose.channel, purpose.round, purpose.root))
+            self._out.append(fx.InstallSnapshot(purpose))
         else:
-            self._member.in_place[purpose.channel, purpose.round] = purpose.root
-            self.reconcile(now)
+            self._out.append(fx.CompleteResult(purpose))
 
     def offered(self, now: float, peer: PeerId, offer: SnapshotOffer) -> None:
         """A donor's answer: take its newest snapshot that the log pins."""
@@ -275,8 +278,9 @@ class CatchUp:
         ]
         if good:
             number, root = max(good)
-            total = 1 + -(-channel.values // limits.CHUNK_VALUES)
-            self._start(now, track, fx.Snapshot(track.channel, number, root), [peer], total)
+            total = 1 + -(-channel.values // self._chunk_values)
+            snapshot = fx.Snapshot(track.channel, number, root, channel.values)
+            self._start(now, track, snapshot, [peer], total)
 
     @staticmethod
     def _usable(channel: ChannelState, number: int, root: bytes) -> bool:
@@ -306,11 +310,16 @@ class CatchUp:
         if self.in_step(channel):
             self.report(channel)
 
+    def completed(self, now: float, result: fx.WholeResult) -> None:
+        """A missed result is in place under its committed root."""
+        self.tracks[result.channel].busy = False
+        self._member.in_place[result.channel, result.round] = result.root
+        self.reconcile(now)
+
     def install_failed(self, now: float, channel: str, reason: str) -> None:
-        """The data plane could not use what was fetched; start again with a snapshot."""
+        """The data plane could not use what was fetched; look for it again."""
         track = self.tracks[channel]
         track.busy = False
-        track.state_hash = None
         track.next_query = now + QUERY_INTERVAL_S
         self._out.append(Emit(fx.Resync(channel, track.round, reason)))
 

@@ -54,12 +54,17 @@ class ApplyResult:
 class InstallSnapshot:
     """All chunks of a snapshot are in place: make it the canonical state.
 
-    Answer ``applied(now, channel, round, state_hash)``.
+    Answer ``applied(now, channel, round, state_hash)`` or ``install_failed(now, channel, why)``.
     """
 
-    channel: str
-    round: int
-    root: bytes
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteResult:
+    """All chunks of a missed result are in place: hash and store it. Answer ``completed``."""
+
+    result: WholeResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +101,26 @@ class ResultPart:
 
 @dataclass(frozen=True, slots=True)
 class WholeResult:
-    """Purpose of a fetch: chunks of a committed result that this node missed."""
+    """Purpose of a fetch: chunks of a committed result that this node missed.
+
+    Sizes follow from ``values`` and ``codec``, which come from the log.
+    """
 
     channel: str
     round: int
     root: bytes
+    values: int
+    codec: str
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Purpose of a fetch: chunks of the state before ``round``."""
+    """Purpose of a fetch: chunks of the state before ``round``, ``values`` long."""
 
     channel: str
     round: int
     root: bytes
+    values: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class RoundPolicy:
     max_base_age_rounds: int = 2
     group_grace_s: float = 1.0
     lost_grace_s: float = 1.0
+    chunk_values: int = limits.CHUNK_VALUES
 
 
 @dataclass(slots=True)
@@ -109,6 +110,10 @@ class RoundLeader:
     def leaving(self, member: PeerId) -> None:
         """Do not wait for this member any more."""
         self._leaving[member] = None
+
+    def returned(self, member: PeerId) -> None:
+        """The member asks to be in again."""
+        self._leaving.pop(member, None)
 
     def present(self) -> list[bytes]:
         """Members with a link to the leader, the leader included, in member order."""
@@ -328,7 +333,7 @@ class RoundLeader:
         )
         owners = [k for k in present if k in ready and self.ledger.members[k].reachable]
         owners = owners or [k for k in present if self.ledger.members[k].reachable] or [self._me]
-        parts = plan_parts(first.values, owners, self._me, key.round)
+        parts = plan_parts(first.values, owners, self._me, key.round, self.policy.chunk_values)
         return e.RoundOpened(
             key, contributors, parts, holders, first.values, first.codec, gather, state_hash
         )

@@ -11,7 +11,11 @@ from swarmtrain_protocols.entries import Part
 
 
 def plan_parts(
-    values: int, owners: Sequence[bytes], leader: bytes, round_number: int
+    values: int,
+    owners: Sequence[bytes],
+    leader: bytes,
+    round_number: int,
+    chunk_values: int = limits.CHUNK_VALUES,
 ) -> tuple[Part, ...]:
     """Slice ``values`` into contiguous parts of whole chunks, one or more per owner.
 
@@ -21,7 +25,7 @@ def plan_parts(
     """
     assert values > 0
     assert owners
-    total = -(-values // limits.CHUNK_VALUES)
+    total = -(-values // chunk_values)
     order = list(owners)
     if leader in order:
         order.remove(leader)

@@ -1,0 +1,293 @@
+"""Entering, staying, leaving; and what the leader does about members. Spec 05.
+
+The leader turns join and leave requests into entries, notices members whose link stays broken,
+keeps the number of stewards at one or three, and ends the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
+from swarmtrain_protocols.errors import NotAuthorised
+from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.tickets import Capability
+
+JOIN_RETRY_S = 1.0
+LOST_AFTER_S = 30.0
+STEWARDS_WANTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SiteConfig:
+    """What this node tells others about itself."""
+
+    name: str
+    addresses: tuple[str, ...]
+    trains: bool
+    holds_state: bool
+    votes: bool
+    reachable: bool
+    capability: bytes
+
+
+class Joiner:
+    """Asks for membership until the ledger shows it as wanted."""
+
+    def __init__(self, me: PeerId, site: SiteConfig, ledger: Ledger, out: list[Effect]) -> None:
+        self.ledger = ledger
+        self.site = site
+        self.leader: PeerId | None = None
+        self.refused = ""
+        self._me = me
+        self._out = out
+        self._next_try = 0.0
+        self._leaving = False
+        self._hint: PeerId | None = None
+
+    @property
+    def is_member(self) -> bool:
+        return self._me in self.ledger.members
+
+    def satisfied(self) -> bool:
+        """The ledger says about this node what it wants it to say."""
+        known = self.ledger.members.get(self._me)
+        return self._leaving or (
+            known is not None
+            and known.addresses == self.site.addresses
+            and known.trains == self.site.trains
+            and known.holds_state == self.site.holds_state
+            and known.reachable == self.site.reachable
+            and known.name == self.site.name
+        )
+
+    def leave(self) -> None:
+        self._leaving = True
+
+    def request(self) -> mm.JoinRequest:
+        site = self.site
+        return mm.JoinRequest(
+            site.name,
+            site.addresses,
+            site.capability,
+            site.trains,
+            site.holds_state,
+            site.votes,
+            site.reachable,
+        )
+
+    def step(self, now: float, linked: list[PeerId]) -> None:
+        """Send the request to the leader, or to anybody who may know it."""
+        if self.satisfied() or self.refused or now < self._next_try:
+            return
+        target = self.leader or self._hint
+        if target is not None and target != self._me and target not in linked:
+            self._out.append(Connect(target))
+            target = None
+        if target is None:
+            target = linked[0] if linked else None
+        if self.leader == self._me:
+            target = self._me
+        if target is None:
+            return
+        self._next_try = now + JOIN_RETRY_S
+        self._out.append(Send(target, self.request()))
+
+    def redirected(self, now: float, message: mm.Redirect) -> None:
+        if len(message.leader) == 32 and message.leader != self._me:
+            self._hint = PeerId(message.leader)
+            self._out.append(Connect(self._hint, message.addresses))
+            self._next_try = min(self._next_try, now + 0.1)
+
+    def deadline(self) -> float:
+        return math.inf if self.satisfied() or self.refused else self._next_try
+
+
+class Shepherd:
+    """The leader's duties towards members. Active while this node leads the log."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        ledger: Ledger,
+        out: list[Effect],
+        propose: Callable[[float, e.EntryBody], None],
+        change_voters: Callable[[float, tuple[PeerId, ...]], None],
+        check_capability: Callable[[float, bytes], Capability],
+        linked: Callable[[], list[PeerId]],
+        max_rounds: int,
+    ) -> None:
+        self.ledger = ledger
+        self.active = False
+        self._me = me
+        self._out = out
+        self._propose = propose
+        self._change_voters = change_voters
+        self._check = check_capability
+        self._linked = linked
+        self._max_rounds = max_rounds
+        self._missing: dict[bytes, float] = {}
+        self._leaving: dict[bytes, str] = {}
+        self._finished: dict[bytes, None] = {}
+        self._asked_index: dict[bytes, int] = {}
+        self._asked_voters: tuple[PeerId, ...] = ()
+        self._ending = False
+
+    def activate(self, now: float, active: bool) -> None:
+        self.active = active
+        self._missing.clear()
+        self._leaving.clear()
+        self._finished.clear()
+        self._asked_index.clear()
+        self._asked_voters = ()
+        self._ending = False
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def join(self, now: float, peer: PeerId, request: mm.JoinRequest) -> None:
+        """Admit a bearer of a valid capability; a member that returns with it is updated."""
+        if peer in self.ledger.banned:
+            self._refuse(peer, "banned", self.ledger.banned[peer])
+            return
+        genesis = peer == self.ledger.genesis_steward
+        ticket, vote = b"", genesis
+        if not genesis or request.capability:
+            try:
+                capability = self._check(now, request.capability)
+            except NotAuthorised as error:
+                if not genesis and peer not in self.ledger.members:
+                    self._refuse(peer, "not_authorised", error.why or error.what)
+                    return
+                vote = self.ledger.may_vote(peer)
+            else:
+                ticket, vote = capability.id, genesis or capability.vote
+        body = e.MemberJoined(
+            peer,
+            request.name,
+            request.addresses,
+            request.trains,
+            request.holds_state,
+            vote and request.votes,
+            request.reachable,
+            ticket,
+        )
+        self._leaving.pop(peer, None)
+        self._finished.pop(peer, None)
+        if self._asked_index.get(peer) != self.ledger.index:
+            self._asked_index[peer] = self.ledger.index
+            self._propose(now, body)
+
+    def _refuse(self, peer: PeerId, code: str, reason: str) -> None:
+        self._out.append(Send(peer, mm.JoinRefused(code, reason[:256])))
+        fields: dict[str, object] = {"peer": peer.hex(), "code": code, "reason": reason}
+        self._out.append(Emit(fx.Notice("link_refused", fields)))
+
+    def leave(self, now: float, peer: PeerId, reason: str) -> None:
+        self._leaving[peer] = reason or "leave"
+        self.step(now)
+
+    def finished(self, now: float, peer: PeerId, done: bool) -> None:
+        if done:
+            self._finished[peer] = None
+        else:
+            self._finished.pop(peer, None)
+        self.step(now)
+
+    # -- duties -------------------------------------------------------------------------------
+
+    def step(self, now: float) -> None:
+        if not self.active:
+            return
+        linked = self._linked()
+        self._watch(now, linked)
+        self._let_go(now)
+        self._fit_voters(now, linked)
+        self._maybe_end(now, linked)
+
+    def _watch(self, now: float, linked: list[PeerId]) -> None:
+        for key in list(self._missing):
+            if key not in self.ledger.members:
+                del self._missing[key]
+        for member in self.ledger.ordered_members():
+            if member.id == self._me or member.id in linked:
+                self._missing.pop(member.id, None)
+                continue
+            since = self._missing.setdefault(member.id, now)
+            if now >= since + LOST_AFTER_S:
+                self._missing[member.id] = now
+                self._propose(now, e.MemberLeft(member.id, "lost"))
+
+    def _let_go(self, now: float) -> None:
+        """Log a leave once no open attempt counts on the member and it votes no more."""
+        for peer in list(self._leaving):
+            if peer not in self.ledger.members:
+                del self._leaving[peer]
+                continue
+            if self._busy(peer) or (peer in self.ledger.voters and len(self.ledger.members) > 1):
+                continue
+            self._propose(now, e.MemberLeft(peer, self._leaving.pop(peer)))
+
+    def _busy(self, peer: bytes) -> bool:
+        for channel in self.ledger.channels.values():
+            opened = channel.open
+            if opened is not None and any(
+                p == peer for part in opened.parts for p in (part.owner, part.deputy)
+            ):
+                return True
+        return False
+
+    def _fit_voters(self, now: float, linked: list[PeerId]) -> None:
+        """One voter, or three: promoted jointly as soon as enough members may vote."""
+        if self.ledger.joint:
+            return
+        here = [*linked, self._me]
+        able = [
+            PeerId(m.id)
+            for m in self.ledger.ordered_members()
+            if self.ledger.may_vote(m.id) and m.id not in self._leaving
+        ]
+        current = [PeerId(v) for v in self.ledger.voters if v in able]
+        spare = [p for p in able if p not in current and p in here]
+        spare.sort(key=lambda p: self.ledger.members[p].ordinal)
+        if len(current) + len(spare) >= STEWARDS_WANTED:
+            wanted = (current + spare)[:STEWARDS_WANTED]
+        else:
+            keep = [self._me] if self._me in able else []
+            rest = [p for p in current + spare if p in here and p != self._me]
+            wanted = (keep + rest)[:1]
+        if not wanted or sorted(wanted) == sorted(self.ledger.voters):
+            self._asked_voters = ()
+            return
+        target = tuple(sorted(wanted))
+        if target != self._asked_voters:
+            self._asked_voters = target
+            self._change_voters(now, target)
+
+    def _maybe_end(self, now: float, linked: list[PeerId]) -> None:
+        if self.ledger.ended or self._ending:
+            return
+        train = self.ledger.train_channels()
+        if not train or any(c.open is not None for c in train):
+            return
+        if self._max_rounds and all(c.round >= self._max_rounds for c in train):
+            self._end(now, "max_rounds")
+            return
+        here = [*linked, self._me]
+        trainers = [m.id for m in self.ledger.ordered_members() if m.trains and m.id in here]
+        if trainers and all(t in self._finished for t in trainers):
+            self._end(now, "all trainers finished")
+
+    def _end(self, now: float, reason: str) -> None:
+        self._ending = True
+        self._propose(now, e.RunEnded(reason))
+
+    def deadline(self) -> float:
+        if not self.active:
+            return math.inf
+        return min((since + LOST_AFTER_S for since in self._missing.values()), default=math.inf)

@@ -1,0 +1,460 @@
+"""One peer: log, ledger, rounds, membership and DHT as one core. Spec 00.
+
+Everything that happens inside a call is settled before the call returns: committed entries reach
+the ledger and the round cores at their place in the order of effects, so that whatever follows
+from them stands behind the ``Persist`` that made them durable.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send
+from swarmtrain_protocols.dht.kademlia import DhtCore
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.ledger import Ledger, load_snapshot
+from swarmtrain_protocols.log.core import Committed, LogCore, SnapshotLoaded
+from swarmtrain_protocols.manifest import Manifest
+from swarmtrain_protocols.membership import Joiner, Shepherd, SiteConfig
+from swarmtrain_protocols.messages import Message, RoundKey
+from swarmtrain_protocols.messages import dht as dm
+from swarmtrain_protocols.messages import log as lm
+from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.messages import rounds as rm
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.catchup import CatchUp
+from swarmtrain_protocols.rounds.fetches import Fetches
+from swarmtrain_protocols.rounds.leader import RoundLeader, RoundPolicy
+from swarmtrain_protocols.rounds.member import Offer, RoundMember
+from swarmtrain_protocols.tickets import Capability, parse_capability
+
+PUMP_MAX = 10_000
+
+_FOR_LEADER = (rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, mm.StateReport)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerChanged:
+    """Event: these entries were applied (index, body, accepted)."""
+
+    entries: tuple[tuple[int, e.EntryBody, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JoinFailed:
+    """Event: the leader refuses this node for good."""
+
+    code: str
+    reason: str
+
+
+class NodeCore:
+    """A whole peer without its operating system. Satisfies ``core.Core``.
+
+    Args:
+        records: what was durable in earlier incarnations, in order.
+        genesis: given by the founding site at its first start only.
+        wall_s: Unix seconds at ``now``; used for expiries alone.
+        chunk_values: as in ``dataplane.DataPlane``.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: SiteConfig,
+        manifest: Manifest,
+        keyring: Keyring,
+        rng: random.Random,
+        now: float,
+        wall_s: float,
+        records: Iterable[bytes] = (),
+        genesis: e.Genesis | None = None,
+        policy: RoundPolicy | None = None,
+        chunk_values: int = limits.CHUNK_VALUES,
+    ) -> None:
+        keys = manifest.keys
+        self.me = keyring.peer_id
+        self.site = site
+        self.manifest = manifest
+        self.run = manifest.run_id
+        self.ledger = Ledger()
+        self._keyring = keyring
+        self._wall_offset_s = wall_s - now
+        self._raw: list[Effect] = []
+        self._ready: list[Effect] = []
+        self._loopback: list[Message] = []
+        self._linked: dict[PeerId, None] = {}
+        self._changed = False
+        self._finished = False
+        self._leader: PeerId | None = None
+        self.policy = policy or RoundPolicy(
+            scatter_codec=keys.codec_scatter,
+            gather_codec=keys.codec_gather,
+            min_peers=keys.min_peers,
+            grace_s=keys.grace_s,
+            round_timeout_s=keys.round_timeout_s,
+            max_rounds=keys.max_rounds,
+            max_base_age_rounds=keys.max_base_age_rounds,
+            chunk_values=chunk_values,
+        )
+        self.fetches = Fetches(self._raw)
+        self.member = RoundMember(
+            keyring=keyring,
+            rng=rng,
+            ledger=self.ledger,
+            fetches=self.fetches,
+            out=self._raw,
+            max_base_age_rounds=self.policy.max_base_age_rounds,
+        )
+        self.catchup = CatchUp(
+            me=self.me,
+            rng=rng,
+            ledger=self.ledger,
+            fetches=self.fetches,
+            out=self._raw,
+            member=self.member,
+            connected=self.linked,
+            chunk_values=chunk_values,
+        )
+        self.catchup.active = site.holds_state
+        self.leader = RoundLeader(
+            me=self.me,
+            rng=rng,
+            ledger=self.ledger,
+            out=self._raw,
+            policy=self.policy,
+            propose=self._propose,
+            connected=self.linked,
+        )
+        self.joiner = Joiner(self.me, site, self.ledger, self._raw)
+        self.shepherd = Shepherd(
+            me=self.me,
+            ledger=self.ledger,
+            out=self._raw,
+            propose=self._propose,
+            change_voters=lambda at, voters: self.log.change_voters(at, voters),
+            check_capability=self._check_capability,
+            linked=self.linked,
+            max_rounds=keys.max_rounds,
+        )
+        self.dht = DhtCore(
+            keyring=keyring, rng=rng, now=now, wall_s=wall_s, addresses=site.addresses
+        )
+        self.log = LogCore(
+            run=self.run,
+            founder=manifest.founder,
+            keyring=keyring,
+            rng=rng,
+            now=now,
+            records=records,
+            genesis=genesis,
+            snapshot_of=lambda: self.ledger.snapshot(),
+        )
+        self._pump(now)
+
+    # -- what the shell calls --------------------------------------------------------------
+
+    def linked(self) -> list[PeerId]:
+        """Peers with a live link, in the order in which the links were made."""
+        return list(self._linked)
+
+    def receive(self, now: float, peer: PeerId, message: Message) -> None:
+        """Feed a message from an authenticated peer."""
+        self._dispatch(now, peer, message)
+        self._pump(now)
+
+    def connected(self, now: float, peer: PeerId, addresses: tuple[str, ...] = ()) -> None:
+        """A link to ``peer`` is up; ``addresses`` are where it says it listens."""
+        self._linked[peer] = None
+        self.log.connected(now, peer)
+        self.dht.connected(now, peer, addresses)
+        if peer == self._leader:
+            self._announce(now)
+        self._pump(now)
+
+    def disconnected(self, now: float, peer: PeerId) -> None:
+        self._linked.pop(peer, None)
+        self.log.disconnected(now, peer)
+        self.dht.disconnected(now, peer)
+        self.fetches.disconnected(now, peer)
+        self.leader.disconnected(now, peer)
+        self._pump(now)
+
+    def tick(self, now: float) -> None:
+        self.log.tick(now)
+        self.dht.tick(now)
+        self.fetches.tick(now)
+        self.member.tick(now)
+        self.catchup.tick(now)
+        self.leader.step(now)
+        self.shepherd.step(now)
+        self.joiner.step(now, self.linked())
+        self._pump(now)
+
+    def deadline(self) -> float:
+        return min(
+            self.log.deadline(),
+            self.dht.deadline(),
+            self.fetches.deadline(),
+            self.member.deadline(),
+            self.catchup.deadline(),
+            self.leader.deadline(),
+            self.shepherd.deadline(),
+            self.joiner.deadline(),
+        )
+
+    def drain(self) -> list[Effect]:
+        effects, self._ready = self._ready, []
+        return effects
+
+    # -- requests of the layer above -------------------------------------------------------
+
+    def contribute(self, now: float, offer: Offer) -> None:
+        """Announce an encoded contribution; the outcome comes as ``ContributionDecided``.
+
+        Raises:
+            LocalProtocolError: the channel has an undecided contribution.
+        """
+        self.member.offer(now, offer)
+        self._pump(now)
+
+    def withdraw(self, now: float, channel: str) -> bool:
+        taken = self.member.withdraw(now, channel)
+        self._pump(now)
+        return taken
+
+    def propose(self, now: float, body: e.EntryBody) -> None:
+        """Ask the leader to log ``body``, of one of the kinds that members may ask for."""
+        if self._leader is None:
+            raise LocalProtocolError("no leader is known", "", "try again when there is one")
+        self._raw.append(Send(self._leader, mm.Propose(e.encode_body(body))))
+        self._pump(now)
+
+    def restore(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
+        """The shell has a state of ``channel``: the one before ``round_number``."""
+        self.catchup.restore(channel, round_number, state_hash)
+        self.catchup.reconcile(now)
+        self.catchup.announce()
+        self._pump(now)
+
+    def finished(self, now: float, done: bool) -> None:
+        """The trainer of this site has done its planned steps (or has taken up work again)."""
+        self._finished = done
+        if self._leader is not None:
+            self._raw.append(Send(self._leader, mm.Finished(self.ledger.generation, done)))
+        self._pump(now)
+
+    def leave(self, now: float, reason: str) -> None:
+        """Ask to be let go; the ledger no longer lists this node when it may stop."""
+        self.joiner.leave()
+        if self._leader is not None:
+            self._raw.append(Send(self._leader, mm.LeaveRequest(reason)))
+        self._pump(now)
+
+    # -- answers of the data plane ---------------------------------------------------------
+
+    def fetched(self, now: float, ticket: int) -> None:
+        self.fetches.finished(now, ticket, None)
+        self._pump(now)
+
+    def fetch_failed(self, now: float, ticket: int, reason: str) -> None:
+        self.fetches.finished(now, ticket, reason)
+        self._pump(now)
+
+    def reduced(self, now: float, key: RoundKey, part: int, root: bytes) -> None:
+        self.member.reduced(now, key, part, root)
+        self._pump(now)
+
+    def stored(self, now: float, key: RoundKey, root: bytes, durable: bool) -> None:
+        self.member.stored(now, key, root, durable)
+        self.catchup.reconcile(now)
+        self._pump(now)
+
+    def applied(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
+        self.catchup.applied(now, channel, round_number, state_hash)
+        self._pump(now)
+
+    def completed(self, now: float, result: fx.WholeResult) -> None:
+        self.catchup.completed(now, result)
+        self._pump(now)
+
+    def install_failed(self, now: float, channel: str, reason: str) -> None:
+        self.catchup.install_failed(now, channel, reason)
+        self._pump(now)
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _check_capability(self, now: float, data: bytes) -> Capability:
+        wall_s = now + self._wall_offset_s
+        return parse_capability(
+            data,
+            founder=self.manifest.founder,
+            run=self.run,
+            wall_s=wall_s,
+            verify=self._keyring.verify,
+        )
+
+    def _propose(self, now: float, body: e.EntryBody) -> None:
+        if self.log.is_leader:
+            self.log.propose(now, body)
+
+    def _dispatch(self, now: float, peer: PeerId, message: Message) -> None:
+        kind = type(message).__module__
+        if kind == lm.__name__:
+            self.log.receive(now, peer, message)
+        elif kind == dm.__name__:
+            self.dht.receive(now, peer, message)
+        elif isinstance(message, _FOR_LEADER):
+            self.leader.receive(now, peer, message)
+        elif kind == rm.__name__:
+            self.member.receive(now, peer, message)
+        elif isinstance(message, mm.SnapshotQuery):
+            self.catchup.queried(peer, message)
+        elif isinstance(message, mm.SnapshotOffer):
+            self.catchup.offered(now, peer, message)
+        else:
+            self._membership(now, peer, message)
+
+    def _membership(self, now: float, peer: PeerId, message: Message) -> None:
+        if isinstance(message, mm.ManifestRequest):
+            if message.run == self.run:
+                self._raw.append(Send(peer, mm.ManifestReply(self.manifest.to_bytes())))
+        elif isinstance(message, mm.Redirect):
+            self.joiner.redirected(now, message)
+        elif isinstance(message, mm.JoinRefused):
+            self.joiner.refused = message.code
+            self._raw.append(Emit(JoinFailed(message.code, message.reason)))
+        elif isinstance(message, mm.JoinRequest):
+            self._join_request(now, peer, message)
+        elif not self.shepherd.active:
+            return
+        elif isinstance(message, mm.LeaveRequest):
+            self.leader.leaving(peer)
+            self.shepherd.leave(now, peer, message.reason)
+        elif isinstance(message, mm.Finished):
+            self.shepherd.finished(now, peer, message.finished)
+        elif isinstance(message, mm.Propose):
+            self._proposed(now, peer, message)
+
+    def _join_request(self, now: float, peer: PeerId, message: mm.JoinRequest) -> None:
+        if self.shepherd.active:
+            self.leader.returned(peer)
+            self.shepherd.join(now, peer, message)
+            return
+        known = self.ledger.members.get(self._leader) if self._leader is not None else None
+        addresses = known.addresses if known is not None else ()
+        self._raw.append(Send(peer, mm.Redirect(self._leader or b"", addresses)))
+
+    def _proposed(self, now: float, peer: PeerId, message: mm.Propose) -> None:
+        """Members may ask for a few kinds of entries; anything else is a fault of theirs."""
+        try:
+            body = e.decode_body(message.body)
+        except PeerFault as fault:
+            self._fault(peer, fault.code)
+            return
+        allowed = e.ModelDefined | e.CheckpointMade | e.Paused | e.Resumed | e.RunEnded
+        if peer not in self.ledger.members or not isinstance(body, allowed):
+            self._fault(peer, "may_not_propose")
+            return
+        if isinstance(body, e.ModelDefined) and self.ledger.model is not None:
+            return
+        self._propose(now, body)
+
+    def _fault(self, peer: PeerId, code: str) -> None:
+        self._raw.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": code})))
+
+    # -- the pump --------------------------------------------------------------------------
+
+    def _pump(self, now: float) -> None:
+        """Carry effects between the cores until none is left inside."""
+        for _ in range(PUMP_MAX):
+            batch = [*self.log.drain(), *self.dht.drain(), *self._raw]
+            self._raw.clear()
+            for effect in batch:
+                self._take(now, effect)
+            if self._changed:
+                self._changed = False
+                self._reconcile(now)
+            while self._loopback:
+                self._dispatch(now, self.me, self._loopback.pop(0))
+            self._follow_leadership(now)
+            if not batch and not self._raw:
+                return
+        raise AssertionError("the cores keep each other busy for ever")
+
+    def _take(self, now: float, effect: Effect) -> None:
+        if isinstance(effect, Send) and effect.peer == self.me:
+            self._loopback.append(effect.message)
+        elif isinstance(effect, Connect) and effect.peer == self.me:
+            return
+        elif isinstance(effect, Emit) and isinstance(effect.event, Committed):
+            self._committed(now, effect.event)
+        elif isinstance(effect, Emit) and isinstance(effect.event, SnapshotLoaded):
+            self._adopt(load_snapshot(effect.event.data))
+        else:
+            self._ready.append(effect)
+
+    def _adopt(self, ledger: Ledger) -> None:
+        """A snapshot replaces the ledger; every core looks at the new one from now on."""
+        self.ledger = ledger
+        for core in (self.member, self.catchup, self.leader, self.joiner, self.shepherd):
+            core.ledger = ledger
+        self._learn_members()
+        self._changed = True
+
+    def _committed(self, now: float, event: Committed) -> None:
+        applied: list[tuple[int, e.EntryBody, bool]] = []
+        for entry in event.entries:
+            body = e.decode_body(entry.body)
+            accepted = self.ledger.apply(entry.index, body)
+            applied.append((entry.index, body, accepted))
+            if isinstance(body, e.MemberJoined) and accepted and body.member != self.me:
+                self._ready.append(Learn(PeerId(body.member), body.addresses))
+        self._ready.append(Emit(LedgerChanged(tuple(applied))))
+        self._changed = True
+
+    def _learn_members(self) -> None:
+        for member in self.ledger.ordered_members():
+            if member.id != self.me:
+                self._ready.append(Learn(PeerId(member.id), member.addresses))
+
+    def _reconcile(self, now: float) -> None:
+        self.member.reconcile(now)
+        self.catchup.reconcile(now)
+        self.leader.reconcile(now)
+        self.shepherd.step(now)
+        self.joiner.step(now, self.linked())
+        stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
+        self.log.set_stewards_known(now, stewards)
+        for steward in stewards:
+            if steward not in self._linked:
+                self._raw.append(Connect(steward))
+
+    def _follow_leadership(self, now: float) -> None:
+        leader = self.log.leader
+        if leader != self._leader:
+            self._leader = leader
+            self.member.leader = self.catchup.leader = self.joiner.leader = leader
+            if leader is not None and leader != self.me and leader not in self._linked:
+                self._raw.append(Connect(leader))
+            if leader is not None and leader != self.me:
+                self._announce(now)
+        leading = self.log.is_leader and self.log.ready
+        if leading != self.leader.active:
+            self.shepherd.activate(now, leading)
+            self.leader.activate(now, leading)
+            if leading:
+                self._announce(now)
+                self.joiner.step(now, self.linked())
+
+    def _announce(self, now: float) -> None:
+        """Tell a new leader all that it may need; it starts with nothing."""
+        self.member.announce(now)
+        self.catchup.announce()
+        if self._finished and self._leader is not None:
+            self._raw.append(Send(self._leader, mm.Finished(self.ledger.generation, True)))

@@ -417,8 +417,10 @@ class SessionCore:
             raise PeerFault("malformed", "empty transport message")
         self._parser.push(self._rx.decrypt(message))
         self._received_at = self._now
-        while not self.closed and (event := self._parser.next_event()) is not None:
+        while (event := self._parser.next_event()) is not None:
             self._on_event(event)
+            if self._phase == "closed":
+                break
         return True
 
     def _on_event(self, event: Frame | PeerFault) -> None:

@@ -264,7 +264,13 @@ def test_replayed_and_dropped_messages_end_the_link() -> None:
 
 def test_replay_of_a_whole_connection_does_not_open() -> None:
     record: list[bytes] = []
-    Pair(alter=lambda side, data: (record.append(data) if side == 0 else None) or data).run()
+
+    def alter(side: int, data: bytes) -> bytes:
+        if side == 0:
+            record.append(data)
+        return data
+
+    Pair(alter=alter).run()
     fresh = make(1, ephemeral_key=b"7" * 32)
     for raw in record:
         fresh.receive_bytes(0.0, raw)

@@ -1,0 +1,402 @@
+"""Links between hosts: connections that come and go, and packets that meet trouble on the way.
+
+Two characters of network, chosen per seed (``NetworkModel.seeded``):
+
+- ``stream``: a connection is a byte stream, as TCP is. Messages arrive in order and once; a loss is
+  a reset of the connection, which takes everything in flight with it. During a cut, packets wait
+  for the resend; if the cut outlasts the detection time, both ends see the connection end.
+- ``datagram``: harsher than any real link. Messages are lost, doubled and reordered one by one.
+
+Fetches always travel as streams. Each direction of each link has its own row of draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.testing.draws import Stream, exponential
+from swarmtrain_protocols.testing.faults import LOSSY, SLOW_FACTOR
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+DIAL_QUEUE_MAX = 4096
+ORDER_GAP_S = 1e-7
+TAIL_S_MAX = 5.0
+
+
+@dataclass(frozen=True)
+class NetworkModel:
+    """The weather. Times in seconds, rates in bytes per second, the rest are probabilities."""
+
+    mode: str = "stream"
+    latency_s: tuple[float, float] = (0.01, 0.05)
+    tail: float = 0.0
+    tail_mean_s: float = 1.0
+    loss: float = 0.0
+    duplicate: float = 0.0
+    corrupt: float = 0.0
+    detection_s: tuple[float, float] = (2.0, 8.0)
+    rate_bytes_per_s: float = 1e6
+    sync_s: tuple[float, float] = (0.0005, 0.01)
+
+    @staticmethod
+    def seeded(seed: int) -> NetworkModel:
+        """The weather of a seed: half of them streams, many of them bad."""
+        luck = Stream(seed, "weather")
+
+        def pick(*values: float) -> float:
+            return values[luck.integer(len(values))]
+
+        stream = luck.chance(0.5)
+        low = pick(0.001, 0.01, 0.03)
+        return NetworkModel(
+            mode="stream" if stream else "datagram",
+            latency_s=(low, low + pick(0.002, 0.04, 0.15)),
+            tail=pick(0.0, 0.01, 0.03),
+            tail_mean_s=pick(0.3, 1.0),
+            loss=pick(0.0, 0.0, 0.001, 0.005) if stream else pick(0.0, 0.01, 0.05, 0.15),
+            duplicate=0.0 if stream else pick(0.0, 0.02, 0.1),
+            corrupt=pick(0.0, 0.0, 0.02),
+            rate_bytes_per_s=pick(2e4, 1e5, 1e7),
+        )
+
+    def healed(self) -> NetworkModel:
+        """The same links without loss, doubles, tails or flipped bits."""
+        return replace(self, tail=0.0, loss=0.0, duplicate=0.0, corrupt=0.0)
+
+
+@dataclass(slots=True)
+class Packet:
+    """``arrive(host)`` runs at the receiver; ``fail()`` if no connection could be made for it."""
+
+    kind: str
+    data: bytes
+    arrive: Callable[[Host], None]
+    fail: Callable[[], None] | None = None
+    bulk: bool = False
+    extra_s: float = 0.0
+
+
+class Connection:
+    """One connection of two hosts; each end has its own opinion of whether it is up."""
+
+    def __init__(self, number: int, a: str, b: str) -> None:
+        self.number = number
+        self.state = {a: "pending", b: "pending"}
+        self.opens_at = {a: 0.0, b: 0.0}
+        self.last = {a: 0.0, b: 0.0}
+        self.held: dict[str, list[Packet]] = {a: [], b: []}
+
+    def usable(self) -> bool:
+        return "down" not in self.state.values()
+
+
+@dataclass(slots=True)
+class _Dial:
+    incarnation: int
+    queue: list[Packet] = field(default_factory=list)
+
+
+class Network:
+    """All links of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._connections: dict[tuple[str, str], Connection] = {}
+        self._dials: dict[tuple[str, str], _Dial] = {}
+        self._luck: dict[tuple[str, str, str], Stream] = {}
+        self._cuts: dict[tuple[str, str], int] = {}
+        self._episode: dict[tuple[str, str], int] = {}
+        self._trouble: dict[tuple[str, str], int] = {}
+        self._numbers = 0
+        self.unreachable: list[str] = []
+        """Names of hosts that nobody can dial (behind NAT); they dial out."""
+
+    # --- faults ----------------------------------------------------------------------------------
+
+    def cut(self, a: str, b: str) -> None:
+        """Stop everything from ``a`` to ``b``; cuts of the same link nest."""
+        self._cuts[a, b] = self._cuts.get((a, b), 0) + 1
+        if self._cuts[a, b] > 1:
+            return
+        connection = self._connections.get(_pair(a, b))
+        if connection is not None and connection.state[b] != "down":
+            episode = self._episode.get((a, b), 0)
+            delay_s = self._stream(a, b, "detect").between(*self.world.model.detection_s)
+
+            def silence() -> None:
+                if self._cuts.get((a, b), 0) and self._episode.get((a, b), 0) == episode:
+                    self._end(connection, b)
+
+            self.world.after(delay_s, self.world.hosts[b], silence)
+
+    def mend(self, a: str, b: str) -> None:
+        """Undo one ``cut``; what waited is sent again."""
+        left = self._cuts.get((a, b), 0) - 1
+        if left > 0:
+            self._cuts[a, b] = left
+            return
+        self._cuts.pop((a, b), None)
+        self._episode[a, b] = self._episode.get((a, b), 0) + 1
+        connection = self._connections.get(_pair(a, b))
+        if connection is not None:
+            waiting, connection.held[a] = connection.held[a], []
+            for packet in waiting:
+                self._transmit(connection, a, b, packet)
+
+    def trouble(self, kind: str, host: str, change: int) -> None:
+        """Begin (+1) or end (-1) slow, lossy or duplicate times of all links of a host."""
+        self._trouble[kind, host] = self._trouble.get((kind, host), 0) + change
+
+    def heal(self) -> None:
+        """End every cut and all trouble."""
+        self._trouble.clear()
+        for a, b in list(self._cuts):
+            self._cuts[a, b] = 1
+            self.mend(a, b)
+
+    def is_cut(self, a: str, b: str) -> bool:
+        return self._cuts.get((a, b), 0) > 0
+
+    def linked(self, a: str, b: str) -> bool:
+        """True if both ends hold the connection to be up."""
+        connection = self._connections.get(_pair(a, b))
+        return connection is not None and all(s == "up" for s in connection.state.values())
+
+    # --- what hosts ask for ----------------------------------------------------------------------
+
+    def send(self, a: Host, b: Host, packet: Packet) -> None:
+        """Send over the connection of the two, or dial and send when it is up."""
+        connection = self._connections.get(_pair(a.name, b.name))
+        if connection is not None and connection.state[a.name] == "up":
+            self._transmit(connection, a.name, b.name, packet)
+            return
+        self.dial(a, b, packet)
+
+    def dial(self, a: Host, b: Host, packet: Packet | None = None) -> None:
+        """Have a connection; no news is given if it cannot be had."""
+        connection = self._connections.get(_pair(a.name, b.name))
+        if connection is not None and connection.state[a.name] == "up":
+            return
+        dial = self._dials.get((a.name, b.name))
+        if dial is None or dial.incarnation != a.incarnation:
+            dial = self._dials[a.name, b.name] = _Dial(a.incarnation)
+            self._knock(a, b, dial)
+        if packet is None:
+            return
+        if len(dial.queue) >= DIAL_QUEUE_MAX:
+            self.world.seen["drop:dial-queue"] += 1
+            self._fail(a, packet)
+        else:
+            dial.queue.append(packet)
+
+    def close(self, a: Host, b: Host) -> None:
+        """End the connection as ``a`` asks; both ends are told."""
+        connection = self._connections.get(_pair(a.name, b.name))
+        if connection is not None and connection.state[a.name] == "up":
+            self._end(connection, a.name)
+
+    def died(self, host: Host, *, silent: bool) -> None:
+        """The process of ``host`` is gone: its kernel says so, or (``silent``) nobody does."""
+        for pair, connection in sorted(self._connections.items()):
+            if host.name not in pair or connection.state[host.name] == "down":
+                continue
+            other = pair[0] if pair[1] == host.name else pair[1]
+            connection.state[host.name] = "down"
+            connection.held[host.name].clear()
+            if silent:
+                delay_s = self._stream(host.name, other, "detect").between(
+                    *self.world.model.detection_s
+                )
+                self.world.after(delay_s, self.world.hosts[other], self._end, connection, other)
+            else:
+                self._transmit(connection, host.name, other, _fin(connection, self))
+
+    def paused(self, host: Host, until_s: float) -> None:
+        """Whoever hears nothing from ``host`` for too long ends the connection."""
+        for pair, connection in sorted(self._connections.items()):
+            if host.name not in pair or connection.state[host.name] == "down":
+                continue
+            other = pair[0] if pair[1] == host.name else pair[1]
+            delay_s = self._stream(host.name, other, "detect").between(
+                *self.world.model.detection_s
+            )
+            if self.world.now + delay_s < until_s:
+                self.world.after(delay_s, self.world.hosts[other], self._end, connection, other)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _stream(self, a: str, b: str, purpose: str) -> Stream:
+        key = (a, b, purpose)
+        found = self._luck.get(key)
+        if found is None:
+            found = self._luck[key] = Stream(self.world.seed, "link", a, b, purpose)
+        return found
+
+    def _latency_s(self, a: str, b: str, uniform: float, tail: float) -> float:
+        model = self.world.model
+        low, high = model.latency_s
+        delay_s = low + (high - low) * uniform
+        if self._has("slow", a, b):
+            delay_s *= SLOW_FACTOR
+        if tail < model.tail:
+            delay_s += min(TAIL_S_MAX, exponential(tail / model.tail, model.tail_mean_s))
+        return delay_s
+
+    def _has(self, kind: str, a: str, b: str) -> bool:
+        return self._trouble.get((kind, a), 0) > 0 or self._trouble.get((kind, b), 0) > 0
+
+    def _transmit(self, connection: Connection, a: str, b: str, packet: Packet) -> None:
+        model = self.world.model
+        lost, doubled, uniform, tail = self._stream(a, b, packet.kind).four()
+        stream = packet.bulk or packet.kind == "fin" or model.mode == "stream"
+        if self.is_cut(a, b):
+            if stream:
+                connection.held[a].append(packet)
+            else:
+                self.world.seen["net:lost-in-cut"] += 1
+            return
+        loss = LOSSY if self._has("lossy", a, b) else model.loss
+        if stream and (model.mode == "datagram" or loss == LOSSY):
+            loss /= 20.0  # a reset takes much more with it than one datagram
+        if lost < loss and packet.kind != "fin":
+            if stream:
+                self.world.seen["net:reset"] += 1
+                self._reset(connection, a, b)
+            else:
+                self.world.seen["net:lost"] += 1
+            return
+        at_s = self.world.now + packet.extra_s + self._latency_s(a, b, uniform, tail)
+        at_s = max(at_s, connection.opens_at[b])
+        if stream and not packet.bulk:
+            at_s = connection.last[a] = max(at_s, connection.last[a] + ORDER_GAP_S)
+        self._schedule(connection, b, packet, at_s)
+        duplicate = LOSSY if self._has("duplicate", a, b) else model.duplicate
+        if not stream and doubled < duplicate and packet.kind == "message":
+            self.world.seen["net:doubled"] += 1
+            again_s = self._latency_s(a, b, *self._stream(a, b, "double").four()[:2])
+            self._schedule(connection, b, packet, at_s + again_s)
+
+    def _schedule(self, connection: Connection, b: str, packet: Packet, at_s: float) -> None:
+        host = self.world.hosts[b]
+
+        def land() -> None:
+            if packet.kind == "fin" or connection.state[b] == "up":
+                packet.arrive(host)
+
+        self.world.at(at_s, host, land)
+
+    def _reset(self, connection: Connection, a: str, b: str) -> None:
+        low, high = self.world.model.latency_s
+        for name, uniform in zip((a, b), self._stream(a, b, "reset").four(), strict=False):
+            delay_s = low + (high - low) * uniform
+            self.world.after(delay_s, self.world.hosts[name], self._end, connection, name)
+
+    def _end(self, connection: Connection, name: str) -> None:
+        """``name``'s end goes down; its node hears of it, the other end gets a FIN."""
+        if connection.state[name] == "down":
+            return
+        was_up = connection.state[name] == "up"
+        connection.state[name] = "down"
+        connection.held[name].clear()
+        names = list(connection.state)
+        other = names[0] if names[1] == name else names[1]
+        if connection.state[other] != "down":
+            self._transmit(connection, name, other, _fin(connection, self))
+        host = self.world.hosts[name]
+        if was_up and host.alive:
+            self._tell(host, "disconnected", other)
+
+    def _tell(self, host: Host, what: str, other: str) -> None:
+        """Give news of a link to the node as an event of its own (so that SIGSTOP holds it)."""
+
+        def news() -> None:
+            self.world.trace.record(self.world.now, host.name, what, other.encode())
+            if what == "disconnected":
+                self.world.transfers.lost_link(host, other)
+            if host.alive:
+                host.call(what, self.world.hosts[other].peer)
+
+        self.world.at(self.world.now, host, news)
+
+    def _knock(self, a: Host, b: Host, dial: _Dial) -> None:
+        uniform, tail, back, _ = self._stream(a.name, b.name, "dial").four()
+        there_s = self._latency_s(a.name, b.name, uniform, tail)
+        back_s = self._latency_s(b.name, a.name, back, 1.0)
+        timeout_s = limits.HANDSHAKE_TIMEOUT_S
+
+        def arrived() -> None:
+            shut = self.is_cut(a.name, b.name) or self.is_cut(b.name, a.name)
+            if b.name in self.unreachable or not b.alive:
+                wait_s = timeout_s if shut or b.vanished else back_s
+                self.world.after(wait_s, None, self._dial_failed, a, b, dial)
+            elif shut or b.paused_until > self.world.now:
+                self.world.after(timeout_s, None, self._dial_failed, a, b, dial)
+            elif a.incarnation == dial.incarnation:
+                self._establish(a, b, dial, back_s)
+
+        self.world.after(there_s, None, arrived)
+
+    def _dial_failed(self, a: Host, b: Host, dial: _Dial) -> None:
+        if self._dials.get((a.name, b.name)) is dial:
+            del self._dials[a.name, b.name]
+        self.world.seen["net:dial-failed"] += 1
+        if a.incarnation != dial.incarnation:
+            return
+        connection = self._connections.get(_pair(a.name, b.name))
+        up = connection is not None and connection.state[a.name] == "up"
+        for packet in dial.queue:
+            if up and connection is not None:
+                self._transmit(connection, a.name, b.name, packet)
+            else:
+                self._fail(a, packet)
+
+    def _fail(self, a: Host, packet: Packet) -> None:
+        if packet.fail is not None:
+            self.world.at(self.world.now, a, packet.fail)
+
+    def _establish(self, a: Host, b: Host, dial: _Dial, back_s: float) -> None:
+        pair = _pair(a.name, b.name)
+        old = self._connections.get(pair)
+        if old is not None and not old.usable():
+            for name in pair:  # the end that has not noticed yet notices now
+                if old.state[name] != "down":
+                    self._end(old, name)
+            old = None
+        if old is None:
+            self._numbers += 1
+            old = self._connections[pair] = Connection(self._numbers, a.name, b.name)
+            self._open(old, b, a)
+            old.opens_at[a.name] = self.world.now + back_s
+            self.world.after(back_s, None, self._open, old, a, b)
+        self.world.after(back_s + ORDER_GAP_S, None, self._flush, old, a, b, dial)
+
+    def _open(self, connection: Connection, host: Host, other: Host) -> None:
+        if connection.state[host.name] != "pending" or not host.alive:
+            return
+        connection.state[host.name] = "up"
+        self._tell(host, "connected", other.name)
+
+    def _flush(self, connection: Connection, a: Host, b: Host, dial: _Dial) -> None:
+        if self._dials.get((a.name, b.name)) is dial:
+            del self._dials[a.name, b.name]
+        if a.incarnation != dial.incarnation:
+            return
+        for packet in dial.queue:
+            if connection.state[a.name] == "up":
+                self._transmit(connection, a.name, b.name, packet)
+            else:
+                self._fail(a, packet)
+
+
+def _pair(a: str, b: str) -> tuple[str, str]:
+    return (a, b) if a < b else (b, a)
+
+
+def _fin(connection: Connection, network: Network) -> Packet:
+    return Packet("fin", b"", lambda host: network._end(connection, host.name))

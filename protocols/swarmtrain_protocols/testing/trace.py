@@ -1,0 +1,36 @@
+"""What happened, as one hash: equal seeds must give equal traces on every machine."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+
+import blake3
+
+RECENT_EVENTS = 400
+"""Events kept in readable form for the report of a failure."""
+
+
+class Trace:
+    """BLAKE3 over (time, node, kind, bytes) of every event, in order."""
+
+    def __init__(self) -> None:
+        self._hash = blake3.blake3()
+        self._recent: deque[tuple[float, str, str, bytes]] = deque(maxlen=RECENT_EVENTS)
+        self.events = 0
+
+    def record(self, time_s: float, node: str, kind: str, data: bytes = b"") -> None:
+        """Add one event. ``data`` is hashed with its length, so that events cannot run together."""
+        self.events += 1
+        head = struct.pack("<dHHI", time_s, len(node), len(kind), len(data))
+        self._hash.update(head + node.encode() + kind.encode() + data)
+        self._recent.append((time_s, node, kind, data))
+
+    def digest(self) -> str:
+        """Hex hash of everything recorded so far."""
+        return self._hash.hexdigest()
+
+    def tail(self, count: int = 40) -> list[str]:
+        """The last events, for people."""
+        lines = list(self._recent)[-count:]
+        return [f"{t:10.4f} {node:10} {kind} {data[:48]!r}" for t, node, kind, data in lines]

@@ -1,0 +1,140 @@
+"""Fetches: chunks of a blob named by its Merkle root, moved at a rate, verified, handed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols import core, merkle
+from swarmtrain_protocols.testing.draws import Stream
+from swarmtrain_protocols.testing.network import Packet
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+
+@dataclass(eq=False, slots=True)
+class Transfer:
+    """One fetch under way at its asker."""
+
+    effect: core.Fetch
+    provider: str
+
+
+class Transfers:
+    """All fetches of a world; uplinks and downlinks are queues with a rate."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._free_at: dict[tuple[str, str], float] = {}
+        self._luck: dict[str, Stream] = {}
+
+    def start(self, asker: Host, effect: core.Fetch) -> None:
+        """Ask ``effect.peer``; the answer comes as ``fetched`` or ``fetch_failed``."""
+        if effect.ticket in asker.fetches:
+            self.world.violation("fetch", f"{asker.name} uses ticket {effect.ticket} twice")
+        if effect.count < 1:
+            self.world.violation("fetch", f"{asker.name} fetches nothing: {effect}")
+        provider = self.world.by_peer.get(effect.peer)
+        if provider is None or provider is asker:
+            self.world.violation("fetch", f"{asker.name} fetches from an odd peer: {effect}")
+            return
+        transfer = Transfer(effect, provider.name)
+        asker.fetches[effect.ticket] = transfer
+        packet = Packet(
+            "fetch?",
+            effect.root,
+            lambda host: self._asked(host, asker, transfer),
+            lambda: self._failed(asker, transfer, "disconnected"),
+            bulk=True,
+        )
+        self.world.network.send(asker, provider, packet)
+
+    def cancel(self, asker: Host, ticket: int) -> None:
+        """Forget a fetch; a ticket that is unknown or over is fine."""
+        asker.fetches.pop(ticket, None)
+
+    def lost_link(self, asker: Host, provider: str) -> None:
+        """The connection is gone: all fetches over it fail."""
+        lost = [t for t in asker.fetches.values() if t.provider == provider]
+        for transfer in lost:
+            self._failed(asker, transfer, "disconnected")
+
+    def _asked(self, provider: Host, asker: Host, transfer: Transfer) -> None:
+        effect = transfer.effect
+        blobs: list[merkle.Blob | None] = []
+        self.world.guarded(provider, lambda: blobs.append(provider.node.provide(effect.root)))
+        blob = blobs[0]
+        code = ""
+        chunks: list[bytes] = []
+        leaves: list[bytes] = []
+        if blob is None:
+            code = "refused:unknown"
+        elif effect.first + effect.count > len(blob.leaves):
+            code = "refused:range"
+        else:
+            self._check(provider, blob, effect)
+            wanted = slice(effect.first, effect.first + effect.count)
+            chunks, leaves = [bytes(c) for c in blob.chunks[wanted]], list(blob.leaves[wanted])
+        if code:
+            self.world.seen["fetch:" + code] += 1
+        packet = Packet(
+            "fetch",
+            effect.root,
+            lambda host: self._arrived(host, transfer, code, chunks, leaves),
+            bulk=True,
+            extra_s=self._queue_s(provider, asker, sum(map(len, chunks))),
+        )
+        self.world.network.send(provider, asker, packet)
+
+    def _check(self, provider: Host, blob: merkle.Blob, effect: core.Fetch) -> None:
+        """An honest node must never offer bytes that do not belong to the root."""
+        fresh = merkle.Blob.of(blob.chunks)
+        if not fresh.root == blob.root == effect.root:
+            self.world.violation("blob", f"{provider.name} provides bytes that do not fit the root")
+
+    def _queue_s(self, provider: Host, asker: Host, nbytes: int) -> float:
+        now, took_s = self.world.now, nbytes / self.world.model.rate_bytes_per_s
+        sent_at = max(now, self._free_at.get(("up", provider.name), 0.0)) + took_s
+        self._free_at["up", provider.name] = sent_at
+        here_at = max(sent_at, self._free_at.get(("down", asker.name), 0.0) + took_s)
+        self._free_at["down", asker.name] = here_at
+        self.world.bytes_moved[provider.name] += nbytes
+        return here_at - now
+
+    def _arrived(
+        self, asker: Host, transfer: Transfer, code: str, chunks: list[bytes], leaves: list[bytes]
+    ) -> None:
+        effect = transfer.effect
+        if asker.fetches.get(effect.ticket) is not transfer:
+            return
+        if code:
+            self._failed(asker, transfer, code)
+            return
+        luck = self._luck.setdefault(asker.name, Stream(self.world.seed, asker.name, "corrupt"))
+        if luck.chance(self.world.model.corrupt):
+            index = luck.integer(len(chunks))
+            place = luck.integer(max(1, len(chunks[index])))
+            broken = bytearray(chunks[index])
+            broken[place] ^= 1 << luck.integer(8)
+            chunks = [*chunks[:index], bytes(broken), *chunks[index + 1 :]]
+        if any(merkle.leaf_hash(c) != leaf for c, leaf in zip(chunks, leaves, strict=True)):
+            self.world.seen["fetch:corrupt"] += 1
+            self._failed(asker, transfer, "corrupt")
+            return
+        del asker.fetches[effect.ticket]
+        data = b"".join(chunks)
+        self.world.trace.record(self.world.now, asker.name, "fetched", data)
+        self.world.seen["fetch:done"] += 1
+        self.world.guarded(asker, asker.node.accept, effect.purpose, effect.first, chunks)
+        asker.call("fetched", effect.ticket)
+
+    def _failed(self, asker: Host, transfer: Transfer, reason: str) -> None:
+        ticket = transfer.effect.ticket
+        if not asker.alive or asker.fetches.get(ticket) is not transfer:
+            return
+        del asker.fetches[ticket]
+        self.world.trace.record(self.world.now, asker.name, "fetch-failed", reason.encode())
+        self.world.seen["fetch:" + reason] += 1
+        asker.call("fetch_failed", ticket, reason)

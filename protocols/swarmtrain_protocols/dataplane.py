@@ -152,6 +152,17 @@ class DataPlane:
             self._incoming[purpose.root] = whole
         return whole[first : first + count]
 
+    def total_chunks(self, purpose: object) -> int:
+        """Chunks of the whole blob that a fetch with this purpose takes a range of."""
+        if isinstance(purpose, fx.ContributionPart):
+            return self.layout(self._buffers(purpose.key).opened.values).chunks
+        if isinstance(purpose, fx.ResultPart):
+            return self._buffers(purpose.key).opened.parts[purpose.part].count
+        if isinstance(purpose, fx.WholeResult):
+            return self.layout(purpose.values).chunks
+        assert isinstance(purpose, fx.Snapshot), purpose
+        return 1 + self.layout(purpose.values).chunks
+
     def _buffers(self, key: RoundKey) -> _Buffers:
         buffers = self._attempts.get(key)
         if buffers is None:
@@ -272,6 +283,10 @@ class DataPlane:
         if buffers is not None:
             for blob in buffers.parts.values():
                 self.drop(blob.root)
+
+    def result_codec(self, root: bytes) -> str:
+        """Codec of a result that is kept here."""
+        return self._result_codecs[root][1]
 
     # -- results ----------------------------------------------------------------------------
 

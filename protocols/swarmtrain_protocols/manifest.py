@@ -78,6 +78,9 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Commits after which the run ends; 0: until stopped."""
     checkpoint_every_rounds: int = 10
     min_peers: int = 1
+    """Contributors without whom no round opens."""
+    start_peers: int = 1
+    """Contributors that the first round waits for; later rounds go on with fewer."""
     grace_s: float = 0.0
     """Seconds the leader waits for late contributions; 0: auto."""
     round_timeout_s: float = 0.0
@@ -163,6 +166,7 @@ _RULES: dict[str, _Rule] = {
     "mix": _between(0.0, 1.0),
     "max_rounds": _between(0, _COUNT_MAX),
     "checkpoint_every_rounds": _between(1, 1_000_000),
+    "start_peers": _between(1, limits.MEMBERS_MAX),
     "min_peers": _between(1, limits.MEMBERS_MAX),
     "grace_s": _between(0.0, 86_400.0),
     "round_timeout_s": _between(0.0, 86_400.0),

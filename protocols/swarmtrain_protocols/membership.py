@@ -185,8 +185,8 @@ class Shepherd:
 
     def _refuse(self, peer: PeerId, code: str, reason: str) -> None:
         self._out.append(Send(peer, mm.JoinRefused(code, reason[:256])))
-        fields: dict[str, object] = {"peer": peer.hex(), "code": code, "reason": reason}
-        self._out.append(Emit(fx.Notice("link_refused", fields)))
+        fields: dict[str, object] = {"peer": peer.hex(), "reason": f"{code}: {reason}"}
+        self._out.append(Emit(fx.Notice("join_refused", fields)))
 
     def leave(self, now: float, peer: PeerId, reason: str) -> None:
         self._leaving[peer] = reason or "leave"

@@ -96,6 +96,7 @@ class NodeCore:
             scatter_codec=keys.codec_scatter,
             gather_codec=keys.codec_gather,
             min_peers=keys.min_peers,
+            start_peers=keys.start_peers,
             grace_s=keys.grace_s,
             round_timeout_s=keys.round_timeout_s,
             max_rounds=keys.max_rounds,
@@ -242,6 +243,13 @@ class NodeCore:
         self.catchup.announce()
         self._pump(now)
 
+    def set_training(self, now: float, training: bool) -> None:
+        """A trainer is at work here (or no more): its contributions are worth waiting for."""
+        if training != self.catchup.training:
+            self.catchup.training = training
+            self.catchup.announce()
+            self._pump(now)
+
     def finished(self, now: float, done: bool) -> None:
         """The trainer of this site has done its planned steps (or has taken up work again)."""
         self._finished = done
@@ -366,7 +374,7 @@ class NodeCore:
         self._propose(now, body)
 
     def _fault(self, peer: PeerId, code: str) -> None:
-        self._raw.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": code})))
+        self._raw.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))
 
     # -- the pump --------------------------------------------------------------------------
 

@@ -73,7 +73,8 @@ class Propose(msgspec.Struct, frozen=True, tag="propose"):
 class StateReport(msgspec.Struct, frozen=True, tag="state"):
     """Where a state holder stands in one channel: it has all rounds below ``round``.
 
-    ``ready``: it trains (or holds state) and its contributions and bytes count from now on.
+    ``ready``: it is in step, so it counts as a holder. ``trains``: a trainer is at work here, so
+    its contributions are worth waiting for.
     """
 
     generation: Count
@@ -81,6 +82,7 @@ class StateReport(msgspec.Struct, frozen=True, tag="state"):
     round: Count
     state_hash: Hash
     ready: bool
+    trains: bool
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):

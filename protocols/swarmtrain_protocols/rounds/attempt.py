@@ -171,7 +171,7 @@ class Attempt:
             return
         if reason == "corrupt":
             self.out.append(
-                Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": "corrupt_chunk"}))
+                Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": "corrupt_chunk"}))
             )
         if reason == "invalid" and isinstance(want.purpose, fx.ContributionPart):
             # The bytes are what was announced, and not a valid contribution: nobody can use them.
@@ -228,7 +228,7 @@ class Attempt:
             # Two signed roots for one part: a lie by one owner, or a broken kernel somewhere.
             fields: dict[str, object] = {
                 "peer": result.owner.hex(),
-                "code": "conflicting_results",
+                "fault": "conflicting_results",
                 "key": str(self.key),
             }
             self.out.append(Emit(fx.Notice("peer_fault", fields)))
@@ -264,7 +264,7 @@ class Attempt:
                 self.out.append(Send(peer, self.results[part]))
 
     def _fault(self, peer: PeerId, code: str) -> None:
-        self.out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "code": code})))
+        self.out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))
 
     # -- reports ---------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ class CatchUp:
         self.ledger = ledger
         self.leader: PeerId | None = None
         self.active = False
+        self.training = False
         self.tracks: dict[str, Track] = {}
         self.snapshots: dict[str, list[tuple[int, bytes]]] = {}
         """What this node can serve: (round, state hash), oldest first; kept by the shell."""
@@ -224,7 +225,7 @@ class CatchUp:
             self._pump(now, track)
             return
         if reason == "corrupt":
-            fields: dict[str, object] = {"peer": donor.hex(), "code": "corrupt_chunk"}
+            fields: dict[str, object] = {"peer": donor.hex(), "fault": "corrupt_chunk"}
             self._out.append(Emit(fx.Notice("peer_fault", fields)))
         download.todo.append(piece)
         if donor in download.donors:
@@ -331,7 +332,12 @@ class CatchUp:
         if self.leader is None or track.state_hash is None:
             return
         message = StateReport(
-            self.ledger.generation, channel, track.round, track.state_hash, self.in_step(channel)
+            self.ledger.generation,
+            channel,
+            track.round,
+            track.state_hash,
+            self.in_step(channel),
+            self.training,
         )
         self._out.append(Send(self.leader, message))
 

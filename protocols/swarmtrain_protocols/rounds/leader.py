@@ -33,11 +33,14 @@ class RoundPolicy:
     scatter_codec: str = "int8"
     gather_codec: str = "int8"
     min_peers: int = 1
+    start_peers: int = 1
     grace_s: float = 0.0
     round_timeout_s: float = 0.0
     max_rounds: int = 0
     max_base_age_rounds: int = 2
-    group_grace_s: float = 1.0
+    group_grace_s: float = 2.0
+    expect_grace_s: float = 30.0
+    """For group calls that say how many they expect."""
     lost_grace_s: float = 1.0
     chunk_values: int = limits.CHUNK_VALUES
 
@@ -156,7 +159,7 @@ class RoundLeader:
     def _ready(self, now: float, peer: PeerId, message: m.Ready) -> None:
         fault = self._refuse(peer, message)
         if fault:
-            fields: dict[str, object] = {"peer": peer.hex(), "code": fault}
+            fields: dict[str, object] = {"peer": peer.hex(), "fault": fault}
             self._out.append(Emit(fx.Notice("peer_fault", fields)))
             return
         lobby = self._lobby(message.channel)
@@ -266,7 +269,8 @@ class RoundLeader:
         expected, quorum = self._expected(name, lobby, present, number)
         complete = all(k in lobby.ready for k in expected) and len(ready) >= quorum
         grace_over = now >= lobby.first_ready + self._grace(name, lobby)
-        if not complete and not (grace_over and len(ready) >= min(self.policy.min_peers, quorum)):
+        enough = len(ready) >= (1 if name.startswith("group/") else quorum)
+        if not complete and not (grace_over and enough):
             return
         body = self._opening(now, key, lobby, ready, present)
         if body is not None:
@@ -300,13 +304,14 @@ class RoundLeader:
         ]
         return trainers, max(self.policy.min_peers, 1)
 
-    def _in_step(self, lobby: _Lobby, member: bytes, number: int) -> bool:
+    def _at_work(self, lobby: _Lobby, member: bytes, number: int) -> bool:
         report = lobby.reports.get(member)
-        return report is not None and report.ready and report.round == number
+        return report is not None and report.ready and report.trains and report.round == number
 
     def _grace(self, name: str, lobby: _Lobby) -> float:
         if name.startswith("group/"):
-            return self.policy.group_grace_s
+            expecting = any(r.expect for r in lobby.ready.values())
+            return self.policy.expect_grace_s if expecting else self.policy.group_grace_s
         if self.policy.grace_s:
             return self.policy.grace_s
         return min(60.0, max(5.0, lobby.interval_s))
@@ -387,7 +392,8 @@ class RoundLeader:
             people = {c.member for c in phase.opened.contributors} | set(phase.opened.holders)
             for peer in sorted(people | {choices[0]}):
                 self._out.append(Send(PeerId(peer), message))
-            fields: dict[str, object] = {"what": "deputy", "key": str(phase.key), "part": index}
+            why = f"the owner of part {index} of {phase.key} is lost"
+            fields: dict[str, object] = {"what": "deputy", "why": why, "using": choices[0].hex()}
             self._out.append(Emit(fx.Notice("fallback", fields)))
 
     def _delivered(self, phase: _Phase) -> tuple[list[int], bool]:

@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from swarmtrain_protocols.core import Effect, Emit, PeerId, Send, short_id
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.ledger import ChannelState, Ledger, Outcome
@@ -330,9 +330,9 @@ class RoundMember:
         self._closing.remove(closing)
         closing.attempt.cancel()
         key = closing.attempt.key
-        source = short_id(closing.outcome.held_by[0]) if closing.outcome.held_by else ""
-        fields: dict[str, object] = {"what": "result by committed root", "key": str(key)}
-        self._out.append(Emit(fx.Notice("fallback", fields | {"source": source})))
+        why = f"parts of {key} did not arrive in {CLOSING_TIMEOUT_S:g} s"
+        fields: dict[str, object] = {"what": "result by committed root", "why": why}
+        self._out.append(Emit(fx.Notice("fallback", fields)))
         self._out.append(fx.ReleaseAttempt(key))
 
     def deadline(self) -> float:

@@ -1,0 +1,365 @@
+"""Carries out the effects of a ``NodeCore`` with real sockets, disks and threads.
+
+The only place where effects become I/O. Everything here runs on the event loop's thread; work on
+bytes runs on a pool and comes back by ``call_soon_threadsafe``. Effects behind a ``Persist`` wait
+until the record is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+from swarmtrain_peer import host
+from swarmtrain_peer.recordfile import RecordFile
+from swarmtrain_peer.store import StateStore
+from swarmtrain_peer.transport import Transport
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import (
+    CancelFetch,
+    Connect,
+    Disconnect,
+    Effect,
+    Emit,
+    Fetch,
+    Learn,
+    PeerId,
+    Persist,
+    Send,
+)
+from swarmtrain_protocols.dataplane import DataPlane
+from swarmtrain_protocols.errors import DiskFull, LocalProtocolError, PeerFault, SwarmError
+from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.messages import Message, RoundKey
+from swarmtrain_protocols.messages.session import Hello
+from swarmtrain_protocols.node import NodeCore
+from swarmtrain_protocols.rounds import effects as fx
+
+INLINE_BYTES_MAX = 64 * 1024
+"""Work on fewer bytes than this is done on the spot: a thread costs more."""
+FETCH_TIMEOUT_S = 600.0
+"""The core has its own, shorter deadlines; this one only bounds a forgotten transfer."""
+
+
+class Driver:
+    """One node on real sockets. ``on_event`` gets every event of the core, in order."""
+
+    def __init__(
+        self,
+        *,
+        node: NodeCore,
+        transport: Transport,
+        data: DataPlane,
+        records: RecordFile | None,
+        store: StateStore | None,
+        pool: Executor,
+        on_event: Callable[[object], None],
+    ) -> None:
+        self.node = node
+        self.data = data
+        self._transport = transport
+        self._records = records
+        self._store = store
+        self._pool = pool
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Effect] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._persisting = False
+        self._pumping = False
+        self._purposes: dict[int, object] = {}
+        self._closed = False
+        self.released: dict[RoundKey, None] = {}
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the node with the time first, then carry out what follows."""
+        result = call(host.mono_s(), *args)
+        self.pump()
+        return result
+
+    def pump(self) -> None:
+        if self._closed or self._pumping:
+            return
+        self._pumping = True
+        try:
+            while True:
+                self._queue.extend(self.node.drain())
+                if not self._queue or self._persisting:
+                    break
+                self._execute(self._queue.popleft())
+        finally:
+            self._pumping = False
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.node.deadline()
+        if math.isfinite(deadline) and not self._closed:
+            delay = max(0.001, deadline - host.mono_s())
+            self._timer = self._loop.call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.run(self.node.tick)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._queue.clear()
+
+    # -- effects ------------------------------------------------------------------------------
+
+    def _execute(self, effect: Effect) -> None:
+        if isinstance(effect, Send):
+            self._transport.send(effect.peer, effect.message)
+        elif isinstance(effect, Emit):
+            self._on_event(effect.event)
+        elif isinstance(effect, Persist):
+            self._persist(effect)
+        elif isinstance(effect, Fetch):
+            self._fetch(effect)
+        elif isinstance(effect, CancelFetch):
+            self._purposes.pop(effect.ticket, None)
+            self._transport.cancel(effect.ticket)
+        elif isinstance(effect, Learn):
+            self._transport.learn(effect.peer, effect.addresses)
+        elif isinstance(effect, Connect):
+            if effect.addresses:
+                self._transport.learn(effect.peer, effect.addresses)
+            self._transport.connect(effect.peer)
+        elif isinstance(effect, Disconnect):
+            self._transport.disconnect(effect.peer, effect.code, effect.reason)
+        else:
+            self._data_effect(effect)
+
+    def _data_effect(self, effect: Effect) -> None:
+        if isinstance(effect, fx.BeginAttempt):
+            self.data.begin(effect.opened)
+        elif isinstance(effect, fx.ReducePart):
+            self._reduce(effect)
+        elif isinstance(effect, fx.StoreResult):
+            self._store_result(effect.key)
+        elif isinstance(effect, fx.ApplyResult):
+            work = partial(self.data.apply, effect.channel, effect.round, effect.root)
+            self._offload(work, partial(self._applied, effect.channel))
+        elif isinstance(effect, fx.InstallSnapshot):
+            work_install = partial(self.data.install, effect.snapshot)
+            self._offload(
+                work_install,
+                partial(self._applied, effect.snapshot.channel),
+                partial(self._install_failed, effect.snapshot.channel),
+            )
+        elif isinstance(effect, fx.CompleteResult):
+            result = effect.result
+            self._offload(
+                partial(self._complete, result),
+                lambda _: self.run(self.node.completed, result),
+                partial(self._install_failed, result.channel),
+            )
+        elif isinstance(effect, fx.ReleaseAttempt):
+            self.data.release_attempt(effect.key)
+        elif isinstance(effect, fx.ReleaseContribution):
+            self.data.drop(effect.root)
+        else:
+            raise AssertionError(f"unknown effect {effect!r}")
+
+    def _offload(
+        self,
+        work: Callable[[], Any],
+        done: Callable[[Any], None],
+        failed: Callable[[SwarmError], None] | None = None,
+        *,
+        nbytes: int = INLINE_BYTES_MAX,
+    ) -> None:
+        """Do ``work`` on the pool, or here if it is tiny, then ``done`` on the loop."""
+        if nbytes < INLINE_BYTES_MAX:
+            self._loop.call_soon(self._finish, self._attempt(work), done, failed)
+            return
+
+        def on_pool() -> None:
+            outcome = self._attempt(work)
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._finish, outcome, done, failed)
+
+        self._pool.submit(on_pool)
+
+    @staticmethod
+    def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        try:
+            return work(), None
+        except Exception as error:  # noqa: BLE001, handed to the loop's thread
+            return None, error
+
+    def _finish(
+        self,
+        outcome: tuple[Any, BaseException | None],
+        done: Callable[[Any], None],
+        failed: Callable[[SwarmError], None] | None,
+    ) -> None:
+        if self._closed:
+            return
+        value, error = outcome
+        if error is None:
+            done(value)
+        elif failed is not None and isinstance(error, SwarmError):
+            failed(error)
+        else:
+            raise error
+
+    # -- the log's disk -----------------------------------------------------------------------
+
+    def _persist(self, effect: Persist) -> None:
+        """Write this record and those right behind it with one sync."""
+        batch = [effect]
+        while self._queue and isinstance(self._queue[0], Persist):
+            batch.append(self._queue.popleft())  # type: ignore[arg-type]
+        if self._records is None:
+            return
+        self._persisting = True
+        self._pool.submit(self._write_records, batch)
+
+    def _write_records(self, batch: Sequence[Persist]) -> None:
+        assert self._records is not None
+        error: BaseException | None = None
+        try:
+            self._records.write([(item.record, item.reset) for item in batch])
+        except Exception as caught:  # noqa: BLE001, raised on the loop's thread
+            error = caught
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._persisted, error)
+
+    def _persisted(self, error: BaseException | None) -> None:
+        if error is not None:
+            # A vote or entry that is not durable must never be acknowledged: stop, do not guess.
+            self.close()
+            self._on_event(error)
+            return
+        self._persisting = False
+        self.pump()
+
+    # -- fetches ------------------------------------------------------------------------------
+
+    def _fetch(self, effect: Fetch) -> None:
+        try:
+            total = self.data.total_chunks(effect.purpose)
+            places = self.data.destinations(effect.purpose, effect.first, effect.count)
+        except LocalProtocolError:
+            # The attempt was released meanwhile; the core no longer waits for the answer.
+            self._loop.call_soon(self.fetch_failed, effect.ticket, "released")
+            return
+        self._purposes[effect.ticket] = effect.purpose
+        self._transport.fetch(
+            effect.ticket, effect.peer, effect.root, effect.first, total, places, FETCH_TIMEOUT_S
+        )
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes] | None = None) -> None:
+        """The transport has verified chunks in place; check that they are valid values."""
+        purpose = self._purposes.pop(ticket, None)
+        if purpose is None:
+            return
+        if isinstance(purpose, fx.WholeResult | fx.Snapshot):
+            self.run(self.node.fetched, ticket)
+            return
+        self._offload(
+            partial(self.data.accept, purpose, leaves),
+            lambda _: self.run(self.node.fetched, ticket),
+            lambda error: self.run(self.node.fetch_failed, ticket, _failure(error)),
+            nbytes=self._attempt_bytes(purpose),
+        )
+
+    def fetch_failed(self, ticket: int, reason: str) -> None:
+        self._purposes.pop(ticket, None)
+        self.run(self.node.fetch_failed, ticket, reason)
+
+    def _attempt_bytes(self, purpose: object) -> int:
+        key = getattr(purpose, "key", None)
+        return 0 if key is None else self._key_bytes(key)
+
+    def _key_bytes(self, key: RoundKey) -> int:
+        channel = self.node.ledger.channels.get(key.channel)
+        return INLINE_BYTES_MAX if channel is None else channel.values * 4
+
+    # -- results and states -------------------------------------------------------------------
+
+    def _reduce(self, effect: fx.ReducePart) -> None:
+        key, part = effect.key, effect.part
+        self._offload(
+            partial(self.data.reduce, key, part, effect.chosen),
+            lambda root: self.run(self.node.reduced, key, part, root),
+            lambda error: self._on_event(
+                fx.Notice("contribution_rejected", {"reason": f"{key} part {part}: {error}"})
+            ),
+            nbytes=self._key_bytes(key),
+        )
+
+    def _store_result(self, key: RoundKey) -> None:
+        def work() -> tuple[Blob, bool]:
+            blob = self.data.assemble(key)
+            return blob, self._to_disk(key.channel, key.round, blob)
+
+        def done(outcome: tuple[Blob, bool]) -> None:
+            self.run(self.node.stored, key, outcome[0].root, outcome[1])
+
+        group = not key.channel.startswith("train/")
+        self._offload(
+            work,
+            done,
+            lambda error: None,  # released meanwhile: nobody waits for it
+            nbytes=self._key_bytes(key) if group else INLINE_BYTES_MAX,
+        )
+
+    def _to_disk(self, channel: str, round_number: int, blob: Blob) -> bool:
+        if self._store is None or not channel.startswith("train/"):
+            return False
+        codec = self.data.result_codec(blob.root)
+        try:
+            self._store.store_result(channel, round_number, blob.root, codec, blob.chunks)
+        except (DiskFull, SwarmError) as error:
+            name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
+            notice = fx.Notice(name, {"reason": str(error), "path": channel})
+            self._loop.call_soon_threadsafe(self._on_event, notice)
+            return False
+        return True
+
+    def _complete(self, result: fx.WholeResult) -> None:
+        blob = self.data.complete(result)
+        self._to_disk(result.channel, result.round, blob)
+
+    def _applied(self, channel: str, outcome: tuple[int, bytes]) -> None:
+        self.run(self.node.applied, channel, outcome[0], outcome[1])
+
+    def _install_failed(self, channel: str, error: SwarmError) -> None:
+        self.run(self.node.install_failed, channel, str(error))
+
+    # -- links --------------------------------------------------------------------------------
+
+    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
+        self.run(self.node.connected, peer, hello.listen)
+
+    def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
+        self.run(self.node.disconnected, peer)
+
+    def message(self, peer: PeerId, message: Message) -> None:
+        try:
+            self.run(self.node.receive, peer, message)
+        except PeerFault as fault:
+            fields: dict[str, object] = {"peer": peer.hex(), "fault": fault.code, "why": fault.why}
+            self._on_event(fx.Notice("peer_fault", fields))
+
+
+def _failure(error: SwarmError) -> str:
+    """A fetch whose bytes match their root and are not a valid vector is nobody's transport."""
+    return "invalid" if isinstance(error, PeerFault) else "released"
+
+
+assert INLINE_BYTES_MAX <= limits.FRAME_BYTES_BULK_MAX

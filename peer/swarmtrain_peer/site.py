@@ -296,6 +296,25 @@ def list_sites(home: Path) -> list[Site]:
     return [Site(folder) for folder in sorted(runs.iterdir()) if (folder / "run").is_file()]
 
 
+def site_at(home: Path, explicit: str) -> Site:
+    """The site named by its folder or by the first digits of its run id.
+
+    Raises:
+        UsageError: no such site, or several.
+    """
+    folder = Path(explicit)
+    if (folder / "run").is_file():
+        return Site(folder.resolve())
+    sites = [site for site in list_sites(home) if site.folder.name.startswith(explicit.lower())]
+    if len(sites) == 1:
+        return sites[0]
+    raise UsageError(
+        f"site {explicit}",
+        "several runs begin like that" if sites else "no such folder, and no run begins so",
+        "use --site FOLDER",
+    )
+
+
 def find_site(home: Path, explicit: str | None = None) -> Site:
     """The site that a command means: ``explicit`` (a folder or the first digits of a run id, from
     a flag or ``SWARMTRAIN_SITE``), else the only live site of ``home``.
@@ -303,19 +322,9 @@ def find_site(home: Path, explicit: str | None = None) -> Site:
     Raises:
         UsageError: no such site, none is live, or several are (it lists them).
     """
-    sites = list_sites(home)
     if explicit:
-        folder = Path(explicit)
-        if (folder / "run").is_file():
-            return Site(folder.resolve())
-        sites = [site for site in sites if site.folder.name.startswith(explicit.lower())]
-        if len(sites) == 1:
-            return sites[0]
-        raise UsageError(
-            f"site {explicit}",
-            "several runs begin like that" if sites else "no such folder, and no run begins so",
-            "use `swarmtrain status --site FOLDER`",
-        )
+        return site_at(home, explicit)
+    sites = list_sites(home)
     live = [site for site in sites if site.is_live()]
     if len(live) == 1:
         return live[0]

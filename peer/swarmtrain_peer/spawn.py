@@ -42,23 +42,26 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def start_process(
     arguments: Sequence[str],
-    output: Path,
+    output: Path | None,
     *,
     environment: Mapping[str, str] | None = None,
     nice: int = 0,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a process group of its own; what it prints is appended to ``output``.
+    """Start a process in a process group of its own.
+
+    What it prints is appended to ``output``, or goes where this process's goes if that is None.
 
     A group of its own, because Ctrl-C must reach the command line only, which then leaves
     politely. ``nice``: how much lower its priority is.
     """
     prefix = ["nice", "-n", str(nice)] if nice and sys.platform != "win32" else []
-    with open(output, "ab") as file:
+    with contextlib.ExitStack() as stack:
+        file = None if output is None else stack.enter_context(open(output, "ab"))
         return subprocess.Popen(
             [*prefix, *arguments],
             stdin=subprocess.PIPE,
             stdout=file,
-            stderr=subprocess.STDOUT,
+            stderr=None if file is None else subprocess.STDOUT,
             env={**child_environment(environment), "SWARMTRAIN_OWNED": "1"},
             process_group=0,
         )

@@ -1,0 +1,360 @@
+"""``swarmtrain demo``: a whole swarm on this machine, from nothing, every peer a real process.
+
+N homes in a temporary folder, each with one peer process and one trainer. The first founds the
+run; the others enter with a ticket, as they would from another continent. This process and the
+dashboard are not members. ``--chaos`` kills a member at a third of the rounds and the leader at
+two thirds; both come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from swarmtrain.cli.options import Json
+from swarmtrain.cli.output import EXIT_SIGINT, Output
+from swarmtrain.cli.session import TrainerCommand, preset_trainer
+from swarmtrain.cli.summary import summarize, summary_lines
+from swarmtrain_peer import host
+from swarmtrain_peer.config import PeerConfig
+from swarmtrain_peer.control import ControlClient
+from swarmtrain_peer.events import Record, read_events
+from swarmtrain_peer.site import Site, enter_site, found_site
+from swarmtrain_peer.spawn import (
+    Supervisor,
+    child_environment,
+    output_tail,
+    spawn_peer,
+    start_process,
+    stop_process,
+)
+from swarmtrain_protocols.errors import QuorumLost, SwarmError, UsageError
+from swarmtrain_protocols.manifest import RunKeys, Ticket
+
+INNER_STEPS = 20
+VOTERS = 3
+POLL_S = 0.1
+STALL_S = 120.0
+"""Without a commit for this long (and the time of the first), the demo gives up."""
+DRAIN_S = 30.0
+LEAVE_S = 15.0
+WARM_KERNELS = "from swarmtrain_protocols.codecs import kernels; kernels.use_numba(True)"
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """``steps``: inner steps per trainer; a round is INNER_STEPS of them."""
+
+    peers: int = 3
+    steps: int = 200
+    overlap: str = "auto"
+    codec: str = "int8"
+    chaos: bool = False
+    dashboard: bool = True
+
+    @property
+    def rounds(self) -> int:
+        return max(1, self.steps // INNER_STEPS)
+
+    def run_keys(self) -> RunKeys:
+        """The run: all members together in each round, one fewer where one will be killed."""
+        return RunKeys(
+            name="demo",
+            inner_steps=INNER_STEPS,
+            total_steps=self.rounds * INNER_STEPS,
+            inner_warmup_steps=min(50, self.steps // 5),
+            max_rounds=self.rounds,
+            min_peers=max(1, self.peers - 1 if self.chaos else self.peers),
+            overlap=self.overlap,
+            codec_scatter=self.codec,
+            codec_gather=self.codec,
+        )
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+class Demo:
+    """One demo. ``run`` returns the summary and leaves nothing running."""
+
+    def __init__(self, options: DemoOptions, output: Output, folder: Path) -> None:
+        self.options = options
+        self.output = output
+        self.folder = folder
+        self.sites: list[Site] = []
+        self.dashboard_url: str | None = None
+        self._supervisor = Supervisor(self._report)
+        self._viewer: subprocess.Popen[bytes] | None = None
+        self._clients: dict[int, ControlClient] = {}
+        self._records: queue.SimpleQueue[tuple[int, Record]] = queue.SimpleQueue()
+        self._commits: set[tuple[Any, ...]] = set()
+        self._last_progress_s = host.mono_s()
+        self._chaos_done = 0
+        self._stop = threading.Event()
+
+    def run(self) -> dict[str, Any]:
+        """Everything: found, join, train, end, count."""
+        finished = False
+        try:
+            with self._signal_handlers():
+                self._progress("preparing kernels")
+                subprocess.run(
+                    [sys.executable, "-c", WARM_KERNELS],
+                    env=child_environment(ONE_THREAD),
+                    check=True,
+                    capture_output=True,
+                )
+                self._start_peers()
+                self._start_trainers()
+                self._watch()
+                finished = self._finish()
+        finally:
+            self.close()
+        logs = [list(read_events(site.events_path)) for site in self.sites]
+        return summarize(logs, finished=finished, dashboard_url=self.dashboard_url)
+
+    def close(self) -> None:
+        """End every process. Safe to call twice."""
+        for client in self._clients.values():
+            client.close()
+        if self._viewer is not None:
+            stop_process(self._viewer)
+        self._supervisor.stop()
+
+    def _progress(self, line: str) -> None:
+        self.output.progress(f"demo: {line}")
+
+    def _report(self, name: str, fields: dict[str, object]) -> None:
+        if not self.output.as_json:
+            self.output.event({"name": name, "severity": "warning", **fields})
+
+    def _start_peers(self) -> None:
+        options = self.options
+        config = PeerConfig(name="peer-0", listen="127.0.0.1:0", votes=True, dashboard="")
+        founder = found_site(self.folder / "home-0", options.run_keys(), config)
+        self.sites.append(founder)
+        self._supervisor.add("peer-0", lambda: spawn_peer(founder))
+        self._follow(0)
+        if options.dashboard:
+            self._start_dashboard(founder)
+        tickets = {
+            vote: Ticket.parse(str(self._ask(0, "ticket", _ticket(vote))["ticket"]))
+            for vote in (True, False)
+        }
+        for number in range(1, options.peers):
+            votes = number < VOTERS
+            config = msgspec.structs.replace(config, name=f"peer-{number}", votes=votes)
+            home = self.folder / f"home-{number}"
+            self.sites.append(enter_site(home, tickets[votes], config))
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            list(pool.map(self._join, range(1, options.peers)))
+        for number in range(1, options.peers):
+            self._follow(number)
+        self._progress(f"{options.peers} peers joined with a ticket")
+
+    def _join(self, number: int) -> None:
+        self._supervisor.add(f"peer-{number}", lambda: spawn_peer(self.sites[number]))
+
+    def _start_trainers(self) -> None:
+        for number, site in enumerate(self.sites):
+            preset = preset_trainer(site, "cpu")
+            command = TrainerCommand(preset.arguments, environment=ONE_THREAD)
+            start = functools.partial(command.start, site)
+            self._supervisor.add(f"trainer-{number}", start)
+        self._last_progress_s = host.mono_s()
+
+    def _start_dashboard(self, site: Site) -> None:
+        ready = self.folder / "dashboard.json"
+        arguments = [sys.executable, "-m", "swarmtrain.dashboard", "--site", str(site.folder)]
+        arguments += ["--bind", "127.0.0.1:0", "--ready-file", str(ready)]
+        self._viewer = start_process(arguments, self.folder / "dashboard.log", nice=10)
+        deadline_s = host.mono_s() + DRAIN_S
+        while host.mono_s() < deadline_s and self._viewer.poll() is None:
+            if ready.exists():
+                self.dashboard_url = str(msgspec.json.decode(ready.read_bytes())["url"])
+                self.output.note(f"dashboard: {self.dashboard_url}")
+                return
+            self._stop.wait(0.05)
+        self.output.note(f"no dashboard: see {self.folder / 'dashboard.log'}")
+
+    def _follow(self, number: int) -> None:
+        client = self.sites[number].connect()
+        client.subscribe(lambda push: self._on_push(number, push))
+        client.call("events", {"follow": True, "since_seq": 0, "last": 1})
+        self._clients[number] = client
+
+    def _on_push(self, number: int, push: dict[str, Any]) -> None:
+        if push.get("event") == "event":
+            self._records.put((number, push["record"]))
+
+    def _ask(self, number: int, call: str, args: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._clients[number].call(call, args, timeout_s=15.0)
+
+    def _turn(self) -> None:
+        """One turn of waiting: processes, events, signals, chaos, the watchdog."""
+        if self._stop.wait(POLL_S):
+            raise Interrupted
+        self._supervisor.poll()
+        for number, client in list(self._clients.items()):
+            peer = self._supervisor.processes[f"peer-{number}"]
+            if client.closed and peer.process.poll() is None and peer.restart_at_s is None:
+                with contextlib.suppress(SwarmError):
+                    self._follow(number)
+        while not self._records.empty():
+            self._on_record(*self._records.get())
+
+    def _on_record(self, number: int, record: Record) -> None:
+        name = record["name"]
+        if name == "round_committed":
+            key = (record["generation"], record["channel"], record["round"])
+            if key not in self._commits:
+                self._commits.add(key)
+                self._last_progress_s = host.mono_s()
+                self._progress(f"round {len(self._commits)} of {self.options.rounds} committed")
+        elif name == "evaluated":
+            self._progress(f"loss {record['loss']:.3f} after round {record['round']}")
+        elif record["severity"] != "info" and not self.output.as_json:
+            self.output.progress(f"peer-{number}: {name} {record.get('reason') or ''}")
+
+    def _watch(self) -> None:
+        """Until every trainer has ended: they do when the run has."""
+        trainers = [f"trainer-{number}" for number in range(self.options.peers)]
+        while any(self._supervisor.processes[name].exit_code is None for name in trainers):
+            self._turn()
+            self._chaos()
+            failed = [
+                one
+                for one in self._supervisor.processes.values()
+                if one.exit_code is not None and one.exit_code != 0
+            ]
+            if failed:
+                raise SwarmError(
+                    f"{failed[0].name} ended with exit code {failed[0].exit_code}",
+                    self._last_words(failed[0].name),
+                    f"see {self.folder}, kept with --keep",
+                )
+            if host.mono_s() - self._last_progress_s > STALL_S:
+                raise QuorumLost(
+                    "the demo stands still",
+                    f"no commit for {STALL_S:g} s, {len(self._commits)} so far",
+                    "run it again with --keep and look at the logs",
+                )
+
+    def _last_words(self, name: str) -> str:
+        kind, _, number = name.partition("-")
+        file = "peer.log" if kind == "peer" else "trainer.log"
+        return " | ".join(output_tail(self.sites[int(number)].folder / file).splitlines()[-3:])
+
+    def _finish(self) -> bool:
+        """Let the peer processes end; they may wait for a goodbye. True if all ended well."""
+        self._supervisor.expect_end()
+        peers = [self._supervisor.processes[f"peer-{n}"] for n in range(self.options.peers)]
+        for now in (False, True):
+            for number, peer in enumerate(peers):
+                if peer.process.poll() is None:
+                    with contextlib.suppress(SwarmError):
+                        self._ask(number, "leave", {"now": now})
+            deadline_s = host.mono_s() + LEAVE_S
+            while any(p.process.poll() is None for p in peers) and host.mono_s() < deadline_s:
+                self._turn()
+        return all(peer.process.poll() == 0 for peer in peers)
+
+    def _chaos(self) -> None:
+        """Kill at a third and at two thirds of the rounds, by what the members say."""
+        if not self.options.chaos or self._chaos_done >= 2 or self.options.peers < 2:
+            return
+        if len(self._commits) * 3 < self.options.rounds * (self._chaos_done + 1):
+            return
+        leader = self._leader()
+        if leader is None:
+            return
+        victim = leader if self._chaos_done == 1 else (leader + 1) % self.options.peers
+        kinds = ("peer",) if victim == leader else ("peer", "trainer")
+        self._chaos_done += 1
+        for kind in kinds:
+            process = self._supervisor.processes[f"{kind}-{victim}"].process
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        self.output.note(f"chaos: killed {' and '.join(f'{kind}-{victim}' for kind in kinds)}")
+
+    def _leader(self) -> int | None:
+        for number in range(self.options.peers):
+            with contextlib.suppress(SwarmError):
+                if self._ask(number, "status").get("is_leader"):
+                    return number
+        return None
+
+    @contextlib.contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        def handler(number: int, frame: FrameType | None) -> None:
+            self._stop.set()
+
+        before = {one: signal.signal(one, handler) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, old in before.items():
+                signal.signal(one, old)
+
+
+def _ticket(vote: bool) -> dict[str, Any]:
+    expires_s = int(host.wall_s()) + 24 * 3600
+    return {"role": "trainer", "vote": vote, "expires_s": expires_s, "uses": 0}
+
+
+def demo(
+    peers: Annotated[int, typer.Option("--peers", min=1, max=64)] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Inner steps per peer.")] = 200,
+    overlap: Annotated[str, typer.Option("--overlap", help="auto, off, delayed, eager.")] = "auto",
+    codec: Annotated[str, typer.Option("--codec", help="fp32, bf16, int8, int4, ...")] = "int8",
+    chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
+    dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard")] = True,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Three peers on this machine train a small language model together.
+
+    Needs no network, no GPU and no account. Each peer is a real process that joins by ticket.
+    """
+    if steps < INNER_STEPS:
+        raise UsageError(
+            f"--steps {steps}", f"a round is {INNER_STEPS} steps", f"at least {INNER_STEPS}"
+        )
+    output = Output(as_json=as_json)
+    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard)
+    folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
+    started_s = host.mono_s()
+    try:
+        summary = Demo(options, output, folder).run()
+    except Interrupted:
+        output.note("demo: interrupted")
+        raise typer.Exit(EXIT_SIGINT) from None
+    finally:
+        if keep:
+            output.note(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    output.result(summary, summary_lines(summary, host.mono_s() - started_s))
+    if not summary["ok"]:
+        raise typer.Exit(1)
+    output.text("your own swarm: `swarmtrain up`, then `swarmtrain join TICKET` elsewhere")

@@ -1,0 +1,144 @@
+"""What the command line prints: results to stdout, everything else to stderr.
+
+Errors are three lines: what happened, why, what to do. Progress appears only where a person looks
+at a terminal. With ``--json`` the last line of stdout is one JSON object, also when it failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swarmtrain_peer.control import error_to_dict
+from swarmtrain_peer.events import Record, escape_text
+from swarmtrain_protocols.errors import SwarmError
+
+EXIT_DEGRADED, EXIT_STALLED, EXIT_STOPPED = 20, 21, 22
+EXIT_SCRIPT = 16
+EXIT_SIGINT, EXIT_SIGTERM = 130, 143
+
+
+class Output:
+    """One command's output."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.is_terminal = sys.stderr.isatty()
+
+    def text(self, line: str) -> None:
+        """A line of the result for people; nothing with ``--json``."""
+        if not self.as_json:
+            print(line, flush=True)
+
+    def result(self, document: Mapping[str, Any], lines: Sequence[str] = ()) -> None:
+        """The result: one JSON object, or ``lines`` for people."""
+        if self.as_json:
+            print(json.dumps(document), flush=True)
+        else:
+            for line in lines:
+                print(line, flush=True)
+
+    def note(self, line: str) -> None:
+        """Something that a person must see wherever stderr goes."""
+        print(line, file=sys.stderr, flush=True)
+
+    def progress(self, line: str) -> None:
+        """Something that is only worth a terminal."""
+        if self.is_terminal:
+            print(line, file=sys.stderr, flush=True)
+
+    def event(self, record: Record) -> None:
+        """Tell an event: a JSON line, or a line for people if it is news to them."""
+        if self.as_json:
+            print(json.dumps(record), flush=True)
+            return
+        line = event_line(record)
+        if record.get("severity") != "info":
+            self.note(line)
+        elif record.get("name") in NEWS:
+            self.progress(line)
+
+    def error(self, error: SwarmError) -> None:
+        """Three lines on stderr, and with ``--json`` an object on stdout."""
+        if self.as_json:
+            document = {"ok": False, "error": error_to_dict(error)}
+            print(json.dumps(document), flush=True)
+        self.note(f"error: {escape_text(error.what)}")
+        self.note(f"  why: {escape_text(error.why) or 'not known'}")
+        todo = escape_text(error.todo) or f"see docs/exit-codes/{error.exit_code}.md"
+        self.note(f"  do:  {todo}")
+
+
+NEWS = (
+    "peer_started",
+    "member_joined",
+    "member_left",
+    "leader_changed",
+    "model_defined",
+    "trainer_attached",
+    "round_committed",
+    "evaluated",
+    "state_synced",
+    "checkpoint_saved",
+    "leaving",
+    "run_ended",
+    "resumed",
+)
+_HIDDEN = ("v", "seq", "wall_s", "mono_s", "site", "name", "severity", "code", "suppressed")
+
+
+def event_line(record: Record) -> str:
+    """One line for people: name, round, then the event's own fields."""
+    parts = [str(record.get("name", "?")).replace("_", " ")]
+    if record.get("round") is not None:
+        attempt = record.get("attempt")
+        tail = f".{attempt}" if attempt else ""
+        parts.append(f"{record.get('channel')}#{record['round']}{tail}")
+    for key, value in record.items():
+        if key in _HIDDEN or key in ("generation", "channel", "round", "attempt"):
+            continue
+        if value is not None:
+            parts.append(f"{key}={_short(value)}")
+    mark = {"warning": "! ", "error": "!! "}.get(str(record.get("severity")), "")
+    return mark + "  ".join(parts)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = escape_text(str(value), 200)
+    is_id = len(text) >= 32 and all(char in "0123456789abcdef" for char in text)
+    return text[:8] if is_id else text
+
+
+def human_bytes(nbytes: float) -> str:
+    """``1.5 MB``; powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Aligned columns; cells are escaped, so that no peer's name can move the cursor."""
+    cells = [list(header), *([escape_text(str(cell), 60) for cell in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """True if ``--json`` stands among this command's own arguments (before ``--``)."""
+    own = list(arguments)
+    return "--json" in (own[: own.index("--")] if "--" in own else own)
+
+
+def color_allowed() -> bool:
+    """``NO_COLOR`` (https://no-color.org) and pipes turn colour off."""
+    return not os.environ.get("NO_COLOR") and sys.stdout.isatty()

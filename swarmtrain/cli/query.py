@@ -1,0 +1,184 @@
+"""Looking at a running peer: ``status``, ``peers``, ``rounds``, ``events``; and ``leave``."""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated, Any
+
+import typer
+
+from swarmtrain.cli.options import CALL_TIMEOUT_S, Home, Json, SiteOption, connect, site_of
+from swarmtrain.cli.output import (
+    EXIT_DEGRADED,
+    EXIT_STALLED,
+    EXIT_STOPPED,
+    Output,
+    event_line,
+    human_bytes,
+    table,
+)
+from swarmtrain_peer.control import ControlClosed
+from swarmtrain_peer.events import escape_text
+
+Last = Annotated[int, typer.Option("--last", "-n", min=1, max=4096, help="How many.")]
+
+
+def health(status: dict[str, Any]) -> tuple[str, int, str]:
+    """(word, exit code, reason) of a run as one member sees it."""
+    if status.get("ended"):
+        return "stopped", EXIT_STOPPED, f"the run ended: {status['ended']}"
+    if not status.get("leader"):
+        return "stalled", EXIT_STALLED, "no majority of stewards answers"
+    if status.get("paused"):
+        return "stalled", EXIT_STALLED, f"paused: {status['paused']}"
+    if status.get("syncing"):
+        return "degraded", EXIT_DEGRADED, "this site is catching up"
+    members, connected = int(status.get("members", 0)), int(status.get("connected", 0))
+    if connected + 1 < members:
+        return "degraded", EXIT_DEGRADED, f"{members - connected - 1} member(s) not connected"
+    return "healthy", 0, "every member is connected"
+
+
+def status(site: SiteOption = None, home: Home = None, as_json: Json = False) -> None:
+    """One screen about the run. Exit code: 0 healthy, 20 degraded, 21 stalled, 22 stopped."""
+    output = Output(as_json=as_json)
+    place = site_of(home, site)
+    try:
+        with place.connect() as client:
+            answer = client.call("status", timeout_s=CALL_TIMEOUT_S)
+    except ControlClosed as error:
+        document = {"ok": False, "health": "stopped", "site": str(place.folder)}
+        output.result(document, [f"stopped: {error.what} ({error.why})"])
+        raise typer.Exit(EXIT_STOPPED) from None
+    word, exit_code, reason = health(answer)
+    lines = status_lines(answer, word, reason)
+    output.result({"ok": exit_code == 0, "health": word, "reason": reason, **answer}, lines)
+    raise typer.Exit(exit_code)
+
+
+def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
+    """The status for people."""
+    trainer = answer.get("trainer") or {}
+    loss = answer.get("loss")
+    listen = ", ".join(answer.get("listen") or []) or "no address"
+    leader = str(answer.get("leader") or "none")[:8]
+    me = " (this site)" if answer.get("is_leader") else ""
+    sent, received = (human_bytes(answer.get(f"bytes_{way}") or 0) for way in ("sent", "received"))
+    fields = {
+        "run": f"{answer.get('name')} {str(answer.get('run'))[:16]}",
+        "site": f"{answer.get('site_name')} {str(answer.get('site'))[:8]} on {listen}",
+        "members": f"{answer.get('members')}, {answer.get('connected')} connected",
+        "leader": f"{leader}{me}, term {answer.get('term')}",
+        "stewards": len(answer.get("stewards") or []),
+        "rounds": f"{answer.get('rounds_committed')} committed, "
+        f"{answer.get('rounds_aborted')} aborted, generation {answer.get('generation')}",
+        "loss": "not measured" if loss is None else f"{loss:.4f}",
+        "traffic": f"{sent} sent, {received} received",
+    }
+    lines = [f"{word}: {reason}", *(f"{key:8} {value}" for key, value in fields.items())]
+    if trainer.get("attached"):
+        used = trainer.get("compute_utilization")
+        share = "" if used is None else f", computing {100 * used:.1f} % of the time"
+        lines.append(f"trainer  step {trainer.get('step')}{share}")
+    for name, channel in sorted((answer.get("channels") or {}).items()):
+        lines.append(
+            f"channel  {name} round {channel.get('round')} {channel.get('phase')}"
+            f" state {str(channel.get('state_hash') or '')[:8]}"
+        )
+    return [escape_text(line) for line in lines]
+
+
+def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> None:
+    """The members of the run."""
+    with connect(home, site) as client:
+        answer = client.call("peers", timeout_s=CALL_TIMEOUT_S)
+    rows = [
+        (
+            str(peer.get("id"))[:8],
+            peer.get("name"),
+            "leader" if peer.get("is_leader") else "steward" if peer.get("votes") else "member",
+            "trains" if peer.get("trains") else "holds" if peer.get("holds_state") else "relays",
+            "connected" if peer.get("connected") else "away",
+            peer.get("round"),
+            ", ".join(peer.get("addresses") or []) or "outgoing only",
+        )
+        for peer in answer.get("peers", [])
+    ]
+    header = ("id", "name", "role", "does", "link", "round", "addresses")
+    Output(as_json=as_json).result(answer, table(header, rows))
+
+
+def rounds(
+    last: Last = 20, site: SiteOption = None, home: Home = None, as_json: Json = False
+) -> None:
+    """The newest rounds and their outcomes."""
+    with connect(home, site) as client:
+        answer = client.call("rounds", {"last": last}, timeout_s=CALL_TIMEOUT_S)
+    rows = [
+        (
+            f"{one.get('channel')}#{one.get('round')}.{one.get('attempt')}",
+            one.get("outcome"),
+            len(one.get("contributors") or []),
+            _seconds(one.get("opened_wall_s"), one.get("decided_wall_s")),
+            human_bytes(one.get("bytes") or 0),
+            str(one.get("root") or "")[:8],
+            one.get("reason") or "",
+        )
+        for one in answer.get("rounds", [])
+    ]
+    header = ("round", "outcome", "contributors", "took", "bytes", "root", "reason")
+    Output(as_json=as_json).result(answer, table(header, rows))
+
+
+def _seconds(opened: float | None, decided: float | None) -> str:
+    return "" if opened is None or decided is None else f"{decided - opened:.2f} s"
+
+
+def events(
+    last: Last = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
+    code: Annotated[str | None, typer.Option("--code", help="Such as R3, or N610.")] = None,
+    since_seq: Annotated[int, typer.Option("--since-seq", min=0)] = 0,
+    site: SiteOption = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """The site's events, the newest last. With --follow and --json: one object per line."""
+    output = Output(as_json=as_json)
+    gone = threading.Event()
+
+    def wanted(record: dict[str, Any]) -> bool:
+        return code is None or str(record.get("code", "")).startswith(code)
+
+    def show(record: dict[str, Any]) -> None:
+        if wanted(record):
+            output.result(record, [event_line(record)])
+
+    with connect(home, site) as client:
+        if follow:
+            client.on_close(gone.set)
+            client.subscribe(
+                lambda push: show(push["record"]) if push.get("event") == "event" else None
+            )
+        arguments = {"since_seq": since_seq, "last": last, "follow": follow}
+        answer = client.call("events", arguments, timeout_s=CALL_TIMEOUT_S)
+        found = [record for record in answer.get("events", []) if wanted(record)]
+        if follow:
+            for record in found:
+                show(record)
+            gone.wait()
+        else:
+            output.result({"events": found}, [event_line(record) for record in found])
+
+
+def leave(
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for the round to end.")] = False,
+    site: SiteOption = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Let the local peer leave its run, after the round or now."""
+    with connect(home, site) as client:
+        client.call("leave", {"now": now}, timeout_s=CALL_TIMEOUT_S)
+    when = "now" if now else "after this round"
+    Output(as_json=as_json).result({"ok": True, "now": now}, [f"leaving {when}"])

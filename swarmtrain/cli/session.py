@@ -1,0 +1,229 @@
+"""One member in the foreground: its peer process, its trainer, its events, its end.
+
+Ctrl-C once leaves politely after the round; twice leaves now, with a goodbye; three times kills.
+SIGTERM is a polite leave with a deadline (``PeerConfig.leave_grace_s``), as spot machines need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from swarmtrain.cli.output import EXIT_SCRIPT, EXIT_SIGINT, EXIT_SIGTERM, Output
+from swarmtrain_peer import host
+from swarmtrain_peer.control import ControlClient, ControlClosed
+from swarmtrain_peer.site import Site
+from swarmtrain_peer.spawn import Supervisor, spawn_peer, start_process, stop_process
+from swarmtrain_protocols.errors import SwarmError
+
+POLL_S = 0.1
+INBOX_MAX = 4096
+TRAINER_END_S = 15.0
+"""How long a trainer may take to end after its peer process has."""
+GOODBYE_S = 10.0
+"""How long leaving *now* may take before the processes are killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerCommand:
+    """How to start the trainer of a site. ``script``: the user's own command, output untouched."""
+
+    arguments: Sequence[str]
+    script: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, site: Site) -> subprocess.Popen[bytes]:
+        extra = {"SWARMTRAIN_SITE": str(site.folder), **self.environment}
+        if self.script:
+            return start_process(self.arguments, None, environment=extra)
+        # The peer process must get a processor when a message arrives: trainers are nicer.
+        return start_process(
+            self.arguments, site.folder / "trainer.log", environment=extra, nice=10
+        )
+
+
+def preset_trainer(site: Site, device: str) -> TrainerCommand:
+    """The trainer of the manifest's preset model and data."""
+    arguments = [
+        sys.executable,
+        "-m",
+        "swarmtrain.training.trainer",
+        str(site.folder),
+        "--device",
+        device,
+    ]
+    return TrainerCommand(arguments)
+
+
+class MemberSession:
+    """Runs one member until the run ends, its trainer is done, or somebody says leave."""
+
+    def __init__(self, site: Site, output: Output, trainer: TrainerCommand | None) -> None:
+        self.site = site
+        self._output = output
+        self._trainer = trainer
+        self._inbox: queue.Queue[tuple[str, Any]] = queue.Queue(INBOX_MAX)
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._supervisor = Supervisor(self._report)
+        self._client: ControlClient | None = None
+        self._last_seq = 0
+        self._interrupts = 0
+        self._terminated = False
+        self._kill_at_s: float | None = None
+        self._now_at_s: float | None = None
+        self._exit_code = 0
+
+    @property
+    def client(self) -> ControlClient:
+        """The control connection; ``start`` opens it.
+
+        Raises:
+            ControlClosed: the peer process is gone.
+        """
+        if self._client is None or self._client.closed:
+            self._connect()
+        assert self._client is not None
+        return self._client
+
+    def start(self) -> None:
+        """Start the peer process and follow its events.
+
+        Raises:
+            SwarmError: it did not start.
+        """
+        self._supervisor.add("peer", lambda: spawn_peer(self.site))
+        self._connect()
+
+    def run(self) -> int:
+        """Start the trainer, wait for the end, clean up. Returns the exit code."""
+        with self._signal_handlers():
+            try:
+                if self._trainer is not None:
+                    trainer = self._trainer
+                    self._supervisor.add("trainer", lambda: trainer.start(self.site))
+                while not self._step():
+                    pass
+            finally:
+                self.close()
+        return self._exit_code
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        if self._client is not None:
+            self._client.close()
+        self._supervisor.stop()
+
+    def _step(self) -> bool:
+        """One turn of the loop; true at the end."""
+        with contextlib.suppress(queue.Empty):
+            _, record = self._inbox.get(timeout=POLL_S)
+            self._last_seq = max(self._last_seq, int(record.get("seq", 0)))
+            self._output.event(record)
+        while not self._signals.empty():
+            self._on_signal(self._signals.get())
+        self._supervisor.poll()
+        now = host.mono_s()
+        if self._now_at_s is not None and now >= self._now_at_s:
+            self._now_at_s = None
+            self._exit_code = EXIT_SIGTERM
+            self._leave(now=True)
+        if self._kill_at_s is not None and now >= self._kill_at_s:
+            return True
+        return self._ended()
+
+    def _ended(self) -> bool:
+        peer = self._supervisor.processes["peer"]
+        trainer = self._supervisor.processes.get("trainer")
+        if peer.exit_code is not None:
+            if self._exit_code == 0 and peer.exit_code > 0:
+                self._exit_code = peer.exit_code
+            if trainer is not None and trainer.exit_code is None:
+                self._supervisor.expect_end("trainer")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    trainer.process.wait(timeout=TRAINER_END_S)
+                trainer.exit_code = stop_process(trainer.process)
+            while not self._inbox.empty():
+                self._output.event(self._inbox.get()[1])
+            return True
+        if self._client is not None and self._client.closed and peer.restart_at_s is None:
+            with contextlib.suppress(ControlClosed):
+                self._connect()
+        if trainer is not None and trainer.exit_code is not None and not peer.stopping:
+            if trainer.exit_code != 0:
+                script = self._trainer is not None and self._trainer.script
+                self._exit_code = EXIT_SCRIPT if script else max(1, trainer.exit_code)
+            self._leave(now=False)
+        return False
+
+    def _connect(self) -> None:
+        client = self.site.connect()
+        client.subscribe(self._on_push)
+        answer = client.call("events", {"since_seq": self._last_seq, "last": 100, "follow": True})
+        for record in answer.get("events", []):
+            self._inbox.put(("event", record))
+        self._client = client
+
+    def _on_push(self, document: dict[str, Any]) -> None:
+        if document.get("event") == "event":
+            self._inbox.put(("event", document["record"]))
+
+    def _report(self, name: str, fields: dict[str, object]) -> None:
+        self._output.event({"name": name, "severity": "warning", **fields})
+
+    def _leave(self, *, now: bool) -> None:
+        """Ask the peer process to leave, without waiting for it."""
+        self._supervisor.expect_end()
+        if now:
+            self._kill_at_s = host.mono_s() + GOODBYE_S
+
+        def ask() -> None:
+            try:
+                self.client.call("leave", {"now": now}, timeout_s=GOODBYE_S)
+            except SwarmError as error:
+                if not isinstance(error, ControlClosed):  # closed: it has left already
+                    self._output.note(f"leave: {error}")
+
+        threading.Thread(target=ask, name="leave", daemon=True).start()
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGTERM:
+            if not self._terminated:
+                self._terminated = True
+                grace_s = self.site.config().leave_grace_s
+                self._now_at_s = host.mono_s() + grace_s
+                self._output.note(f"leaving after this round, at the latest in {grace_s:g} s")
+                self._leave(now=False)
+            return
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._output.note("leaving after this round; Ctrl-C again to leave now")
+            self._leave(now=False)
+        elif self._interrupts == 2:
+            self._output.note("leaving now; Ctrl-C again to kill")
+            self._exit_code = EXIT_SIGINT
+            self._leave(now=True)
+        else:
+            self._exit_code = EXIT_SIGINT
+            for one in self._supervisor.processes.values():
+                one.process.kill()
+            self._kill_at_s = host.mono_s()
+
+    @contextlib.contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        def handler(number: int, frame: FrameType | None) -> None:
+            self._signals.put(number)  # SimpleQueue.put may run inside a signal handler
+
+        before = {one: signal.signal(one, handler) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, old in before.items():
+                signal.signal(one, old)

@@ -304,8 +304,9 @@ def reduce_chunk(
     if len(contributions) != len(coefficients):
         raise LocalProtocolError(f"{len(contributions)} contributions, {len(coefficients)} weights")
     acc = np.zeros(n, np.float32)
-    for data, coefficient in zip(contributions, coefficients, strict=True):
-        codec_in.decode_accumulate(data, np.float32(coefficient), acc)
+    with np.errstate(over="ignore", invalid="ignore"):  # judged by the sum
+        for data, coefficient in zip(contributions, coefficients, strict=True):
+            codec_in.decode_accumulate(data, np.float32(coefficient), acc)
     if magnitude_bits(acc) > magnitude_bits_of(limits.RESULT_MAGNITUDE_MAX / 2):
         raise PeerFault("non_finite", "the weighted sum is not finite or too large for a result")
     out = bytearray(codec_out.encoded_nbytes(n))

@@ -92,13 +92,13 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     finished: bool
 
 
-class SnapshotQuery(msgspec.Struct, frozen=True, tag="snapshot?"):
+class SnapshotQuery(msgspec.Struct, frozen=True, tag="state-snapshot?"):
     """Which snapshots of a channel's state can the receiver serve?"""
 
     channel: Channel
 
 
-class SnapshotOffer(msgspec.Struct, frozen=True, tag="snapshot"):
+class SnapshotOffer(msgspec.Struct, frozen=True, tag="state-snapshot"):
     """Snapshots on offer, oldest first: states before ``rounds[i]`` with state hash ``roots[i]``.
 
     Trusted only if the log pins the same hash for that round.

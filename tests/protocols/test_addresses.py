@@ -1,3 +1,5 @@
+"""Addresses: what is one, what is none, and which belong to one operator."""
+
 from __future__ import annotations
 
 import pytest

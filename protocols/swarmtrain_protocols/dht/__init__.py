@@ -1,1 +1,1 @@
-"""Kademlia for finding things: stewards, addresses, holders of chunks. It never decides (spec 03)."""
+"""Kademlia for finding things: stewards, addresses, chunk holders. It never decides (spec 03)."""

@@ -1,0 +1,56 @@
+"""160-bit identifiers and the XOR metric (Maymounkov & Mazières, Kademlia, 2002, §2.1).
+
+Identifiers are hashes, so that nobody chooses where in the space they stand. Inside the DHT they
+are integers, because the metric is integer XOR; on the wire they are 20 big-endian bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
+
+ID_BITS = limits.DHT_ID_BYTES * 8
+
+
+def node_id(peer: bytes) -> int:
+    """First 160 bits of BLAKE3(public key)."""
+    return int.from_bytes(blake3(peer).digest(limits.DHT_ID_BYTES), "big")
+
+
+def key_id(name: bytes) -> int:
+    """First 160 bits of BLAKE3(``dht key`` NUL name); the prefix keeps names apart from peers."""
+    return int.from_bytes(blake3(b"dht key\0" + name).digest(limits.DHT_ID_BYTES), "big")
+
+
+def id_bytes(identifier: int) -> bytes:
+    """20 big-endian bytes, as on the wire."""
+    return identifier.to_bytes(limits.DHT_ID_BYTES, "big")
+
+
+def id_from_bytes(data: bytes) -> int:
+    """The inverse of ``id_bytes``."""
+    assert len(data) == limits.DHT_ID_BYTES
+    return int.from_bytes(data, "big")
+
+
+def bucket_index(own: int, other: int) -> int:
+    """0 … 159: position of the highest bit in which two different identifiers differ."""
+    assert own != other
+    return (own ^ other).bit_length() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A peer, where it stands in the identifier space and where it may be dialled."""
+
+    peer: PeerId
+    addresses: tuple[str, ...] = ()
+    id: int = field(default=-1, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.id < 0:
+            object.__setattr__(self, "id", node_id(self.peer))

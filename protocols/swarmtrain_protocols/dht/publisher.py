@@ -1,0 +1,200 @@
+"""What this site publishes: sign, find the k nearest, place a copy on each, renew in time.
+
+Sequence numbers are wall-clock milliseconds (or one more than the last), so that a restarted site
+goes on above what it published before without having kept anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.dht.events import DhtFailed, DhtStored
+from swarmtrain_protocols.dht.ids import Contact, id_bytes, key_id
+from swarmtrain_protocols.dht.records import sign_record
+from swarmtrain_protocols.dht.search import Search
+from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.messages.dht import SignedRecord, StoreReply
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.dht.kademlia import DhtCore
+    from swarmtrain_protocols.dht.requests import Reply
+
+
+@dataclass(slots=True)
+class _Publication:
+    """One key of this site. ``handle`` is 0 once the caller has its answer."""
+
+    name: bytes
+    target: int
+    value: bytes
+    ttl_s: float
+    keep: bool
+    handle: int
+    record: SignedRecord
+    again_at: float = math.inf
+    resigned: bool = False
+
+
+@dataclass(slots=True)
+class _Placement:
+    """One attempt to place the copies of one record."""
+
+    publication: _Publication
+    record: SignedRecord
+    awaited: int = 0
+    replicas: int = 0
+    refused: str = "unreachable"
+
+
+class Publisher:
+    """The publishing half of a ``DhtCore``."""
+
+    def __init__(self, core: DhtCore) -> None:
+        self._core = core
+        self._all: dict[bytes, _Publication] = {}
+        self._sequence = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def publish(
+        self, now: float, handle: int, name: bytes, value: bytes, ttl_s: float, keep: bool
+    ) -> None:
+        before = self._all.get(name)
+        if before is None and len(self._all) >= limits.DHT_RECORDS_PER_PUBLISHER_MAX:
+            raise LocalProtocolError(
+                "too many DHT keys", f"a site publishes {limits.DHT_RECORDS_PER_PUBLISHER_MAX}"
+            )
+        if before is not None and before.handle:
+            # Its copies may still be under way, but they lose against the new ones everywhere.
+            self._core.emit(DhtFailed(before.handle, name, "replaced"))
+        target = key_id(name)
+        record = self._sign(now, target, value, ttl_s)
+        mine = _Publication(name, target, value, ttl_s, keep, handle, record)
+        self._all[name] = mine
+        self._place(now, mine)
+
+    def withdraw(self, now: float, name: bytes) -> None:
+        mine = self._all.get(name)
+        if mine is not None:
+            mine.keep = False
+            mine.again_at = min(mine.again_at, now + limits.DHT_REPLICATE_S)
+
+    def own(self, key: bytes) -> Iterator[SignedRecord]:
+        """What this site itself publishes under key id ``key``."""
+        for mine in self._all.values():
+            if mine.record.key == key:
+                yield mine.record
+
+    def tick(self, now: float) -> None:
+        """Renew what is to be kept, replicate the rest again, forget what has expired."""
+        wall_s = self._core.wall(now)
+        for mine in list(self._all.values()):
+            if not mine.keep and not mine.handle and mine.record.expires_s <= wall_s:
+                del self._all[mine.name]
+            elif mine.again_at <= now:
+                if mine.keep:
+                    self._renew(now, mine)
+                self._place(now, mine)
+
+    def _renew(self, now: float, mine: _Publication) -> None:
+        mine.record = self._sign(now, mine.target, mine.value, mine.ttl_s)
+        mine.resigned = False
+
+    def _sign(self, now: float, target: int, value: bytes, ttl_s: float) -> SignedRecord:
+        core = self._core
+        wall_s = core.wall(now)
+        self._sequence = max(self._sequence + 1, int(wall_s * 1000))
+        expires_s = max(int(wall_s) + 1, int(wall_s + ttl_s))
+        return sign_record(
+            core.keyring, core.run, id_bytes(target), self._sequence, expires_s, value
+        )
+
+    def _place(self, now: float, mine: _Publication) -> None:
+        mine.again_at = math.inf
+        if not self._core.searches.start(now, Search(mine.target, partial(self._spread, mine))):
+            self._finish(now, _Placement(mine, mine.record, refused="busy"))
+
+    def _spread(self, mine: _Publication, now: float, search: Search) -> None:
+        """The k nearest are known: each of them, this node included, gets a copy."""
+        if self._all.get(mine.name) is not mine:
+            return
+        assert search.lookup is not None
+        core = self._core
+        placement = _Placement(mine, mine.record)
+        targets = search.lookup.closest()
+        distance = core.me.id ^ mine.target
+        if len(targets) >= limits.DHT_K and distance < targets[-1].id ^ mine.target:
+            stays = bool(core.me.addresses)
+            if stays:
+                targets.pop()
+        else:
+            stays = not targets or (bool(core.me.addresses) and len(targets) < limits.DHT_K)
+        if stays:
+            code = core.accept(now, mine.record)
+            placement.replicas += code == "ok"
+            placement.refused = code
+        placement.awaited = len(targets)
+        for contact in targets:
+            core.ask_to_store(
+                now, contact, mine.record, partial(self._answered, placement, contact)
+            )
+        if not targets:
+            self._finish(now, placement)
+
+    def _answered(
+        self, placement: _Placement, contact: Contact, now: float, reply: Reply | None
+    ) -> None:
+        self._core.heard(now, contact, reply)
+        placement.awaited -= 1
+        if isinstance(reply, StoreReply):
+            if reply.code == "ok":
+                placement.replicas += 1
+            else:
+                placement.refused = reply.code
+                if reply.code == "stale":
+                    self._climb(now, placement, reply.sequence)
+        if placement.awaited == 0:
+            self._finish(now, placement)
+
+    def _climb(self, now: float, placement: _Placement, sequence: int) -> None:
+        """Somebody holds a later record of ours: our clock was ahead once. Sign above it, once.
+
+        What is claimed must lie within the clock error that records are believed with; else one
+        liar could drive the sequence to its end.
+        """
+        ahead_s = limits.DHT_TTL_S_MAX + limits.DHT_CLOCK_SKEW_S
+        highest = int((self._core.wall(now) + ahead_s) * 1000)
+        if placement.record.sequence <= sequence <= highest:
+            self._sequence = max(self._sequence, sequence)
+
+    def _finish(self, now: float, placement: _Placement) -> None:
+        mine = placement.publication
+        if self._all.get(mine.name) is not mine or placement.record is not mine.record:
+            return
+        core = self._core
+        left_s = mine.record.expires_s - core.wall(now)
+        if placement.replicas:
+            if mine.handle:
+                core.emit(DhtStored(mine.handle, mine.name, placement.replicas))
+                mine.handle = 0
+            wait_s = mine.ttl_s / 2 if mine.keep else limits.DHT_REPLICATE_S
+            mine.again_at = now + min(wait_s, max(left_s, 0.0))
+            return
+        if placement.refused == "stale" and not mine.resigned:
+            mine.resigned = True
+            mine.record = self._sign(now, mine.target, mine.value, mine.ttl_s)
+            self._place(now, mine)
+            return
+        if mine.handle:
+            core.emit(DhtFailed(mine.handle, mine.name, placement.refused))
+            mine.handle = 0
+        if mine.keep:
+            mine.again_at = now + min(limits.DHT_RETRY_S, mine.ttl_s / 2)
+        else:
+            del self._all[mine.name]

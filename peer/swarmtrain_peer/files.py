@@ -126,13 +126,17 @@ def make_folders(fs: FileSystem, path: Path) -> None:
 
 
 def remove_tree(fs: FileSystem, path: Path) -> None:
-    """Remove a folder of plain files, or a file. The folder gets a ``.partial`` name first."""
+    """Remove a folder of plain files, or a file.
+
+    The folder gets a ``.partial`` name first, durably: half of it must not come back as a whole.
+    """
     if not path.is_dir():
         fs.remove(path)
         return
     if not path.name.endswith(PARTIAL):
         renamed = path.with_name(path.name + PARTIAL)
         fs.rename(path, renamed)
+        fs.sync_folder(path.parent)
         path = renamed
     for item in sorted(path.iterdir()):
         fs.remove(item)

@@ -8,8 +8,8 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -58,9 +58,9 @@ def complaint(line: str) -> str:
         return f"{line!r}: no target {wrong[0]}" if wrong else ""
     if words[:1] != ["swarmtrain"] or words[1:2] == ["…"]:
         return ""
-    command: click.Command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)  # typer may bring its own copy of click
     rest = words[1:]
-    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
         if name not in command.commands:
             return f"{line!r}: no command {name}"

@@ -27,7 +27,7 @@ def numba() -> kernels.Kernels:
     return compiled
 
 
-def same(left: Array, right: Array) -> None:
+def assert_same(left: Array, right: Array) -> None:
     assert left.tobytes() == right.tobytes()
 
 
@@ -69,7 +69,7 @@ def test_bit_for_bit(numba: kernels.Kernels, pattern: Array, weight: float, seed
     for trip in (int8_round_trip, bf16_round_trip, outer):
         expected = trip(kernels_numpy, x, np.float32(weight), acc)
         for left, right in zip(trip(numba, x, np.float32(weight), acc), expected, strict=True):
-            same(left, right)
+            assert_same(left, right)
 
 
 def test_large_vectors_take_the_vectorised_paths(numba: kernels.Kernels) -> None:
@@ -83,7 +83,7 @@ def test_large_vectors_take_the_vectorised_paths(numba: kernels.Kernels) -> None
         for trip in (int8_round_trip, bf16_round_trip, outer):
             expected = trip(kernels_numpy, x, np.float32(0.3), acc)
             for left, right in zip(trip(numba, x, np.float32(0.3), acc), expected, strict=True):
-                same(left, right)
+                assert_same(left, right)
 
 
 def test_a_fused_multiply_add_would_be_noticed(numba: kernels.Kernels) -> None:

@@ -208,6 +208,11 @@ class SessionCore:
             self._push(self._control, _frame(Goodbye(code=code, reason=reason[:256])))
         self._close(code, reason, by_peer=False)
 
+    def lost(self, now: float, reason: str) -> None:
+        """The connection is gone."""
+        self._now = now
+        self._close("disconnected", reason, by_peer=False)
+
     def probe(self, now: float) -> int:
         """Ping at once; ``Ponged`` with the returned number is the answer."""
         self._now = now

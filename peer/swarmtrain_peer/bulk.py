@@ -1,0 +1,351 @@
+"""Bulk connections: non-blocking sockets served by one fixed pool of threads.
+
+Threads share one epoll instance in one-shot mode, so each readiness goes to exactly one thread and
+a connection needs no thread of its own. Bytes are received into a frame buffer and decrypted
+straight into the destination; system calls, AES and hashes release the interpreter lock. The event
+loop sees only whole chunks.
+
+Per connection there is at most one thread reading and one writing at a time; each half has a file
+descriptor of its own (the second a duplicate), so that they are armed separately.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from swarmtrain_protocols import bulklink, limits
+from swarmtrain_protocols.bulklink import BulkKeys, Header
+from swarmtrain_protocols.core import PeerId, short_id
+from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.noise import TAG_BYTES
+
+_TURN_BYTES = 8 * limits.FRAME_BYTES_BULK_MAX
+"""A connection gives its thread back after that many bytes, so that others get their turn."""
+
+
+class Sink(Protocol):
+    """Where received frames go; called on the pool's threads."""
+
+    def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
+        """Memory for the plaintext, None to discard it; a PeerFault ends the connection."""
+
+    def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
+        """The memory that ``begin`` gave is written (or, not ok, spoilt)."""
+
+    def closed(self, conn: BulkConnection, fault: PeerFault | None) -> None:
+        """The connection is gone; nothing more comes of it."""
+
+
+class Job:
+    """Chunks of one request to be sent; ``done`` is called on a pool thread."""
+
+    __slots__ = ("cancelled", "chunks", "done", "nbytes", "request", "started")
+
+    def __init__(
+        self, request: int, chunks: list[tuple[int, memoryview]], done: Callable[[Job], None]
+    ) -> None:
+        self.request = request
+        self.chunks = deque(chunks)
+        self.nbytes = sum(chunk.nbytes for _, chunk in chunks)
+        self.done = done
+        self.started = False
+        self.cancelled = False
+
+
+class BulkConnection:
+    """One established bulk connection to an authenticated peer."""
+
+    def __init__(
+        self, pool: BulkPool, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink
+    ) -> None:
+        self.peer = peer
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.queued_bytes = 0
+        self._pool = pool
+        self._sock = sock
+        self._keys = keys
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._jobs: deque[Job] = deque()
+        self._reading = False
+        self._writing = False
+        self._write_wanted = False
+        self._dead = False
+        self._finished = False
+        self._fault: PeerFault | None = None
+        self._head = bytearray(bulklink.HEADER_BYTES)
+        self._body = bytearray(limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
+        self._header: Header | None = None
+        self._got = 0
+        self._out = bytearray(bulklink.HEADER_BYTES + limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
+        self._out_at = 0
+        self._out_end = 0
+        self._offset = 0
+        sock.setblocking(False)
+        self.read_fd = sock.fileno()
+        self.write_fd = os.dup(self.read_fd)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued to be sent."""
+        return not self._jobs
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead
+
+    def send(self, job: Job) -> bool:
+        """Queue a job; False if the connection is gone. Any thread."""
+        with self._lock:
+            if self._dead or self._finished:
+                return False
+            self._jobs.append(job)
+            self.queued_bytes += job.nbytes
+            if self._writing or self._write_wanted:
+                return True
+            self._write_wanted = True
+            self._pool.arm_write(self)
+        return True
+
+    def abandon(self) -> None:
+        """End the connection; ``Sink.closed`` follows on a pool thread."""
+        self._dead = True
+        with contextlib.suppress(OSError):  # already reset by the other side
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def unsent_jobs(self) -> list[Job]:
+        """Jobs that were not completely handed to the kernel. After ``Sink.closed``."""
+        return list(self._jobs)
+
+    # On pool threads --------------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        """Receive until there is nothing more, the turn is over or the connection ends."""
+        with self._lock:
+            if self._reading or self._finished:
+                return  # a stale wake-up of a descriptor that was used before
+            self._reading = True
+        alive = False
+        try:
+            alive = self._receive()
+        except PeerFault as fault:
+            fault.peer = self.peer
+            self._fault = fault
+        except OSError:
+            pass  # reset by the other side: the same as its end
+        with self._lock:
+            self._reading = False
+            if alive and not self._dead:
+                self._pool.arm_read(self)
+                return
+        self.abandon()
+        self._finish()
+
+    def _receive(self) -> bool:
+        budget = _TURN_BYTES
+        body = memoryview(self._body)
+        head = memoryview(self._head)
+        while budget > 0:
+            header = self._header
+            view = head if header is None else body[: header.nbytes + TAG_BYTES]
+            try:
+                count = self._sock.recv_into(view[self._got :])
+            except BlockingIOError:
+                return True
+            if count == 0:
+                return False
+            self._got += count
+            self.received_bytes += count
+            budget -= count
+            if self._got < len(view):
+                continue
+            self._got = 0
+            if header is None:
+                self._header = bulklink.parse_header(self._head)
+            else:
+                self._header = None
+                self._open(header, view)
+        return True
+
+    def _open(self, header: Header, sealed: memoryview) -> None:
+        out = self._sink.begin(self, header)
+        into = memoryview(bytearray(header.nbytes)) if out is None else out
+        ok = False
+        try:
+            self._keys.receiver.open(sealed, bytes(self._head), into)
+            ok = True
+        finally:
+            if out is not None:
+                self._sink.end(self, header, ok)
+
+    def on_writable(self) -> None:
+        """Send until the kernel takes no more, the turn is over or the queue is empty."""
+        with self._lock:
+            self._write_wanted = False
+            if self._writing or self._finished:
+                return
+            self._writing = True
+        more = False
+        try:
+            more = self._transmit()
+        except OSError:
+            self.abandon()
+        with self._lock:
+            self._writing = False
+            again = (more or bool(self._jobs)) and not self._dead and not self._write_wanted
+            if again:
+                self._write_wanted = True
+                self._pool.arm_write(self)
+        self._finish()
+
+    def _transmit(self) -> bool:
+        """True if the socket should be armed again."""
+        budget = _TURN_BYTES
+        out = memoryview(self._out)
+        while budget > 0 and not self._dead:
+            if self._out_at == self._out_end and not self._fill(out):
+                return False
+            try:
+                count = self._sock.send(out[self._out_at : self._out_end])
+            except BlockingIOError:
+                return True
+            self._out_at += count
+            self.sent_bytes += count
+            budget -= count
+        return True
+
+    def _fill(self, out: memoryview) -> bool:
+        """Seal the next frame into the output buffer; False if there is none."""
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    return False
+                job = self._jobs[0]
+                if job.cancelled or not job.chunks:
+                    self._jobs.popleft()
+                    self.queued_bytes -= job.nbytes
+                    self._offset = 0
+                else:
+                    break
+            job.done(job)
+        job.started = True
+        number, chunk = job.chunks[0]
+        nbytes = min(chunk.nbytes - self._offset, limits.FRAME_BYTES_BULK_MAX)
+        header = Header(nbytes, self._offset, chunk.nbytes, job.request, number)
+        head = bulklink.pack_header(header)
+        self._out_at, self._out_end = 0, len(head) + nbytes + TAG_BYTES
+        out[: len(head)] = head
+        plain = chunk[self._offset : self._offset + nbytes]
+        self._keys.sender.seal(plain, head, out[len(head) : self._out_end])
+        self._offset += nbytes
+        if self._offset == chunk.nbytes:
+            job.chunks.popleft()
+            self._offset = 0
+        return True
+
+    def _finish(self) -> None:
+        with self._lock:
+            if not self._dead or self._reading or self._writing or self._finished:
+                return
+            self._finished = True
+        self._pool.forget(self)
+        self._sock.close()
+        os.close(self.write_fd)
+        self._sink.closed(self, self._fault)
+
+    def __repr__(self) -> str:
+        return f"BulkConnection({short_id(self.peer)})"
+
+
+class BulkPool:
+    """A fixed number of threads for all bulk connections and for hashing."""
+
+    def __init__(self, threads: int) -> None:
+        self._epoll = select.epoll()
+        self._connections: dict[int, BulkConnection] = {}
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._epoll.register(self._wake_read, select.EPOLLIN | select.EPOLLONESHOT)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"bulk-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink) -> BulkConnection:
+        """Serve an established connection from now on."""
+        conn = BulkConnection(self, sock, peer, keys, sink)
+        self._connections[conn.read_fd] = conn
+        self._connections[conn.write_fd] = conn
+        self._epoll.register(conn.write_fd, select.EPOLLONESHOT)
+        self._epoll.register(conn.read_fd, select.EPOLLIN | select.EPOLLONESHOT)
+        return conn
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run ``task`` on a thread of the pool, in order of submission."""
+        self._tasks.append(task)
+        self._wake_write.send(b"x")
+
+    def arm_read(self, conn: BulkConnection) -> None:
+        """Have ``on_readable`` called once."""
+        self._arm(conn.read_fd, select.EPOLLIN)
+
+    def arm_write(self, conn: BulkConnection) -> None:
+        """Have ``on_writable`` called once."""
+        self._arm(conn.write_fd, select.EPOLLOUT)
+
+    def _arm(self, fd: int, events: int) -> None:
+        # Called under the connection's lock and before it is finished: the number is still its own.
+        self._epoll.modify(fd, events | select.EPOLLONESHOT)
+
+    def forget(self, conn: BulkConnection) -> None:
+        """Take a connection out before its descriptors are closed."""
+        for fd in (conn.read_fd, conn.write_fd):
+            if self._connections.get(fd) is conn:
+                del self._connections[fd]
+                self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """End all connections and threads; blocks until the threads have ended."""
+        for conn in list(self._connections.values()):
+            conn.abandon()
+        self._stopping = True
+        self._wake_write.send(b"x" * len(self._threads))
+        for thread in self._threads:
+            thread.join()
+        for conn in list(self._connections.values()):
+            conn.on_readable()
+        self._epoll.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _work(self) -> None:
+        wake = self._wake_read.fileno()
+        while not self._stopping:
+            for fd, _ in self._epoll.poll(maxevents=1):
+                if fd == wake:
+                    self._run_task(wake)
+                    continue
+                conn = self._connections.get(fd)
+                if conn is None:
+                    continue
+                if fd == conn.read_fd:
+                    conn.on_readable()
+                else:
+                    conn.on_writable()
+
+    def _run_task(self, wake: int) -> None:
+        self._wake_read.recv(1)  # one byte per task: there is always one here
+        self._epoll.modify(wake, select.EPOLLIN | select.EPOLLONESHOT)
+        if not self._stopping:
+            self._tasks.popleft()()

@@ -1,0 +1,62 @@
+"""Small things about sockets: tuning, listening, reading an exact number of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from swarmtrain_protocols.addresses import join_address
+
+_BACKLOG = 128
+
+
+def tune(sock: socket.socket, *, bulk: bool) -> str:
+    """Set TCP_NODELAY; for bulk also ask for BBR. Returns the congestion control in use.
+
+    Buffer sizes are left alone: setting them turns the kernel's autotuning off.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return "unknown"
+    if bulk:
+        with contextlib.suppress(OSError):  # not every kernel has it; the answer below says so
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.split(b"\0")[0].decode("ascii")
+
+
+async def receive_exactly(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, nbytes: int
+) -> bytes:
+    """Read ``nbytes`` and not one more. Raises ConnectionError if the stream ends before."""
+    data = b""
+    while len(data) < nbytes:
+        piece = await loop.sock_recv(sock, nbytes - len(data))
+        if not piece:
+            raise ConnectionError("the connection ended early")
+        data += piece
+    return data
+
+
+async def listen(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
+    """A non-blocking listening socket; port 0 lets the kernel choose. Raises OSError."""
+    found = await loop.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def address_of(sock_address: tuple[object, ...]) -> str:
+    """``host:port`` of what ``getsockname`` and ``getpeername`` give."""
+    return join_address(str(sock_address[0]), int(str(sock_address[1])))

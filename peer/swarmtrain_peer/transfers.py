@@ -1,0 +1,341 @@
+"""Fetches: chunks of a blob, named by its root, into the caller's memory (spec 03b-fetch.md).
+
+The asking side is here (``Fetches``), the serving side in ``serving.py``, connections in
+``bulk.py``. Everything runs on the loop thread except what says otherwise: frames are received,
+decrypted and hashed on the pool's threads, straight into the destinations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from swarmtrain_peer.bulk import BulkConnection, BulkPool
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.bulklink import Header
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.merkle import leaf_hash, verify_range
+from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.fetch import (
+    FetchAccepted,
+    FetchCancel,
+    FetchChunk,
+    FetchRefused,
+    FetchRequest,
+)
+
+_LEAVES_ON_LOOP_MAX = 64
+"""More leaves than that are checked on a thread: the loop must not stall for a tree."""
+
+
+class FetchHandler(Protocol):
+    """Who asked: exactly one of the two is called per fetch that is not cancelled."""
+
+    def fetched(self, ticket: int) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None: ...
+
+    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None: ...
+
+
+class Fetch:
+    """One fetch. Chunk state is shared with the pool's threads, under ``lock``."""
+
+    def __init__(
+        self,
+        ticket: int,
+        request: int,
+        peer: PeerId,
+        root: bytes,
+        first: int,
+        total: int,
+        destinations: Sequence[memoryview],
+    ) -> None:
+        count = len(destinations)
+        self.ticket, self.request, self.peer, self.root = ticket, request, peer, root
+        self.first, self.total, self.destinations = first, total, destinations
+        self.uses_bulk = any(d.nbytes > limits.INLINE_CHUNK_BYTES_MAX for d in destinations)
+        self.sent = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.lock = threading.Condition()
+        self.active = True
+        self.touched: BulkConnection | None = None
+        self._writers = 0
+        self._filled = [0] * count
+        self._hashes: list[bytes | None] = [None] * count
+        self._hashes_missing = count
+        self._leaves: tuple[bytes, ...] | None = None
+
+    def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
+        """Any thread: where a frame goes; None once nobody wants it any more.
+
+        Raises:
+            PeerFault: ``malformed``: not the next bytes of a chunk that was asked for.
+        """
+        index = header.chunk - self.first
+        with self.lock:
+            if not self.active:
+                return None
+            self.touched = conn
+            if not 0 <= index < len(self.destinations):
+                raise PeerFault("malformed", f"chunk {header.chunk} was not asked for")
+            destination = self.destinations[index]
+            if header.chunk_bytes != destination.nbytes or header.offset != self._filled[index]:
+                raise PeerFault("malformed", f"chunk {header.chunk} of wrong size or order")
+            self._writers += 1
+            self._filled[index] += header.nbytes
+        return destination[header.offset : header.offset + header.nbytes]
+
+    def end(self, header: Header, ok: bool) -> bool:
+        """Any thread: the frame is written. True if it completed its chunk."""
+        with self.lock:
+            self._writers -= 1
+            self.lock.notify_all()
+            return ok and self.active and header.offset + header.nbytes == header.chunk_bytes
+
+    def put(self, index: int, payload: bytes) -> bool:
+        """Loop thread: a chunk from the control link; False if it is not the one asked for."""
+        if not 0 <= index < len(self.destinations) or self._filled[index]:
+            return False
+        destination = self.destinations[index]
+        if destination.nbytes != len(payload):
+            return False
+        destination[:] = payload
+        self._filled[index] = len(payload)
+        return True
+
+    def add_hash(self, index: int, digest: bytes) -> bool:
+        """Any thread: True if with it everything is there (``verdict`` is final)."""
+        with self.lock:
+            if self._hashes[index] is None:
+                self._hashes[index] = digest
+                self._hashes_missing -= 1
+            return self.complete
+
+    def add_leaves(self, leaves: tuple[bytes, ...]) -> bool:
+        """Any thread: proven leaves; True if with them everything is there."""
+        with self.lock:
+            self._leaves = leaves
+            return self.complete
+
+    @property
+    def complete(self) -> bool:
+        """All chunks are hashed and the leaves are proven, or a chunk is already known wrong."""
+        return self._leaves is not None and (not self._hashes_missing or not self.matches)
+
+    @property
+    def matches(self) -> bool:
+        """No chunk so far differs from its leaf."""
+        assert self._leaves is not None
+        return all(
+            h is None or h == leaf for h, leaf in zip(self._hashes, self._leaves, strict=True)
+        )
+
+    def stop(self) -> None:
+        """No thread writes to the destinations once this returns (microseconds)."""
+        with self.lock:
+            self.active = False
+            while self._writers:
+                self.lock.wait()
+
+
+class Fetches:
+    """The asking side.
+
+    ``send(peer, message, dial)`` is the transport's, ``need_bulk`` has a bulk connection made.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        pool: BulkPool,
+        handler: FetchHandler,
+        send: Callable[[PeerId, Message, bool], bool],
+        need_bulk: Callable[[PeerId], None],
+    ) -> None:
+        self._loop = loop
+        self._pool = pool
+        self._handler = handler
+        self._send = send
+        self._need_bulk = need_bulk
+        self._next_request = 0
+        self._by_request: dict[int, Fetch] = {}
+        self._by_ticket: dict[int, Fetch] = {}
+        self._active: dict[PeerId, int] = {}
+        self._queues: dict[PeerId, deque[Fetch]] = {}
+
+    def fetch(
+        self,
+        ticket: int,
+        peer: PeerId,
+        root: bytes,
+        first: int,
+        total: int,
+        destinations: Sequence[memoryview],
+        timeout_s: float,
+    ) -> None:
+        """See ``Transport.fetch``."""
+        if ticket in self._by_ticket:
+            raise LocalProtocolError(f"ticket {ticket} is in use")
+        if not 1 <= len(destinations) <= limits.CHUNKS_PER_FETCH_MAX:
+            raise LocalProtocolError(f"{len(destinations)} chunks in one fetch")
+        if first < 0 or first + len(destinations) > total or len(root) != 32:
+            raise LocalProtocolError("the range is outside of the blob")
+        views = [memoryview(d).cast("B") for d in destinations]
+        if any(view.readonly or not view.nbytes for view in views):
+            raise LocalProtocolError("a destination is read-only or empty")
+        queue = self._queues.setdefault(peer, deque())
+        if len(queue) >= limits.FETCHES_QUEUED_PER_PEER_MAX:
+            raise LocalProtocolError("too many fetches wait for this peer")
+        self._next_request += 1
+        fetch = Fetch(ticket, self._next_request, peer, root, first, total, views)
+        self._by_request[fetch.request] = fetch
+        self._by_ticket[ticket] = fetch
+        fetch.timer = self._loop.call_later(timeout_s, self._fail, fetch, "timeout")
+        queue.append(fetch)
+        self._start(peer)
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a fetch; unknown tickets are ignored, for the answer may have been on its way."""
+        fetch = self._by_ticket.get(ticket)
+        if fetch is not None:
+            self._forget(fetch)
+
+    def wants_bulk(self, peer: PeerId) -> bool:
+        """A fetch from this peer waits for chunks that need a bulk connection."""
+        return any(f.peer == peer and f.uses_bulk and f.sent for f in self._by_request.values())
+
+    def peer_lost(self, peer: PeerId) -> None:
+        """The control link is gone, or never came about."""
+        lost = [f for f in self._by_request.values() if f.peer == peer]
+        for fetch in sorted(lost, key=lambda f: f.sent):  # those that wait first: none may start
+            self._fail(fetch, "disconnected")
+
+    def bulk_lost(self, conn: BulkConnection, faulty: bool) -> None:
+        """A bulk connection ended: what came over it in part is lost, the rest may still come."""
+        for fetch in [f for f in self._by_request.values() if f.touched is conn]:
+            self._fail(fetch, "corrupt" if faulty else "disconnected")
+
+    def no_bulk(self, peer: PeerId) -> None:
+        """No bulk connection to this peer can be made."""
+        for fetch in [f for f in self._by_request.values() if f.peer == peer and f.uses_bulk]:
+            self._fail(fetch, "disconnected")
+
+    def receive(self, peer: PeerId, message: Message, payload: bytes) -> None:
+        """An answer of a provider."""
+        match message:
+            case FetchAccepted(request=request):
+                if fetch := self._of(peer, request):
+                    self._accepted(fetch, message)
+            case FetchRefused(request=request, code=code):
+                if fetch := self._of(peer, request):
+                    self._fail(fetch, f"refused:{code}")
+            case FetchChunk(request=request, index=index):
+                if fetch := self._of(peer, request):
+                    self._inline(fetch, index - fetch.first, payload)
+
+    # Internals --------------------------------------------------------------------------------
+
+    def _of(self, peer: PeerId, request: int) -> Fetch | None:
+        fetch = self._by_request.get(request)
+        return fetch if fetch is not None and fetch.peer == peer else None
+
+    def _start(self, peer: PeerId) -> None:
+        queue = self._queues.get(peer)
+        while queue and self._active.get(peer, 0) < limits.FETCHES_IN_FLIGHT_PER_PEER_MAX:
+            fetch = queue.popleft()
+            count = len(fetch.destinations)
+            request = FetchRequest(
+                request=fetch.request, root=fetch.root, first=fetch.first, count=count
+            )
+            fetch.sent = True
+            self._active[peer] = self._active.get(peer, 0) + 1
+            if not self._send(peer, request, True):
+                self._loop.call_soon(self._fail, fetch, "disconnected")
+            elif fetch.uses_bulk:
+                self._need_bulk(peer)
+        if not queue:
+            self._queues.pop(peer, None)
+
+    def _accepted(self, fetch: Fetch, accepted: FetchAccepted) -> None:
+        if accepted.total != fetch.total or len(accepted.leaves) != len(fetch.destinations):
+            self._corrupt(fetch, "a blob of another shape")
+        elif len(accepted.leaves) <= _LEAVES_ON_LOOP_MAX:
+            self._proven(fetch, accepted, self._check(fetch, accepted))
+        else:
+            self._pool.submit(
+                lambda: self._later(self._proven, fetch, accepted, self._check(fetch, accepted))
+            )
+
+    @staticmethod
+    def _check(fetch: Fetch, accepted: FetchAccepted) -> bool:
+        return verify_range(fetch.root, fetch.total, fetch.first, accepted.leaves, accepted.proof)
+
+    def _proven(self, fetch: Fetch, accepted: FetchAccepted, proven: bool) -> None:
+        if not proven:
+            self._corrupt(fetch, "the leaves do not prove")
+        elif fetch.active and fetch.add_leaves(accepted.leaves):
+            self._finish(fetch)
+
+    def _inline(self, fetch: Fetch, index: int, payload: bytes) -> None:
+        if not fetch.put(index, payload):
+            self._corrupt(fetch, "a chunk of wrong size or order")
+        elif fetch.add_hash(index, leaf_hash(payload)):
+            self._finish(fetch)
+
+    def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
+        """Pool thread: where a frame of a bulk connection goes."""
+        fetch = self._of(conn.peer, header.request)
+        return None if fetch is None else fetch.begin(conn, header)
+
+    def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
+        """Pool thread: a frame is in place; hashes the chunk if it is complete."""
+        fetch = self._of(conn.peer, header.request)
+        if fetch is not None and fetch.end(header, ok):
+            index = header.chunk - fetch.first
+            if fetch.add_hash(index, leaf_hash(fetch.destinations[index])):
+                self._later(self._finish, fetch)
+
+    def _later(self, call: Callable[..., None], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _finish(self, fetch: Fetch) -> None:
+        if not fetch.active:
+            return
+        if not fetch.matches:
+            self._corrupt(fetch, "a chunk does not match its hash")
+            return
+        self._forget(fetch)
+        self._handler.fetched(fetch.ticket)
+
+    def _corrupt(self, fetch: Fetch, why: str) -> None:
+        if fetch.active:
+            self._handler.peer_fault(fetch.peer, "corrupt", why)
+            self._fail(fetch, "corrupt")
+
+    def _fail(self, fetch: Fetch, reason: str) -> None:
+        if fetch.active:
+            self._forget(fetch)
+            self._handler.fetch_failed(fetch.ticket, reason)
+
+    def _forget(self, fetch: Fetch) -> None:
+        complete = fetch.complete
+        fetch.stop()
+        if fetch.timer is not None:
+            fetch.timer.cancel()
+        del self._by_request[fetch.request]
+        del self._by_ticket[fetch.ticket]
+        if not fetch.sent:
+            self._queues[fetch.peer].remove(fetch)
+            return
+        if not complete:
+            self._send(fetch.peer, FetchCancel(request=fetch.request), False)
+        self._active[fetch.peer] -= 1
+        if not self._active[fetch.peer]:
+            del self._active[fetch.peer]
+        self._start(fetch.peer)

@@ -1,0 +1,551 @@
+"""All connections of a peer process: one listener, control links, dialling, fetches.
+
+The event loop carries control links only; bulk bytes are received, decrypted and hashed on the
+threads of ``bulk.BulkPool``. All methods are called on the loop thread.
+
+Two peers keep one control link. If both dial at once, the smaller identity decides: it goes on with
+its own connection once that has reached the other, else it takes the one that came in. If a link
+is open and the same identity comes again, the old link must answer a ping at once, or the new one
+replaces it: a restarted peer gets in, a second live process with the same key does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from swarmtrain_peer.bulk import BulkConnection, BulkPool
+from swarmtrain_peer.bulklinks import BulkLinks
+from swarmtrain_peer.dialler import Dialler
+from swarmtrain_peer.link import DialFailed, Link
+from swarmtrain_peer.serving import Serving
+from swarmtrain_peer.sockets import address_of, listen, receive_exactly, tune
+from swarmtrain_peer.transfers import Fetches
+from swarmtrain_protocols import bulklink, limits
+from swarmtrain_protocols.bulklink import Header
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.errors import (
+    LocalProtocolError,
+    NoPeerReachable,
+    NotAuthorised,
+    PeerFault,
+    RunMismatch,
+    SwarmError,
+    VersionMismatch,
+)
+from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.messages import Message, fetch
+from swarmtrain_protocols.messages.session import Hello, Refused
+from swarmtrain_protocols.session import PREFACE_BYTES, SessionCore
+from swarmtrain_protocols.session_events import (
+    Closed,
+    Faulted,
+    Held,
+    Identified,
+    Opened,
+    Ponged,
+    Received,
+    SessionEvent,
+)
+
+_FOR_FETCHES = (fetch.FetchAccepted, fetch.FetchRefused, fetch.FetchChunk)
+_FOR_SERVING = (fetch.FetchRequest, fetch.FetchCancel)
+_ERRORS: dict[str, tuple[type[SwarmError], str]] = {
+    "wrong_run": (RunMismatch, "use a ticket of the run that this address serves"),
+    "version": (VersionMismatch, "install the same release on both sides"),
+    "expired": (NotAuthorised, "ask for a new ticket"),
+    "not_authorised": (NotAuthorised, "ask the founder for a ticket"),
+    "banned": (NotAuthorised, "ask the founder"),
+    "duplicate": (NotAuthorised, "stop the other process that runs with this identity"),
+}
+
+
+class TransportHandler(Protocol):
+    """What the layer above hears; called on the loop thread."""
+
+    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None: ...
+
+    def disconnected(self, peer: PeerId, code: str, reason: str) -> None: ...
+
+    def message(self, peer: PeerId, message: Message) -> None:
+        """Everything except session and fetch messages."""
+
+    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        """A dial failed or was refused (by either side), or an inbound peer was turned away."""
+
+    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None: ...
+
+    def fetched(self, ticket: int) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None:
+        """``reason``: refused:<code>, timeout, disconnected or corrupt."""
+
+
+class Transport:
+    """See the module; ``start`` first, ``close`` last.
+
+    Args:
+        keyring: signs as this site.
+        static_key: X25519 private key, 32 bytes, of this process.
+        entropy: gives n bytes for keys and nonces.
+        hello: what this side says of itself, asked for at each connection.
+        admit: policy for an authenticated peer.
+        handler: hears what happens.
+        provide: blob of a root, None if it is not here; called on the loop thread.
+        threads: of the pool for bulk connections and hashing.
+        rng: jitter of retries; seeded from ``entropy`` if not given.
+    """
+
+    def __init__(
+        self,
+        *,
+        keyring: Keyring,
+        static_key: bytes,
+        entropy: Callable[[int], bytes],
+        hello: Callable[[], Hello],
+        admit: Callable[[PeerId, Hello], Refused | None],
+        handler: TransportHandler,
+        provide: Callable[[bytes], Blob | None],
+        threads: int = limits.BULK_THREADS,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.peer_id = keyring.peer_id
+        self._keyring = keyring
+        self._static_key = static_key
+        self._entropy = entropy
+        self._hello = hello
+        self._admit = admit
+        self._handler = handler
+        self._provide = provide
+        self._threads = threads
+        self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
+        self._links: dict[PeerId, Link] = {}
+        self._outgoing: dict[PeerId, Link] = {}
+        self._challengers: dict[PeerId, Link] = {}
+        self._probes: dict[PeerId, int] = {}
+        self._half_open: dict[Link, None] = {}
+        self._inbound = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: Any = None
+        self._closed = False
+        self._counts: dict[str, int] = {}
+        self._past: dict[PeerId, tuple[int, int]] = {}
+
+    async def start(self, listen_on: str) -> str:
+        """Listen on ``host:port`` (port 0: any); returns the address that was bound.
+
+        Raises:
+            OSError: the address cannot be bound.
+            ValueError: not an address.
+        """
+        self._loop = asyncio.get_running_loop()
+        host, _, port = listen_on.rpartition(":")
+        self._listener = await listen(self._loop, host.strip("[]"), int(port))
+        self._pool = BulkPool(self._threads)
+        self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
+        self._fetches = Fetches(
+            self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
+        )
+        self._serving = Serving(
+            self._loop, self._provide, self._send_open, self._bulk.need, self._bulk.connections
+        )
+        self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
+        self._spawn(self._accept_loop())
+        return address_of(self._listener.getsockname())
+
+    # Peers ------------------------------------------------------------------------------------
+
+    def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Remember where ``peer`` may be dialled, best first."""
+        if peer != self.peer_id:
+            self._dialler.learn(peer, addresses)
+
+    def connect(self, peer: PeerId) -> None:
+        """Have a link to ``peer`` if an address is known; ``connected`` or ``refused`` follows."""
+        if peer != self.peer_id and peer not in self._links:
+            self._dialler.want(peer)
+
+    async def connect_address(self, address: str, timeout_s: float) -> PeerId:
+        """Dial an address whose owner is not known yet; returns who answered.
+
+        Raises:
+            NoPeerReachable, NotAuthorised, VersionMismatch, RunMismatch
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._dial_link(None, address)
+        except TimeoutError:
+            failed = DialFailed("timeout", f"no answer in {timeout_s:g} s")
+        except DialFailed as error:
+            failed = error
+        self._handler.refused(address, None, failed.code, failed.reason)
+        kind, todo = _ERRORS.get(failed.code, (NoPeerReachable, "check the address and network"))
+        raise kind(f"cannot join through {address}", f"{failed.code}: {failed.reason}", todo)
+
+    def send(self, peer: PeerId, message: Message) -> bool:
+        """Send, or dial and keep a bounded number of messages meanwhile.
+
+        False, and counted, if there is no way: no address, a full queue, a pause between dials.
+        """
+        return self._send(peer, message, b"", dial=True)
+
+    def disconnect(self, peer: PeerId, code: str, reason: str) -> None:
+        """Say goodbye; ``disconnected`` follows."""
+        self._dialler.forget_wish(peer)
+        if link := self._links.get(peer):
+            link.session.close(self._loop.time(), code, reason)
+            link.wake()
+
+    def connected_peers(self) -> list[PeerId]:
+        """In order of their ids."""
+        return sorted(self._links)
+
+    def rtt_s(self, peer: PeerId) -> float | None:
+        """Last measured round trip, seconds."""
+        link = self._links.get(peer)
+        return link.session.rtt_s if link else None
+
+    # Fetches ----------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        ticket: int,
+        peer: PeerId,
+        root: bytes,
+        first: int,
+        total_chunks: int,
+        destinations: Sequence[memoryview],
+        timeout_s: float,
+    ) -> None:
+        """Fetch chunks ``first …`` of blob ``root``, one writable buffer of exact size per chunk.
+
+        Every chunk is checked against the root before ``fetched(ticket)``. After any answer, or
+        after ``cancel``, nothing writes to the buffers any more.
+
+        Raises:
+            LocalProtocolError: ticket in use, range outside of the blob, unusable buffer.
+        """
+        self._fetches.fetch(ticket, peer, root, first, total_chunks, destinations, timeout_s)
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a fetch; no answer will come."""
+        self._fetches.cancel(ticket)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Bytes since the start, in total and per peer, control and bulk apart; counters."""
+        control = dict(self._past)
+        for peer, link in self._links.items():
+            sent, received = control.get(peer, (0, 0))
+            control[peer] = (sent + link.sent_bytes, received + link.received_bytes)
+        bulk = self._bulk.byte_counts()
+        peers = {
+            peer: {
+                "control_sent_bytes": control.get(peer, (0, 0))[0],
+                "control_received_bytes": control.get(peer, (0, 0))[1],
+                "bulk_sent_bytes": bulk.get(peer, (0, 0))[0],
+                "bulk_received_bytes": bulk.get(peer, (0, 0))[1],
+            }
+            for peer in sorted({*control, *bulk})
+        }
+        keys = ("control_sent", "control_received", "bulk_sent", "bulk_received")
+        return {
+            **{f"{k}_bytes": sum(p[f"{k}_bytes"] for p in peers.values()) for k in keys},
+            "peers": peers,
+            "counts": dict(self._counts),
+            "bulk_evicted": self._bulk.evicted,
+            "bulk_refused": self._bulk.refused,
+            "bulk_congestion": dict(self._bulk.congestion),
+        }
+
+    async def close(self) -> None:
+        """Say goodbye to all, stop listening and end the threads."""
+        if self._closed or self._listener is None:
+            return
+        self._closed = True
+        self._dialler.close()
+        for peer in list(self._links):
+            self._fetches.peer_lost(peer)
+        for link in [*self._links.values(), *self._half_open]:
+            link.session.close(self._loop.time(), "closing", "the peer process ends")
+            link.wake()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._listener.close()
+        await asyncio.sleep(0)  # lets the goodbyes reach their sockets
+        await asyncio.sleep(0)
+        await self._loop.run_in_executor(None, self._pool.close)
+
+    # Sending ----------------------------------------------------------------------------------
+
+    def _send(
+        self, peer: PeerId, message: Message, payload: bytes | memoryview, dial: bool
+    ) -> bool:
+        link = self._links.get(peer)
+        if link is not None:
+            sent = link.send(message, payload)
+        elif dial and peer != self.peer_id and not self._closed:
+            sent = self._dialler.queue(peer, message)
+        else:
+            sent = False
+        if not sent:
+            self._count("send_dropped")
+        return sent
+
+    def _send_for_fetch(self, peer: PeerId, message: Message, dial: bool) -> bool:
+        return self._send(peer, message, b"", dial)
+
+    def _send_open(self, peer: PeerId, message: Message, payload: bytes | memoryview) -> bool:
+        return self._send(peer, message, payload, dial=False)
+
+    def _count(self, name: str) -> None:
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Connections ------------------------------------------------------------------------------
+
+    def _make_link(self, initiator: bool, expect: PeerId | None, address: str) -> Link:
+        session = SessionCore(
+            now=self._loop.time(),
+            initiator=initiator,
+            keyring=self._keyring,
+            static_key=self._static_key,
+            ephemeral_key=self._entropy(32),
+            hello=self._hello(),
+            admit=self._admit,
+            expect=expect,
+            hold=True,
+        )
+        return Link(self._loop, session, self._on_event, address)
+
+    async def _accept_loop(self) -> None:
+        while True:
+            try:
+                sock, _ = await self._loop.sock_accept(self._listener)
+            except OSError:  # out of descriptors: those in use will be freed
+                self._count("accept_failed")
+                await asyncio.sleep(limits.DIAL_BACKOFF_S_MIN)
+                continue
+            sock.setblocking(False)
+            if self._inbound >= limits.CONNECTIONS_INBOUND_MAX:
+                self._count("inbound_over_limit")
+                sock.close()
+            else:
+                self._spawn(self._classify(sock))
+
+    async def _classify(self, sock: Any) -> None:
+        """Control or bulk, by the first eight bytes."""
+        if len(self._half_open) >= limits.CONNECTIONS_HALF_OPEN_MAX:
+            self._count("half_open_over_limit")
+            sock.close()
+            return
+        link = self._make_link(False, None, "")
+        self._half_open[link] = None
+        try:
+            async with asyncio.timeout(limits.HANDSHAKE_TIMEOUT_S):
+                preface = await receive_exactly(self._loop, sock, PREFACE_BYTES)
+        except (OSError, TimeoutError):
+            preface = b""
+        if not preface or preface == bulklink.PREFACE or self._closed:
+            del self._half_open[link]
+            if preface == bulklink.PREFACE:
+                await self._bulk.accept(sock)
+            else:
+                self._count("no_preface")
+                sock.close()
+            return
+        tune(sock, bulk=False)
+        self._inbound += 1
+        link.session.receive_bytes(self._loop.time(), preface)
+        await self._loop.connect_accepted_socket(lambda: link, sock)
+
+    async def _dial_link(self, peer: PeerId | None, address: str) -> PeerId:
+        """Dial and shake hands. Raises DialFailed."""
+        sock = await self._dialler.open(address)
+        tune(sock, bulk=False)
+        link = self._make_link(True, peer, address)
+        if peer is not None:
+            if peer in self._links:
+                sock.close()
+                return peer
+            self._outgoing.setdefault(peer, link)
+        self._half_open[link] = None
+        try:
+            await self._loop.create_connection(lambda: link, sock=sock)
+            return await asyncio.shield(link.outcome)
+        finally:
+            if not link.outcome.done():  # cancelled or out of time
+                link.session.close(self._loop.time(), "timeout", "no answer")
+                link.wake()
+
+    def _dial_failed(self, peer: PeerId, address: str, failed: DialFailed) -> None:
+        """The dialler gives up for now."""
+        if peer in self._links:
+            return
+        self._handler.refused(address, peer, failed.code, failed.reason)
+        self._fetches.peer_lost(peer)
+
+    # Events of links --------------------------------------------------------------------------
+
+    def _on_event(self, link: Link, event: SessionEvent) -> None:
+        match event:
+            case Received(message, payload):
+                self._on_message(link, message, payload)
+            case Identified(peer):
+                self._on_identified(link, peer)
+            case Held(peer, _):
+                self._on_held(link, peer)
+            case Opened(peer, hello):
+                self._on_opened(link, peer, hello)
+            case Ponged(nonce, _):
+                self._on_ponged(link, nonce)
+            case Faulted(code, why):
+                self._count(f"fault_{code}")
+                self._handler.peer_fault(link.peer, code, why)
+            case Closed():
+                self._on_closed(link, event)
+
+    def _on_message(self, link: Link, message: Message, payload: bytes) -> None:
+        peer = link.peer
+        assert peer is not None
+        if isinstance(message, _FOR_FETCHES):
+            self._fetches.receive(peer, message, payload)
+        elif isinstance(message, _FOR_SERVING):
+            self._serving.receive(peer, message)
+        else:
+            self._handler.message(peer, message)
+
+    def _on_identified(self, link: Link, peer: PeerId) -> None:
+        if not link.initiator:
+            return
+        other = self._links.get(peer) or self._outgoing.setdefault(peer, link)
+        if other is not link:
+            link.follow(other.outcome, "there is a link already")
+
+    def _on_held(self, link: Link, peer: PeerId) -> None:
+        """An admitted peer wants in: settle it with the link or the dial that there is."""
+        if peer in self._challengers:
+            link.session.refuse(self._loop.time(), "duplicate", "another one is being judged")
+        elif (old := self._links.get(peer)) is not None:
+            self._challengers[peer] = link
+            self._probes[peer] = old.session.probe(self._loop.time())
+            old.wake()
+            wait_s = max(limits.DUPLICATE_PROBE_S, 4 * (old.session.rtt_s or 0.0))
+            self._loop.call_later(wait_s, self._replace, old, peer)
+        elif peer in self._outgoing and self.peer_id < peer:
+            self._challengers[peer] = link
+        else:
+            dial = self._outgoing.pop(peer, None)
+            link.session.accept(self._loop.time())
+            if dial is not None:
+                dial.follow(link.outcome, "both sides dialled")
+
+    def _on_ponged(self, link: Link, nonce: int) -> None:
+        peer = link.peer
+        if peer is None or self._links.get(peer) is not link or self._probes.get(peer) != nonce:
+            return
+        self._settle(peer, accept=False)
+
+    def _replace(self, old: Link, peer: PeerId) -> None:
+        if self._links.get(peer) is old and peer in self._probes:
+            old.session.close(self._loop.time(), "replaced", "the peer came back")
+            old.wake()  # its Closed lets the new one in
+
+    def _settle(self, peer: PeerId, accept: bool) -> None:
+        """Decide on the link that waits for this peer, if there is one."""
+        self._probes.pop(peer, None)
+        challenger = self._challengers.pop(peer, None)
+        if challenger is None or challenger.session.closed:
+            return
+        if accept:
+            challenger.session.accept(self._loop.time())
+        else:
+            why = "a live connection with this identity is open"
+            challenger.session.refuse(self._loop.time(), "duplicate", why)
+        challenger.wake()
+
+    def _on_opened(self, link: Link, peer: PeerId, hello: Hello) -> None:
+        assert peer not in self._links, "two links to one peer"
+        self._half_open.pop(link, None)
+        if self._outgoing.get(peer) is link:
+            del self._outgoing[peer]
+        self._links[peer] = link
+        self._settle(peer, accept=False)
+        if link.initiator:
+            self._dialler.learn(peer, [link.address])
+        self._dialler.learn(peer, hello.listen)
+        if not link.outcome.done():
+            link.outcome.set_result(peer)
+        secret = link.session.bulk_secret
+        assert secret is not None
+        self._bulk.peer_up(peer, secret, link.remote if link.initiator else None)
+        self._handler.connected(peer, hello, link.initiator)
+        for message in self._dialler.opened(peer):
+            self._send(peer, message, b"", dial=False)
+
+    def _on_closed(self, link: Link, event: Closed) -> None:
+        self._half_open.pop(link, None)
+        if not link.initiator:
+            self._inbound -= 1
+        peer = link.peer
+        if peer is None:
+            return
+        if self._challengers.get(peer) is link:
+            del self._challengers[peer]
+            self._probes.pop(peer, None)
+        if self._links.get(peer) is link:
+            del self._links[peer]
+            sent, received = self._past.get(peer, (0, 0))
+            self._past[peer] = (sent + link.sent_bytes, received + link.received_bytes)
+            self._bulk.peer_lost(peer)
+            self._serving.peer_lost(peer)
+            self._fetches.peer_lost(peer)
+            self._handler.disconnected(peer, event.code, event.reason)
+            self._settle(peer, accept=True)
+        elif self._outgoing.get(peer) is link:
+            del self._outgoing[peer]
+            self._settle(peer, accept=True)
+        elif not link.initiator and event.code not in ("duplicate", "disconnected"):
+            self._handler.refused(link.address, peer, event.code, event.reason)
+
+    # What bulk connections ask ------------------------------------------------------------------
+
+    def wants_bulk(self, peer: PeerId) -> bool:
+        """See ``bulklinks.BulkUsers``."""
+        return self._fetches.wants_bulk(peer) or self._serving.wants_bulk(peer)
+
+    def bulk_up(self, conn: BulkConnection) -> None:
+        """See ``bulklinks.BulkUsers``."""
+        self._serving.bulk_up(conn)
+
+    def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
+        """See ``bulklinks.BulkUsers``."""
+        if fault is not None:
+            self._count(f"fault_{fault.code}")
+            self._handler.peer_fault(conn.peer, fault.code, fault.why)
+        self._fetches.bulk_lost(conn, fault is not None)
+        self._serving.bulk_lost(conn)
+
+    def no_bulk(self, peer: PeerId) -> None:
+        """See ``bulklinks.BulkUsers``."""
+        self._fetches.no_bulk(peer)
+        self._serving.no_bulk(peer)
+
+    def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
+        """Pool thread; see ``bulk.Sink``."""
+        return self._fetches.begin(conn, header)
+
+    def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
+        """Pool thread; see ``bulk.Sink``."""
+        self._fetches.end(conn, header, ok)
+
+
+__all__ = ["LocalProtocolError", "Transport", "TransportHandler"]

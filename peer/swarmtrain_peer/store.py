@@ -97,7 +97,7 @@ class StateStore:
         self._fs = fs or FileSystem()
         self._checkpoints = directory / "checkpoints"
         self._results = directory / "results"
-        self._verified: set[int] = set()
+        self._verified: set[tuple[int, str]] = set()
         if writable:
             with disk_errors("prepare", directory):
                 make_folders(self._fs, self._checkpoints)
@@ -162,9 +162,9 @@ class StateStore:
         return number
 
     def prune(self, keep: int) -> list[CheckpointError]:
-        """Keep the newest ``keep`` good checkpoints and all results since the oldest of them.
+        """Keep the newest ``keep`` good states of each channel, and all results since the oldest.
 
-        Each one that counts as kept is verified by hash, so the only good one is never removed,
+        States that count are verified by hash, so the only good one of a channel is never removed,
         however many broken ones are newer. Returns what was found broken.
 
         Raises:
@@ -173,23 +173,29 @@ class StateStore:
         if keep < 1:
             raise LocalProtocolError("at least one checkpoint must be kept")
         found, broken = self.checkpoints()
-        kept: list[Checkpoint] = []
+        good: dict[str, list[int]] = {}
+        unneeded: list[Checkpoint] = []
         for checkpoint in found:
-            if len(kept) == keep:
-                break
-            try:
-                self._verify(checkpoint)
-            except CheckpointError as error:
-                broken.append(error)
-            else:
-                kept.append(checkpoint)
-        if len(kept) < keep:
-            return broken
+            needed = False
+            for entry in checkpoint.entries:
+                rounds = good.setdefault(entry.channel, [])
+                if len(rounds) == keep:
+                    continue
+                needed = True
+                try:
+                    self._verify(checkpoint, entry)
+                except CheckpointError as error:
+                    broken.append(error)
+                else:
+                    rounds.append(entry.round)
+            if not needed:
+                unneeded.append(checkpoint)
         with disk_errors("clean up", self._checkpoints):
-            for number, path in sorted(self._folders().items()):
-                if number < kept[-1].number:
-                    remove_tree(self._fs, path)
-            self._prune_results(kept)
+            for checkpoint in reversed(unneeded):
+                remove_tree(self._fs, checkpoint.path)
+            for channel, rounds in sorted(good.items()):
+                if len(rounds) == keep:
+                    self._prune_results(channel, min(rounds))
         return broken
 
     def rewind(self, rounds: dict[str, int]) -> None:
@@ -312,22 +318,16 @@ class StateStore:
             results.append(found)
         return tuple(results)
 
-    def _verify(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.number in self._verified:
-            return
-        for entry in checkpoint.entries:
+    def _verify(self, checkpoint: Checkpoint, entry: Entry) -> None:
+        key = checkpoint.number, entry.channel
+        if key not in self._verified:
             storeformat.read_state(checkpoint.path / entry.file, entry)
-        self._verified.add(checkpoint.number)
+            self._verified.add(key)
 
-    def _prune_results(self, kept: Sequence[Checkpoint]) -> None:
-        oldest: dict[str, int] = {}
-        for checkpoint in kept:
-            for entry in checkpoint.entries:
-                oldest[entry.channel] = min(entry.round, oldest.get(entry.channel, entry.round))
-        for channel, round in sorted(oldest.items()):
-            for number, path in sorted(_result_files(self._result_folder(channel)).items()):
-                if number < round:
-                    self._fs.remove(path)
+    def _prune_results(self, channel: str, oldest: int) -> None:
+        for number, path in sorted(_result_files(self._result_folder(channel)).items()):
+            if number < oldest:
+                self._fs.remove(path)
 
     def _sweep(self) -> None:
         """Remove what a crash left half-written or half-removed."""

@@ -67,6 +67,12 @@ def recover(directory: Path) -> CanonicalState:
     return replayed(loaded)
 
 
+def recover_channel(directory: Path, channel: str) -> CanonicalState:
+    loaded = StateStore(directory).load()
+    assert not loaded.refused
+    return replayed(loaded, channel)
+
+
 def files(directory: Path, suffix: str) -> list[Path]:
     return sorted(directory.rglob(f"*{suffix}"))
 
@@ -255,6 +261,20 @@ def test_prune_never_removes_the_only_good_checkpoint(tmp_path: Path) -> None:
     assert replayed(loaded).root() == roots(4)[4]
     with pytest.raises(LocalProtocolError):
         store.prune(0)
+
+
+def test_prune_counts_for_each_channel(tmp_path: Path) -> None:
+    """A channel that is saved seldom does not lose its only checkpoint to one saved often."""
+    store, often, seldom = StateStore(tmp_path), a_state("train/0/0"), a_state("train/0/1")
+    store.save([seldom])
+    advance(store, seldom)
+    for _ in range(5):
+        advance(store, often)
+        store.save([often])
+        store.prune(1)
+    assert [c.entries[0].channel for c in store.checkpoints()[0]] == ["train/0/0", "train/0/1"]
+    assert recover_channel(tmp_path, "train/0/1").root() == roots(1, "train/0/1")[1]
+    assert recover_channel(tmp_path, "train/0/0").root() == roots(5)[5]
 
 
 def test_rewind_forgets_later_results_and_checkpoints(tmp_path: Path) -> None:

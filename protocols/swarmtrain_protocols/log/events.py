@@ -1,0 +1,100 @@
+"""What the log tells the layer above, and how patient it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.entries import EntryBody
+from swarmtrain_protocols.messages.log import Certificate, WireEntry
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One committed entry."""
+
+    index: int
+    term: int
+    body: EntryBody
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The next committed entries, in order, each exactly once per incarnation of the core."""
+
+    entries: tuple[LogEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotLoaded:
+    """Replaces everything derived so far: ``data`` is the ledger with entry ``index`` applied."""
+
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderChanged:
+    """Who leads as far as this site knows; ``None`` while it knows of nobody."""
+
+    leader: PeerId | None
+    term: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictProof:
+    """Both certificates carry a majority, yet their logs differ: somebody signed a lie.
+
+    Hash ``entries`` (ours, after ``theirs.index``) onto the hash ``ours_at_theirs`` to arrive at
+    ``ours.chain_hash``, while ``theirs.chain_hash`` names something else at ``theirs.index``.
+    """
+
+    ours: Certificate
+    theirs: Certificate
+    ours_at_theirs: bytes
+    entries: tuple[WireEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The log halts here: this core neither sends nor emits anything after it."""
+
+    proof: ConflictProof
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerDiverged:
+    """A majority derived another snapshot at ``index`` than this site: its ledger is wrong."""
+
+    index: int
+    ours: bytes
+    certified: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogTimeouts:
+    """Patience in seconds. Election timeouts are drawn from ``[election_s, 2 * election_s)``."""
+
+    election_s: float = limits.ELECTION_TIMEOUT_S
+    heartbeat_s: float = limits.HEARTBEAT_INTERVAL_S
+
+    def scaled(self, factor: float) -> LogTimeouts:
+        """The same patience on links and machines that are ``factor`` times slower."""
+        return LogTimeouts(self.election_s * factor, self.heartbeat_s * factor)
+
+    @property
+    def feed_s(self) -> float:
+        """Between two signs of life to a subscriber."""
+        return self.election_s
+
+    @property
+    def silence_s(self) -> float:
+        """A subscriber changes its source after hearing nothing for this long."""
+        return 3 * self.election_s
+
+    @property
+    def lease_s(self) -> float:
+        """A subscription that is not renewed for this long is forgotten."""
+        return 10 * self.election_s

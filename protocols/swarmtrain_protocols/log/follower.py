@@ -1,0 +1,333 @@
+"""Everybody who is not fed by the leader: find a source, verify what it sends, catch up.
+
+A site subscribes to one source, preferably the leader, and believes none: entries count only once
+a certificate covers them, snapshots only down to the founder's signature. Updates and snapshots
+are accepted from anybody, because they prove themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.log.certificate import Snapshot
+from swarmtrain_protocols.log.entrylog import Entry
+from swarmtrain_protocols.log.events import SnapshotLoaded
+from swarmtrain_protocols.log.snapshots import Snapshots
+from swarmtrain_protocols.log.state import LEADER, LogState
+from swarmtrain_protocols.messages.log import (
+    Certificate,
+    SnapshotPiece,
+    SnapshotWanted,
+    Subscribe,
+    Unserved,
+    Unsubscribe,
+    Update,
+    WireEntry,
+)
+
+_WINDOW_BYTES = limits.SNAPSHOT_PIECE_BYTES * limits.SNAPSHOT_PIECES_PER_PULL
+
+
+class Follower:
+    """The subscription of this site and what came over it without proof so far."""
+
+    def __init__(self, state: LogState, snapshots: Snapshots) -> None:
+        self._s = state
+        self._snapshots = snapshots
+        self.source: PeerId | None = None
+        self._trial: PeerId | None = None
+        self._heard_at = float("-inf")
+        self._asked_at = float("-inf")
+        self._renew_at = float("inf")
+        self._known: tuple[PeerId, ...] = ()
+        self._turn = 0
+        self._pending: list[WireEntry] = []
+        self._pending_bytes = 0
+        self._pending_from: PeerId | None = None
+        self._file = bytearray()
+        self._file_index = -1
+        self._file_at = float("inf")
+        self.loaded: Snapshot | None = None
+        """An installed snapshot that the core has yet to tell the layer above."""
+
+    # --- the source ------------------------------------------------------------------------------
+
+    def know(self, peers: Sequence[PeerId]) -> None:
+        """Where else updates may be had."""
+        self._known = tuple(p for p in peers if p != self._s.me)[: limits.MEMBERS_MAX]
+
+    def wanted(self, behind: PeerId | None) -> bool:
+        """True unless this site leads or its leader feeds it."""
+        s = self._s
+        if s.role == LEADER or s.halted:
+            return False
+        fed = s.votes and s.now < s.leader_heard_at + 2 * s.timeouts.election_s
+        return behind is not None or not fed
+
+    def deadline(self, behind: PeerId | None) -> float:
+        s = self._s
+        if s.role == LEADER or s.halted:
+            return s.now if self.source is not None else float("inf")
+        if not self.wanted(behind):
+            fed_until = s.leader_heard_at + 2 * s.timeouts.election_s
+            return s.now if self.source is not None else fed_until
+        if self.source is None:
+            return self._asked_at + s.timeouts.heartbeat_s if self._candidates() else float("inf")
+        return min(self._quiet_at(), self._renew_at, self._file_at)
+
+    def _quiet_at(self) -> float:
+        """When to give the source up: sooner if it never answered."""
+        t = self._s.timeouts
+        if self._heard_at < self._asked_at:
+            return max(self._asked_at + t.election_s, self._heard_at + t.silence_s)
+        return self._heard_at + t.silence_s
+
+    def tick(self, behind: PeerId | None) -> None:
+        s = self._s
+        if not self.wanted(behind):
+            if self.source is not None:
+                s.send(self.source, Unsubscribe())
+                self._drop()
+            return
+        if s.now < self.deadline(behind):
+            return
+        if self.source is None or s.now >= self._quiet_at():
+            self._next_source(behind)
+        elif s.now >= self._file_at:
+            self._want_file()
+        else:
+            self._trial = None
+            self._ask(self.source)
+
+    def _candidates(self) -> list[PeerId]:
+        """Where to subscribe, the best first, those with a link before those without."""
+        s = self._s
+        view = s.log.view
+        voters = () if view is None else view.everyone()
+        leader = () if s.leader is None else (s.leader,)
+        listed = [*leader, *voters, *self._known, *sorted(s.links)]
+        unique = [PeerId(p) for p in dict.fromkeys(listed) if p != s.me]
+        return [p for p in unique if p in s.links] + [p for p in unique if p not in s.links]
+
+    def _next_source(self, behind: PeerId | None) -> None:
+        candidates = self._candidates()
+        self._drop()
+        if not candidates:
+            return
+        if behind is not None and self._turn % 2 == 0:
+            chosen = behind
+        else:
+            chosen = candidates[self._turn % len(candidates)]
+        self._turn += 1
+        self._ask(chosen)
+
+    def _drop(self) -> None:
+        self.source = self._trial = None
+        self._forget_pending()
+        self._file, self._file_index, self._file_at = bytearray(), -1, float("inf")
+
+    def _forget_pending(self) -> None:
+        self._pending, self._pending_bytes, self._pending_from = [], 0, None
+
+    def _ask(self, peer: PeerId) -> None:
+        """Subscribe, renew, or ask for more."""
+        s = self._s
+        if peer != self._trial:
+            self.source = peer
+        if self._pending_from != peer:
+            self._forget_pending()
+        self._asked_at = s.now
+        self._renew_at = s.now + s.timeouts.lease_s / 3
+        verified = s.log.commit + 1
+        s.send(peer, Subscribe(s.log.generation, verified + len(self._pending), verified))
+
+    def connected(self, peer: PeerId) -> None:
+        if peer == self.source:
+            self._ask(peer)
+
+    def disconnected(self, peer: PeerId) -> None:
+        """A broken link to the source is reason enough to ask another at once."""
+        if peer == self._trial:
+            self._trial = None
+        if peer == self.source:
+            self._drop()
+            self._asked_at = float("-inf")
+
+    def on_unserved(self, peer: PeerId) -> None:
+        if peer == self._trial:
+            self._trial = None
+        elif peer == self.source:
+            self._drop()
+
+    def _prefer_leader(self) -> None:
+        """Entries come from the leader one hop earlier than from anybody else."""
+        s = self._s
+        if s.leader in (None, s.me, self.source, self._trial) or self.source is None:
+            return
+        assert s.leader is not None
+        self._trial = s.leader
+        self._ask(s.leader)
+
+    # --- entries ---------------------------------------------------------------------------------
+
+    def on_update(self, peer: PeerId, m: Update) -> None:
+        """Entries, perhaps with the proof that they are committed, or a sign of life."""
+        s = self._s
+        if s.role == LEADER or m.generation < s.log.generation:
+            return
+        if peer == self._trial and self.source is not None:
+            s.send(self.source, Unsubscribe())
+            self.source, self._trial = peer, None
+        if peer != self.source:
+            if m.certificate is not None:
+                s.try_commit(peer, m.certificate)
+            return
+        self._heard_at = s.now
+        self._hint(m)
+        self._collect(peer, m)
+        if s.halted:
+            return
+        if m.snapshot is not None:
+            self._snapshots.on_certificate(peer, m.snapshot)
+        have = s.log.commit + 1 + len(self._pending)
+        if m.more:
+            self._ask(peer)
+        elif m.start > have or (not m.entries and have < m.length):
+            # Something was lost. It is asked for again, at most once per heartbeat.
+            self._renew_at = min(self._renew_at, self._asked_at + s.timeouts.heartbeat_s)
+        if m.entries:
+            self._prefer_leader()
+
+    def _hint(self, m: Update) -> None:
+        """Believe a source about the leader as far as that one may lead."""
+        s = self._s
+        newer = m.leader_term > max(s.leader_term, s.term if s.votes else 0)
+        told = m.leader_term == s.leader_term and s.leader is None
+        if m.leader and (newer or told) and s.trusts(m.leader) and not s.votes:
+            s.set_leader(PeerId(m.leader), m.leader_term)
+            self._prefer_leader()
+
+    def _collect(self, peer: PeerId, m: Update) -> None:
+        s, log = self._s, self._s.log
+        if peer != self._pending_from:
+            self._forget_pending()
+            self._pending_from = peer
+        offset = m.start - (log.commit + 1)
+        if m.entries and offset <= len(self._pending):
+            fresh = m.entries[max(0, -offset) :]
+            del self._pending[max(0, offset) :]
+            self._pending.extend(fresh)
+            self._pending_bytes = sum(len(item.body) for item in self._pending)
+            if (
+                len(self._pending) > limits.LOG_UNVERIFIED_ENTRIES_MAX
+                or self._pending_bytes > limits.LOG_UNVERIFIED_BYTES_MAX
+            ):
+                self._forget_pending()
+                s.fault(peer, PeerFault("flood", "entries without a certificate"))
+                return
+        if m.certificate is not None:
+            self._prove(peer, m.certificate)
+
+    def _prove(self, peer: PeerId, certificate: Certificate) -> None:
+        """Adopt the pending entries that a certificate covers."""
+        s, log = self._s, self._s.log
+        count = certificate.index - log.commit
+        if count <= 0 or (
+            log.holds(certificate.index)
+            and log.at(certificate.index).chain_hash == certificate.chain_hash
+        ):
+            before = log.commit
+            s.try_commit(peer, certificate)
+            del self._pending[: log.commit - before]
+            return
+        if count > len(self._pending):
+            return
+        try:
+            entries = self._verified(self._pending[:count], certificate)
+        except PeerFault as fault:
+            self._forget_pending()
+            s.fault(peer, fault)
+            return
+        del self._pending[:count]
+        for entry in entries:
+            if entry.index <= log.last_index:
+                if log.at(entry.index).chain_hash == entry.chain_hash:
+                    continue
+                s.truncate(entry.index)
+            log.append(entry)
+        s.commit_to(certificate)
+
+    def _verified(self, items: list[WireEntry], certificate: Certificate) -> list[Entry]:
+        log = self._s.log
+        position = log.at(log.commit)
+        entries: list[Entry] = []
+        for item in items:
+            position = log.follow(position, item)
+            entries.append(position)
+        last = entries[-1]
+        if (last.chain_hash, last.term) != (certificate.chain_hash, certificate.term):
+            raise PeerFault("bad_certificate", f"another log at {certificate.index}")
+        if not log.one_change_at_most(entries):
+            raise PeerFault("bad_certificate", f"two steward changes before {certificate.index}")
+        if not log.trust.certifies(last.view, certificate):
+            raise PeerFault("bad_certificate", f"no majority at {certificate.index}")
+        return entries
+
+    # --- snapshots -------------------------------------------------------------------------------
+
+    def on_piece(self, peer: PeerId, m: SnapshotPiece) -> None:
+        """A piece of a snapshot file; the last one installs it."""
+        s = self._s
+        if peer != self.source or m.index <= s.log.commit or m.offset + len(m.data) > m.nbytes:
+            return
+        self._heard_at = s.now
+        if m.index != self._file_index:
+            if m.offset != 0:
+                return
+            self._file, self._file_index = bytearray(), m.index
+        if m.offset != len(self._file):
+            return
+        self._file += m.data
+        self._file_at = s.now + 2 * s.timeouts.heartbeat_s
+        if len(self._file) == m.nbytes:
+            self._install(peer, bytes(self._file))
+        elif len(self._file) % _WINDOW_BYTES == 0:
+            self._want_file()
+
+    def _want_file(self) -> None:
+        s = self._s
+        assert self.source is not None
+        self._file_at = s.now + 2 * s.timeouts.heartbeat_s
+        s.send(self.source, SnapshotWanted(self._file_index, len(self._file)))
+
+    def _install(self, peer: PeerId, data: bytes) -> None:
+        s = self._s
+        self._file, self._file_index, self._file_at = bytearray(), -1, float("inf")
+        try:
+            snapshot = s.trust.snapshot(data)
+        except PeerFault as fault:
+            s.fault(peer, fault)
+            self._drop()
+            return
+        if snapshot.body.index <= s.log.commit:
+            return
+        s.log.install(snapshot)
+        s.save_snapshot(snapshot)
+        self._snapshots.installed()
+        self._forget_pending()
+        self.loaded = snapshot
+        self._ask(peer)
+
+    def take_loaded(self) -> SnapshotLoaded | None:
+        """The snapshot to tell the layer above about, once."""
+        snapshot, self.loaded = self.loaded, None
+        if snapshot is None:
+            return None
+        return SnapshotLoaded(snapshot.body.index, snapshot.body.ledger)
+
+    def refused(self, peer: PeerId, m: Unserved) -> None:
+        """The peer cannot serve this site."""
+        self.on_unserved(peer)

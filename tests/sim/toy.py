@@ -81,6 +81,9 @@ class ToyNode:
     def fetch_failed(self, now: float, ticket: int, reason: str) -> None:
         self.fetch_news.append((ticket, reason))
 
+    def emitted(self, now: float, event: object) -> None:
+        pass
+
     def provide(self, root: bytes) -> merkle.Blob | None:
         return self.blobs.get(root)
 

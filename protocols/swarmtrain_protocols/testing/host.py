@@ -27,6 +27,8 @@ SPINS_MAX = 200
 """Ticks without progress of time after which a core is said to spin."""
 CLOCK_OFFSET_S_MAX = 1e5
 CLOCK_DRIFT_MAX = 2e-4
+WALL_START_S = 1_800_000_000.0
+WALL_SKEW_S_MAX = 20.0
 
 Completion = tuple[float, Callable[[float], None]]
 
@@ -41,6 +43,9 @@ class Node(core.Core, Protocol):
     def fetched(self, now: float, ticket: int) -> None: ...
 
     def fetch_failed(self, now: float, ticket: int, reason: str) -> None: ...
+
+    def emitted(self, now: float, event: object) -> None:
+        """The layer above gets an event of ``Emit``, at its place in the order of effects."""
 
     def provide(self, root: bytes) -> Blob | None:
         """The blob whose Merkle root is ``root``, if this node can serve it."""
@@ -63,6 +68,7 @@ class Context:
     disk: Disk
     rng: random.Random
     now: float
+    wall_s: float
     incarnation: int
     peers: dict[str, PeerId]
 
@@ -104,6 +110,7 @@ class Host:
         luck = Stream(world.seed, name, "clock")
         self._offset_s = luck.between(0.0, CLOCK_OFFSET_S_MAX)
         self._rate = 1.0 + luck.between(-CLOCK_DRIFT_MAX, CLOCK_DRIFT_MAX)
+        self._wall_skew_s = luck.between(-WALL_SKEW_S_MAX, WALL_SKEW_S_MAX)
         self._last_local = 0.0
 
     # --- life ------------------------------------------------------------------------------------
@@ -121,6 +128,7 @@ class Host:
             disk=self.disk,
             rng=generator(self.world.seed, self.name, str(self.incarnation)),
             now=self.local_now(),
+            wall_s=WALL_START_S + self.world.now + self._wall_skew_s,
             incarnation=self.incarnation,
             peers=self.world.peers,
         )

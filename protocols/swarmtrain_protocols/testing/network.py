@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.testing.draws import Stream, exponential
 from swarmtrain_protocols.testing.faults import LOSSY, SLOW_FACTOR
+from swarmtrain_protocols.testing.keyring import peer_id_of
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 DIAL_QUEUE_MAX = 4096
 ORDER_GAP_S = 1e-7
 TAIL_S_MAX = 5.0
+
+
+def address_of(name: str) -> str:
+    """Where the host of that name listens: an address of its own, in a subnet of its own."""
+    a, b, c = peer_id_of(name)[:3]
+    return f"44.{a}.{b}.{c}:4000"
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,10 @@ class _Dial:
 class Network:
     """All links of a world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, strict_addresses: bool) -> None:
         self.world = world
+        self._strict = strict_addresses
+        self._book: dict[tuple[str, str], bool] = {}
         self._connections: dict[tuple[str, str], Connection] = {}
         self._dials: dict[tuple[str, str], _Dial] = {}
         self._luck: dict[tuple[str, str, str], Stream] = {}
@@ -168,6 +177,19 @@ class Network:
         connection = self._connections.get(_pair(a, b))
         return connection is not None and all(s == "up" for s in connection.state.values())
 
+    # --- addresses --------------------------------------------------------------------------------
+
+    def learn(self, host: Host, peer: bytes, addresses: tuple[str, ...]) -> None:
+        """Remember that ``host`` knows how to dial ``peer``, if an address is really its own."""
+        other = self.world.by_peer.get(peer)
+        if other is not None and address_of(other.name) in addresses:
+            self._book[host.name, other.name] = True
+
+    def forget_addresses(self, host: Host) -> None:
+        """A process that dies forgets what it has learnt."""
+        for key in [key for key in self._book if key[0] == host.name]:
+            del self._book[key]
+
     # --- what hosts ask for ----------------------------------------------------------------------
 
     def send(self, a: Host, b: Host, packet: Packet) -> None:
@@ -182,6 +204,11 @@ class Network:
         """Have a connection; no news is given if it cannot be had."""
         connection = self._connections.get(_pair(a.name, b.name))
         if connection is not None and connection.state[a.name] == "up":
+            return
+        if self._strict and (a.name, b.name) not in self._book:
+            self.world.seen["net:no-address"] += 1
+            if packet is not None:
+                self._fail(a, packet)
             return
         dial = self._dials.get((a.name, b.name))
         if dial is None or dial.incarnation != a.incarnation:
@@ -203,6 +230,7 @@ class Network:
 
     def died(self, host: Host, *, silent: bool) -> None:
         """The process of ``host`` is gone: its kernel says so, or (``silent``) nobody does."""
+        self.forget_addresses(host)
         for pair, connection in sorted(self._connections.items()):
             if host.name not in pair or connection.state[host.name] == "down":
                 continue
@@ -380,6 +408,8 @@ class Network:
         if connection.state[host.name] != "pending" or not host.alive:
             return
         connection.state[host.name] = "up"
+        if other.name not in self.unreachable:
+            self._book[host.name, other.name] = True  # the greeting says where it listens
         self._tell(host, "connected", other.name)
 
     def _flush(self, connection: Connection, a: Host, b: Host, dial: _Dial) -> None:

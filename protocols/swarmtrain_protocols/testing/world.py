@@ -42,6 +42,8 @@ class World:
     Args:
         seed: decides all luck.
         model: the weather of the network; by default that of the seed.
+        strict_addresses: a host can only dial whom it has learnt an address of
+            (``network.address_of``), by ``Learn``, ``Connect`` or the greeting of a link.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class World:
         seed: int,
         *,
         model: NetworkModel | None = None,
+        strict_addresses: bool = False,
     ) -> None:
         self.seed = seed
         self.model = model if model is not None else NetworkModel.seeded(seed)
@@ -60,7 +63,7 @@ class World:
         self.by_peer: dict[bytes, Host] = {}
         self.peers: dict[str, PeerId] = {}
         self.checkers: list[Checker] = []
-        self.network = Network(self)
+        self.network = Network(self, strict_addresses)
         self.transfers = transfers.Transfers(self)
         self.healed = False
         self._heap: list[tuple[float, int, Host | None, int, Callable[..., None], Any]] = []
@@ -266,6 +269,7 @@ class World:
         if isinstance(effect, core.Send):
             return self._send(host, effect.peer, effect.message)
         if isinstance(effect, core.Emit):
+            self.guarded(host, host.node.emitted, host.local_now(), effect.event)
             for checker in self.checkers:
                 checker.emitted(self, host, effect.event)
             return "emit:" + type(effect.event).__name__
@@ -275,19 +279,27 @@ class World:
         if isinstance(effect, core.CancelFetch):
             self.transfers.cancel(host, effect.ticket)
             return "cancel"
+        if isinstance(effect, core.Learn):
+            self.network.learn(host, effect.peer, effect.addresses)
+            return "learn"
         if isinstance(effect, core.Connect | core.Disconnect):
-            other = self.by_peer.get(effect.peer)
-            if other is not None and other is not host:
-                if isinstance(effect, core.Connect):
-                    self.network.dial(host, other)
-                else:
-                    self.network.close(host, other)
-            return "connect" if isinstance(effect, core.Connect) else "disconnect"
+            return self._link(host, effect)
         found: list[Any] = []
         self.guarded(host, lambda: found.extend(host.node.execute(host.local_now(), effect) or ()))
         for delay_s, call in found:
             self.after(delay_s, host, self._complete, host, call)
         return "do:" + type(effect).__name__
+
+    def _link(self, host: Host, effect: core.Connect | core.Disconnect) -> str:
+        other = self.by_peer.get(effect.peer)
+        if isinstance(effect, core.Connect):
+            self.network.learn(host, effect.peer, effect.addresses)
+            if other is not None and other is not host:
+                self.network.dial(host, other)
+            return "connect"
+        if other is not None and other is not host:
+            self.network.close(host, other)
+        return "disconnect"
 
     def _complete(self, host: Host, call: Callable[[float], None]) -> None:
         self.trace.record(self.now, host.name, "complete")

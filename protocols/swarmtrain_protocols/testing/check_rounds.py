@@ -1,0 +1,285 @@
+"""Checkers of the round protocol. The numbers in their names are those of reliability goals.
+
+Everything is recomputed here from true contributions and logged sets with plain NumPy, in member
+order, one rounding per operation; nothing is taken from the code under test but the codecs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.codecs import get_codec
+from swarmtrain_protocols.codecs.base import F32
+from swarmtrain_protocols.merkle import leaf_hash, merkle_root
+from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.node import LedgerChanged
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.state import header_chunk
+from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.truth import Truth
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+
+@dataclass(slots=True)
+class _Reference:
+    """The right state of a channel after some round."""
+
+    theta: F32
+    momentum: F32
+    state_hash: bytes
+
+
+class LogIsOne(Checker):
+    """All sites apply the same entries at the same indices, for ever (OS2, and the ledger's part).
+
+    ``history[i]`` is entry i as the first site applied it: (body bytes, accepted).
+    """
+
+    def __init__(self) -> None:
+        self.history: dict[int, tuple[bytes, bool]] = {}
+        self.bodies: dict[int, e.EntryBody] = {}
+        self.applied: dict[str, int] = {}
+
+    def emitted(self, world: World, host: Host, event: object) -> None:
+        if not isinstance(event, LedgerChanged):
+            return
+        for index, body, accepted in event.entries:
+            before = self.applied.get(host.name)
+            if before is not None and index != before + 1 and index != 0:
+                # A snapshot may jump forward; nothing may go back inside an incarnation.
+                if index <= before:
+                    world.violation("log-order", f"{host.name} applies {index} after {before}")
+                world.seen["log:jump"] += 1
+            self.applied[host.name] = index
+            found = (e.encode_body(body), accepted)
+            known = self.history.setdefault(index, found)
+            if known != found:
+                world.violation(
+                    "log-fork", f"{host.name} has {body} ({accepted}) at {index}, others {known}"
+                )
+            if index not in self.bodies:
+                self.bodies[index] = body
+                self.first(world, host, index, body, accepted)
+
+    def first(
+        self, world: World, host: Host, index: int, body: e.EntryBody, accepted: bool
+    ) -> None:
+        """Entry ``index`` was applied for the first time anywhere; for subclasses."""
+
+    def crashed(self, world: World, host: Host) -> None:
+        self.applied.pop(host.name, None)
+
+
+class RoundsAreRight(LogIsOne):
+    """AR1 to AR4, GF2, OS1: outcomes, sums, sets, coefficients and states, bit for bit."""
+
+    def __init__(self, truth: Truth, lr: float, beta: float, chunk_values: int) -> None:
+        super().__init__()
+        self.truth = truth
+        self.lr, self.beta = np.float32(lr), np.float32(beta)
+        self.chunk_values = chunk_values
+        self.opened: dict[RoundKey, e.RoundOpened] = {}
+        self.chosen: dict[RoundKey, e.RoundSet] = {}
+        self.committed: dict[tuple[str, int], bytes] = {}
+        self.keys: dict[tuple[str, int], RoundKey] = {}
+        self.states: dict[str, list[_Reference]] = {}
+        self.counted: dict[bytes, RoundKey] = {}
+        self.returned: dict[bytes, str] = {}
+        self.aborted = 0
+
+    # --- entries ---------------------------------------------------------------------------------
+
+    def first(
+        self, world: World, host: Host, index: int, body: e.EntryBody, accepted: bool
+    ) -> None:
+        world.seen["entry:" + type(body).__name__] += 1
+        if not accepted:
+            world.seen["entry:ignored"] += 1
+            return
+        if isinstance(body, e.ModelDefined):
+            self._model(world, body)
+        elif isinstance(body, e.RoundOpened):
+            self._opened(world, body)
+        elif isinstance(body, e.RoundSet):
+            self._set(world, body)
+        elif isinstance(body, e.RoundCommitted):
+            self._committed(world, body)
+        elif isinstance(body, e.RoundAborted):
+            self.aborted += 1
+            world.seen["abort:" + body.reason] += 1
+
+    def _model(self, world: World, body: e.ModelDefined) -> None:
+        for item, root in zip(body.layout, body.roots, strict=True):
+            theta = self.truth.models[item.channel, root]
+            reference = self._reference(item.channel, 0, theta, np.zeros_like(theta))
+            if reference.state_hash != root:
+                world.violation("model", "the root of the model is not that of its weights")
+            self.states[item.channel] = [reference]
+
+    def _opened(self, world: World, body: e.RoundOpened) -> None:
+        members = [c.member for c in body.contributors]
+        if members != sorted(set(members)):
+            world.violation("GF2", f"contributors of {body.key} are not in member order")
+        for item in body.contributors:
+            made = self.truth.contributions.get(item.root)
+            if made is None or (made.member, made.samples) != (item.member, item.samples):
+                world.violation("GF2", f"{body.key} lists a contribution nobody made")
+        covered = [(p.first, p.count) for p in body.parts]
+        place = 0
+        for start, count in sorted(covered):
+            if start != place or count < 1:
+                world.violation("GF2", f"parts of {body.key} overlap or leave gaps: {covered}")
+            place += count
+        if place != -(-body.values // self.chunk_values):
+            world.violation("GF2", f"parts of {body.key} do not cover the vector")
+        if body.key.channel.startswith("train/"):
+            right = self.states[body.key.channel][body.key.round].state_hash
+            if right != body.state_hash:
+                world.violation("OS1", f"{body.key} pins a wrong state hash")
+        self.opened[body.key] = body
+
+    def _set(self, world: World, body: e.RoundSet) -> None:
+        opened = self.opened[body.key]
+        samples = [opened.contributors[c.index].samples for c in body.coefficients]
+        total = math.fsum(samples)
+        for item, weight in zip(body.coefficients, samples, strict=True):
+            if not (0.0 <= item.value <= 1.0) or abs(item.value - weight / total) > 1e-6:
+                world.violation("AR4", f"coefficients of {body.key}: {body.coefficients}")
+        if len(body.coefficients) < len(opened.contributors):
+            world.seen["round:partial"] += 1
+        self.chosen[body.key] = body
+
+    def _committed(self, world: World, body: e.RoundCommitted) -> None:
+        key = body.key
+        known = self.committed.get((key.channel, key.round))
+        if known is not None and known != body.root:
+            world.violation("AR1", f"two outcomes of {key.channel} round {key.round}")
+        self.committed[key.channel, key.round] = body.root
+        self.keys[key.channel, key.round] = key
+        world.seen["round:group" if key.channel.startswith("group/") else "round:train"] += 1
+        if key.attempt:
+            world.seen["round:later-attempt"] += 1
+        root, mean = self._recompute(world, key)
+        if root != body.root:
+            world.violation("AR2", f"the result of {key} is not the sum of its set")
+        if key.channel in self.states:
+            self._advance(world, key, mean)
+
+    def _recompute(self, world: World, key: RoundKey) -> tuple[bytes, F32]:
+        """The reference: root of the encoded result, and its decoded values f32[n]."""
+        opened, chosen = self.opened[key], self.chosen[key]
+        codec_in, codec_out = get_codec(opened.scatter_codec), get_codec(opened.gather_codec)
+        mean = np.zeros(opened.values, np.float32)
+        leaves = []
+        for item in chosen.coefficients:
+            root = opened.contributors[item.index].root
+            if root in self.counted:
+                world.violation("AR3", f"{key} counts a contribution of {self.counted[root]}")
+            if root in self.returned:
+                world.violation("AR3", f"{key} counts what was {self.returned[root]}")
+            self.counted[root] = key
+        for index in range(-(-opened.values // self.chunk_values)):
+            first = index * self.chunk_values
+            n = min(self.chunk_values, opened.values - first)
+            acc = np.zeros(n, np.float32)
+            for item in chosen.coefficients:
+                made = self.truth.contributions[opened.contributors[item.index].root]
+                value = np.empty(n, np.float32)
+                codec_in.decode(made.chunks[index], value)
+                acc = acc + np.float32(item.value) * value
+            encoded = bytearray(codec_out.encoded_nbytes(n))
+            codec_out.encode(acc, encoded)
+            leaves.append(leaf_hash(encoded))
+            codec_out.decode(encoded, mean[first : first + n])
+        return merkle_root(leaves), mean
+
+    def _advance(self, world: World, key: RoundKey, mean: F32) -> None:
+        states = self.states[key.channel]
+        if len(states) != key.round + 1:
+            world.violation("OS2", f"{key} committed after {len(states) - 1} rounds")
+        before = states[-1]
+        momentum = self.beta * before.momentum + mean
+        theta = before.theta - self.lr * (mean + self.beta * momentum)
+        states.append(self._reference(key.channel, key.round + 1, theta, momentum))
+
+    def _reference(self, channel: str, round_number: int, theta: F32, momentum: F32) -> _Reference:
+        leaves = [leaf_hash(header_chunk(channel, round_number, theta.size))]
+        for first in range(0, theta.size, self.chunk_values):
+            part = slice(first, first + self.chunk_values)
+            leaves.append(leaf_hash(theta[part].tobytes() + momentum[part].tobytes()))
+        return _Reference(theta, momentum, merkle_root(leaves))
+
+    # --- events of sites -------------------------------------------------------------------------
+
+    def emitted(self, world: World, host: Host, event: object) -> None:
+        super().emitted(world, host, event)
+        if isinstance(event, fx.StateAdvanced):
+            self._state(world, host, event)
+        elif isinstance(event, fx.ContributionDecided):
+            self._decided(world, host, event)
+        elif isinstance(event, fx.GroupDone):
+            if self.committed.get((event.key.channel, event.key.round)) != event.root:
+                world.violation("AR1", f"{host.name} has another result of {event.key}")
+            world.seen["group:done"] += 1
+        elif isinstance(event, fx.Resync):
+            world.seen["resync:" + event.reason.rstrip("0123456789 ")] += 1
+        elif isinstance(event, fx.Notice):
+            self._notice(world, host, event)
+
+    def _notice(self, world: World, host: Host, event: fx.Notice) -> None:
+        what = event.fields.get("fault") or event.fields.get("what") or ""
+        world.seen[f"notice:{event.name}:{what}"] += 1
+        if what in {"conflicting_results", "bad_signature", "bad_part"}:
+            world.violation("honest", f"{host.name} accuses an honest site: {event}")
+
+    def _state(self, world: World, host: Host, event: fx.StateAdvanced) -> None:
+        states = self.states[event.channel]
+        if event.round >= len(states):
+            world.violation("OS1", f"{host.name} is at round {event.round} of {event.channel}")
+        if states[event.round].state_hash != event.state_hash:
+            world.violation("OS1", f"{host.name} has another state before round {event.round}")
+
+    def _decided(self, world: World, host: Host, event: fx.ContributionDecided) -> None:
+        world.seen["decided:" + event.outcome] += 1
+        counted = self.counted.get(event.root)
+        if event.outcome == "committed":
+            if counted != event.key:
+                world.violation("AR3", f"{host.name}: {event.key} is said to count, but does not")
+            chosen, opened = self.chosen[event.key], self.opened[event.key]
+            mine = [
+                c.value
+                for c in chosen.coefficients
+                if opened.contributors[c.index].root == event.root
+            ]
+            if mine != [event.coefficient]:
+                world.violation("AR4", f"{host.name} is told {event.coefficient}, log: {mine}")
+            return
+        if counted is not None:
+            world.violation("AR3", f"{host.name} gets back what {counted} counts")
+        self.returned[event.root] = event.outcome
+
+    def always(self, world: World, host: Host) -> None:
+        """AR6: whatever a site holds, it is a state that the log made."""
+        node = host.node
+        if node.core.ledger.model is None:
+            return  # what a site proposes is not the model yet
+        for channel, state in node.plane.states.items():
+            known = self.states.get(channel)
+            if known is None:
+                continue
+            if state.round >= len(known):
+                continue  # its commit is applied here before anybody has emitted it
+            right = known[state.round]
+            same = np.array_equal(state.theta, right.theta) and np.array_equal(
+                state.momentum, right.momentum
+            )
+            if not same and node.core.catchup.tracks[channel].state_hash is not None:
+                world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -1,0 +1,266 @@
+"""A whole swarm in the simulator: sites with real cores, real codecs and tiny tensors.
+
+``run_swarm(seed)`` is one schedule: build the swarm of the seed, let trouble happen, heal, and
+demand that everybody gets on. Safety is checked at every event, liveness within ``LIVENESS_S`` of
+healing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain_protocols.manifest import RunKeys, make_manifest
+from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
+from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.draws import Stream
+from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
+from swarmtrain_protocols.testing.network import NetworkModel
+from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
+from swarmtrain_protocols.testing.truth import Truth
+from swarmtrain_protocols.testing.world import Violation, World
+from swarmtrain_protocols.tickets import Capability, sign_capability
+
+TROUBLE_FROM_S = 5.0
+TROUBLE_UNTIL_S = 22.0
+HEAL_AT_S = 26.0
+LIVENESS_S = 60.0
+ROUNDS_AFTER_HEALING = 2
+
+TRIGGERS = (
+    *("persist", "synced", "fetch"),
+    *("send:ready", "send:held", "send:result", "send:holding", "send:state"),
+    *("do:BeginAttempt", "do:ReducePart", "do:StoreResult", "do:ApplyResult"),
+    *("do:InstallSnapshot", "do:CompleteResult", "emit:LedgerChanged", "emit:StateAdvanced"),
+)
+
+
+@dataclass
+class Outcome:
+    """What came of one schedule. ``violation`` is the class of the first violation, or ''."""
+
+    seed: int
+    schedule: list[Fault]
+    violation: str = ""
+    text: str = ""
+    tail: list[str] = field(default_factory=list)
+    trace: str = ""
+    seen: Counter[str] = field(default_factory=Counter)
+    committed: int = 0
+    aborted: int = 0
+    simulated_s: float = 0.0
+    recovery_s: float = 0.0
+
+
+@dataclass
+class Swarm:
+    """A built world and the checker that knows the truth about it."""
+
+    world: World
+    truth: Truth
+    rounds: RoundsAreRight
+    spec: SwarmSpec
+
+    def site(self, name: str) -> Site | None:
+        node = self.world.hosts[name].node
+        return node if isinstance(node, Site) else None
+
+
+def spec_of(seed: int) -> tuple[SwarmSpec, tuple[SitePart, ...]]:
+    """The swarm of a seed: three to five sites, one or two channels, one of three codecs."""
+    luck = Stream(seed, "swarm")
+
+    def pick(*values: float) -> float:
+        return values[luck.integer(len(values))]
+
+    count = 3 + luck.integer(3)
+    codec = ("int8", "fp32", "bf16")[luck.integer(3)]
+    names = "abcde"[:count]
+    parts = [SitePart(name) for name in names]
+    if count > 3 and luck.chance(0.3):  # a seed: no trainer, with or without state
+        parts[-1] = SitePart(names[-1], trains=False, holds_state=luck.chance(0.5))
+    if count > 3 and luck.chance(0.3):  # behind NAT
+        parts[-2] = SitePart(names[-2], reachable=False, votes=luck.chance(0.5))
+    founder = FakeKeyring("founder")
+    manifest = make_manifest(
+        RunKeys(
+            codec_scatter=codec,
+            codec_gather=codec,
+            round_timeout_s=pick(4.0, 8.0),
+            grace_s=pick(1.0, 3.0),
+        ),
+        founder.peer_id,
+        seed.to_bytes(16, "little"),
+    )
+    capability = sign_capability(
+        founder, Capability(b"ticket-1", manifest.run_id, role="trainer", vote=True)
+    )
+    layout = (("train/0/0", 40), ("train/0/1", 21)) if luck.chance(0.3) else (("train/0/0", 40),)
+    groups = luck.chance(0.3)
+    spec = SwarmSpec(
+        manifest=manifest,
+        capability=capability,
+        founder_site="a",
+        layout=layout,
+        chunk_values=16,
+        outer_lr=pick(0.7, 1.0),
+        outer_momentum=pick(0.0, 0.9),
+        phase_s=(0.5, pick(1.0, 2.5)),
+        work_s=(0.001, pick(0.005, 0.1)),
+        group_every_s=3.0 if groups else 0.0,
+        group_callers=0,
+    )
+    return spec, tuple(parts)
+
+
+def build(seed: int, *, model: NetworkModel | None = None) -> Swarm:
+    """The world of a seed, its sites started one after another, its checkers watching."""
+    spec, parts = spec_of(seed)
+    world = World(seed, model=model, strict_addresses=True)
+    names = [part.name for part in parts]
+    truth = Truth(
+        parts={part.name: part for part in parts},
+        names={peer_id_of(name): name for name in names},
+        ticket_sites=("a", "b"),
+        seen=world.seen,
+    )
+    rounds = RoundsAreRight(truth, spec.outer_lr, spec.outer_momentum, spec.chunk_values)
+    luck = Stream(seed, "starts")
+    for part in parts:
+        if not part.reachable:
+            world.network.unreachable.append(part.name)
+        start_s = 0.0 if part.name == spec.founder_site else luck.between(0.0, 8.0)
+        world.add(part.name, _factory(spec, part, truth), start_s=start_s)
+    world.watch(rounds)
+    return Swarm(world, truth, rounds, spec)
+
+
+def _factory(spec: SwarmSpec, part: SitePart, truth: Truth):  # type: ignore[no-untyped-def]
+    return lambda ctx: Site(ctx, spec, part, truth)
+
+
+def plan_of(seed: int) -> Plan:
+    """What may go wrong in the swarm of a seed."""
+    _, parts = spec_of(seed)
+    names = tuple(part.name for part in parts)
+    return Plan(
+        names,
+        start_s=TROUBLE_FROM_S,
+        end_s=TROUBLE_UNTIL_S,
+        count=(2, 12),
+        kinds=PLAIN_KINDS,
+        triggers=TRIGGERS,
+        vanish_max=1 if len(names) > 3 else 0,
+        vanishable=names,
+    )
+
+
+def run_swarm(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Checker) -> Outcome:
+    """One schedule from beginning to end; the schedule is that of the seed unless given."""
+    faults = list(schedule) if schedule is not None else generate(seed, plan_of(seed))
+    outcome = Outcome(seed, faults)
+    swarm = build(seed)
+    world = swarm.world
+    world.watch(*checkers)
+    world.plan(faults)
+    try:
+        world.run(HEAL_AT_S)
+        if not excused(swarm):
+            outcome.recovery_s = settle_within(
+                world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
+            )
+    except Violation as broken:
+        outcome.violation, outcome.text = broken.kind, str(broken)
+        outcome.tail = world.trace.tail(60)
+    outcome.trace = world.trace.digest()
+    outcome.seen = world.seen
+    outcome.committed = len(swarm.rounds.committed)
+    outcome.aborted = swarm.rounds.aborted
+    outcome.simulated_s = world.now
+    return outcome
+
+
+def excused(swarm: Swarm) -> bool:
+    """A majority of the stewards, or the only holder of the state, is gone for good.
+
+    The run cannot go on then, and nobody promised that it would (DESIGN §4, §5).
+    """
+    gone = [host for host in swarm.world.hosts.values() if host.vanished]
+    if not gone:
+        return False
+    voters: tuple[bytes, ...] = ()
+    latest = -1
+    holders: tuple[bytes, ...] = ()
+    for index in sorted(swarm.rounds.bodies):
+        body = swarm.rounds.bodies[index]
+        kind = type(body).__name__
+        if kind == "Genesis":
+            voters = (body.steward,)  # type: ignore[union-attr]
+        elif kind == "StewardsChanged":
+            voters = body.voters  # type: ignore[union-attr]
+        elif kind == "ModelDefined":
+            holders = (body.author,)  # type: ignore[union-attr]
+        elif kind == "RoundCommitted":
+            holders = body.held_by  # type: ignore[union-attr]
+        latest = index
+    lost = [host.peer for host in gone]
+    few = 2 * len([v for v in voters if v in lost]) >= len(voters)
+    stateless = latest >= 0 and all(h in lost for h in holders)
+    if few or stateless:
+        swarm.world.seen["excused"] += 1
+    return few or stateless
+
+
+class _Recovered:
+    """Everybody alive is a member and holds the state of a round committed after healing."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.swarm = swarm
+        self.target: dict[str, int] = {}
+        for channel, _ in swarm.spec.layout:
+            done = [r for c, r in swarm.rounds.committed if c == channel]
+            self.target[channel] = max(done, default=-1) + 1 + ROUNDS_AFTER_HEALING
+
+    def __call__(self) -> bool:
+        for name, host in self.swarm.world.hosts.items():
+            if host.vanished:
+                continue
+            site = self.swarm.site(name)
+            if site is None or not site.core.joiner.is_member:
+                return False
+            if site.part.holds_state and any(
+                channel not in site.plane.states or site.plane.states[channel].round < least
+                for channel, least in self.target.items()
+            ):
+                return False
+        return True
+
+
+def describe(swarm: Swarm) -> str:
+    """Where every site stands, for the report of a run that does not finish."""
+    lines = []
+    for name, host in swarm.world.hosts.items():
+        site = swarm.site(name)
+        if site is None:
+            lines.append(f"{name}: vanished={host.vanished}")
+            continue
+        core = site.core
+        tracks = {
+            c: (t.round, t.busy, t.state_hash is not None) for c, t in core.catchup.tracks.items()
+        }
+        opened = {
+            c.name: (c.round, c.attempt, c.open is not None, c.chosen is not None)
+            for c in core.ledger.channels.values()
+        }
+        names = swarm.truth.names
+        leader = names.get(core.log.leader or b"", "-")
+        voters = "".join(names[v] for v in core.ledger.voters)
+        links = "".join(names[p] for p in core.linked())
+        lines.append(
+            f"{name}: index={core.ledger.index} leader={leader} leads={core.log.is_leader} "
+            f"member={core.joiner.is_member} voters={voters} links={links} tracks={tracks} "
+            f"rounds={opened}"
+        )
+    return "\n  ".join(["", *lines])

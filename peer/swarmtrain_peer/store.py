@@ -14,6 +14,7 @@ data section is the state blob (see ``state.py``), so that it is served to joine
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.state import CanonicalState, header_chunk
 
 MANIFEST = "manifest.json"
+BLOBS_CACHED_MAX = 8
+"""Verified blobs that are kept: joiners ask range by range, and hashing takes a second per 5 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,37 @@ class Checkpoint:
         return next((entry for entry in self.entries if entry.channel == channel), None)
 
 
+class _BlobCache:
+    """The last few verified blobs by path. Mappings outlive a file that is replaced or removed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[Path, tuple[Blob, str]] = {}
+        self.changes = 0
+
+    def get(self, path: Path) -> tuple[Blob, str] | None:
+        with self._lock:
+            return self._found.get(path)
+
+    def put(self, path: Path, blob: Blob, codec: str, changes: int) -> None:
+        """Remember, unless the disk has changed since ``changes`` was read."""
+        with self._lock:
+            if changes != self.changes:
+                return
+            self._found[path] = (blob, codec)
+            while len(self._found) > BLOBS_CACHED_MAX:
+                del self._found[next(iter(self._found))]
+
+    def forget(self, path: Path | None = None) -> None:
+        """Forget one path, or all."""
+        with self._lock:
+            self.changes += 1
+            if path is None:
+                self._found.clear()
+            else:
+                self._found.pop(path, None)
+
+
 class StateStore:
     """The folder of one site in one run. One writer at a time; calls block on the disk.
 
@@ -98,6 +132,7 @@ class StateStore:
         self._checkpoints = directory / "checkpoints"
         self._results = directory / "results"
         self._verified: set[tuple[int, str]] = set()
+        self._cache = _BlobCache()
         if writable:
             with disk_errors("prepare", directory):
                 make_folders(self._fs, self._checkpoints)
@@ -124,6 +159,7 @@ class StateStore:
         with disk_errors("write", path):
             make_folders(self._fs, path.parent)
             write_atomic(self._fs, path, [storeformat.encode_result_header(header), *views])
+        self._cache.forget(path)
 
     def save(self, states: Sequence[CanonicalState]) -> int:
         """Write a checkpoint of all channels; durable on return. Returns its number.
@@ -190,6 +226,7 @@ class StateStore:
                     rounds.append(entry.round)
             if not needed:
                 unneeded.append(checkpoint)
+        self._cache.forget()
         with disk_errors("clean up", self._checkpoints):
             for checkpoint in reversed(unneeded):
                 remove_tree(self._fs, checkpoint.path)
@@ -207,6 +244,7 @@ class StateStore:
         Raises:
             CheckpointError: the disk failed.
         """
+        self._cache.forget()
         with disk_errors("rewind", self._checkpoints):
             for checkpoint in self.checkpoints()[0]:
                 if any(entry.round > rounds.get(entry.channel, entry.round)
@@ -271,6 +309,9 @@ class StateStore:
             if entry is None or entry.round != round:
                 continue
             path = found.path / entry.file
+            cached, changes = self._cache.get(path), self._cache.changes
+            if cached is not None:
+                return cached[0]
             try:
                 data = storeformat.map_file(path)
                 chunks = storeformat.state_chunks(path, data, entry)
@@ -279,6 +320,7 @@ class StateStore:
                 continue
             blob = Blob.of([header_chunk(channel, round, entry.values), *chunks])
             if blob.root == entry.root:
+                self._cache.put(path, blob, "", changes)
                 return blob
             last = storeformat.refusal(path, "its hash is wrong")
         raise last or CheckpointError(f"no checkpoint of {channel} at round {round}")
@@ -292,6 +334,9 @@ class StateStore:
         path = self._result_path(channel, round)
         if not path.exists():
             return None
+        cached, changes = self._cache.get(path), self._cache.changes
+        if cached is not None:
+            return StoredResult(channel, round, cached[0].root, cached[1], cached[0])
         data = storeformat.map_file(path)
         header, chunks = storeformat.parse_result(path, data)
         if (header.channel, header.round) != (channel, round):
@@ -299,6 +344,7 @@ class StateStore:
         blob = Blob.of(chunks)
         if blob.root != header.root:
             raise storeformat.refusal(path, "its hash is wrong")
+        self._cache.put(path, blob, header.codec, changes)
         return StoredResult(channel, round, header.root, header.codec, blob)
 
     # Inside

@@ -107,6 +107,7 @@ class Hivemind:
                 target_group_size=self._peers,
                 min_group_size=self._peers,
                 min_matchmaking_time=1.0,
+                request_timeout=0.5,
                 start=True,
             )
             self._size = len(array)

@@ -215,5 +215,5 @@ def decode_body(data: bytes) -> EntryBody:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PeerFault("malformed", str(error)) from None

@@ -47,7 +47,11 @@ FETCH_TIMEOUT_S = 600.0
 
 
 class Driver:
-    """One node on real sockets. ``on_event`` gets every event of the core, in order."""
+    """One node on real sockets.
+
+    ``on_event`` gets every event of the core, in order, on the loop's thread. ``on_state`` is
+    called on a pool thread with a channel whose state has just moved and holds still.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Driver:
         store: StateStore | None,
         pool: Executor,
         on_event: Callable[[object], None],
+        on_state: Callable[[str], None],
     ) -> None:
         self.node = node
         self.data = data
@@ -67,6 +72,7 @@ class Driver:
         self._store = store
         self._pool = pool
         self._on_event = on_event
+        self._on_state = on_state
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -150,12 +156,13 @@ class Driver:
         elif isinstance(effect, fx.StoreResult):
             self._store_result(effect.key)
         elif isinstance(effect, fx.ApplyResult):
-            work = partial(self.data.apply, effect.channel, effect.round, effect.root)
+            apply = partial(self.data.apply, effect.channel, effect.round, effect.root)
+            work = partial(self._advance, effect.channel, apply)
             self._offload(work, partial(self._applied, effect.channel))
         elif isinstance(effect, fx.InstallSnapshot):
-            work_install = partial(self.data.install, effect.snapshot)
+            install = partial(self.data.install, effect.snapshot)
             self._offload(
-                work_install,
+                partial(self._advance, effect.snapshot.channel, install),
                 partial(self._applied, effect.snapshot.channel),
                 partial(self._install_failed, effect.snapshot.channel),
             )
@@ -334,6 +341,12 @@ class Driver:
     def _complete(self, result: fx.WholeResult) -> None:
         blob = self.data.complete(result)
         self._to_disk(result.channel, result.round, blob)
+
+    def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
+        """Move a state, then show it to whoever watches while it holds still."""
+        outcome = work()
+        self._on_state(channel)
+        return outcome
 
     def _applied(self, channel: str, outcome: tuple[int, bytes]) -> None:
         self.run(self.node.applied, channel, outcome[0], outcome[1])

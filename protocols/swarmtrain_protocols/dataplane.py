@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +42,19 @@ class _Buffers:
     parts: dict[int, Blob] = field(default_factory=dict)
     incoming: dict[int, list[bytearray]] = field(default_factory=dict)
     result: Blob | None = None
+
+
+class KeptResult(Protocol):
+    """A result as the disk keeps it."""
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def codec(self) -> str: ...
+
+    @property
+    def blob(self) -> Blob: ...
 
 
 class DataPlane:
@@ -306,6 +320,14 @@ class DataPlane:
         codec = get_codec(self._result_codecs[root][1])
         state.apply(blob.chunks, codec, self.outer_lr, self.outer_momentum, run=self._run)
         return state.round, state.root()
+
+    def replay(self, state: CanonicalState, results: Sequence[KeptResult]) -> None:
+        """Install a saved state and apply the results that follow it, in order."""
+        self.states[state.channel] = state
+        for item in results:
+            assert item.round == state.round, (state.channel, state.round, item.round)
+            self._keep_result(state.channel, item.blob, state.layout.values, item.codec)
+            self.apply(state.channel, item.round, item.blob.root)
 
     def install(self, purpose: fx.Snapshot) -> tuple[int, bytes]:
         """Make a fetched snapshot the canonical state; returns (round, state hash).

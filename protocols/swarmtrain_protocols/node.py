@@ -18,7 +18,8 @@ from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.ledger import Ledger, load_snapshot
-from swarmtrain_protocols.log.core import Committed, LogCore, SnapshotLoaded
+from swarmtrain_protocols.log.core import LogCore
+from swarmtrain_protocols.log.events import Committed, SnapshotLoaded
 from swarmtrain_protocols.manifest import Manifest
 from swarmtrain_protocols.membership import Joiner, Shepherd, SiteConfig
 from swarmtrain_protocols.messages import Message, RoundKey
@@ -138,13 +139,18 @@ class NodeCore:
             ledger=self.ledger,
             out=self._raw,
             propose=self._propose,
-            change_voters=lambda at, voters: self.log.change_voters(at, voters),
+            change_voters=self._change_voters,
             check_capability=self._check_capability,
             linked=self.linked,
             max_rounds=keys.max_rounds,
         )
         self.dht = DhtCore(
-            keyring=keyring, rng=rng, now=now, wall_s=wall_s, addresses=site.addresses
+            keyring=keyring,
+            rng=rng,
+            now=now,
+            wall_s=wall_s,
+            addresses=site.addresses,
+            run=self.run,
         )
         self.log = LogCore(
             run=self.run,
@@ -154,7 +160,7 @@ class NodeCore:
             now=now,
             records=records,
             genesis=genesis,
-            snapshot_of=lambda: self.ledger.snapshot(),
+            snapshot_of=self._snapshot,
         )
         self._pump(now)
 
@@ -257,6 +263,18 @@ class NodeCore:
             self._raw.append(Send(self._leader, mm.Finished(self.ledger.generation, done)))
         self._pump(now)
 
+    def dht_store(self, now: float, key: bytes, value: bytes, ttl_s: float) -> int:
+        """Publish MessagePack bytes; ``DhtStored`` or ``DhtFailed`` carry the handle."""
+        handle = self.dht.store(now, key, value, ttl_s, keep=True)
+        self._pump(now)
+        return handle
+
+    def dht_get(self, now: float, key: bytes) -> int:
+        """Look for all publishers' records; ``DhtFound`` carries the handle."""
+        handle = self.dht.get_all(now, key)
+        self._pump(now)
+        return handle
+
     def leave(self, now: float, reason: str) -> None:
         """Ask to be let go; the ledger no longer lists this node when it may stop."""
         self.joiner.leave()
@@ -307,9 +325,26 @@ class NodeCore:
             verify=self._keyring.verify,
         )
 
+    def _snapshot(self) -> bytes:
+        return self.ledger.snapshot()
+
     def _propose(self, now: float, body: e.EntryBody) -> None:
-        if self.log.is_leader:
+        if not self.log.is_leader:
+            return
+        try:
             self.log.propose(now, body)
+        except LocalProtocolError as error:
+            # Cut off from a majority: leadership ends soon, and the next leader decides anew.
+            self._refused("proposal", error)
+
+    def _change_voters(self, now: float, voters: tuple[PeerId, ...]) -> None:
+        try:
+            self.log.change_voters(now, voters)
+        except LocalProtocolError as error:
+            self._refused("change of stewards", error)
+
+    def _refused(self, what: str, error: LocalProtocolError) -> None:
+        self._raw.append(Emit(fx.Notice("fallback", {"what": what, "why": str(error)})))
 
     def _dispatch(self, now: float, peer: PeerId, message: Message) -> None:
         kind = type(message).__module__
@@ -418,7 +453,7 @@ class NodeCore:
     def _committed(self, now: float, event: Committed) -> None:
         applied: list[tuple[int, e.EntryBody, bool]] = []
         for entry in event.entries:
-            body = e.decode_body(entry.body)
+            body = entry.body
             accepted = self.ledger.apply(entry.index, body)
             applied.append((entry.index, body, accepted))
             if isinstance(body, e.MemberJoined) and accepted and body.member != self.me:

@@ -1,0 +1,302 @@
+"""What the control socket of a peer process answers: trainers, the command line, the dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from swarmtrain_peer import host
+from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.desk import TrainerDesk
+from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
+from swarmtrain_protocols.ledger import ChannelState, Member
+from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
+
+Document = dict[str, Any]
+Handler = Callable[[Document, ControlConnection], Awaitable[Document]]
+
+ROUNDS_LISTED = 64
+
+
+class Backend:
+    """One per peer process; satisfies ``control.ControlBackend``."""
+
+    def __init__(
+        self, runtime: PeerRuntime, desk: TrainerDesk, stop: Callable[[bool], None]
+    ) -> None:
+        self._runtime = runtime
+        self._desk = desk
+        self._stop = stop
+        self._opened: dict[tuple[str, int, int], float] = {}
+        self._aborted: list[Document] = []
+        self._decided: dict[tuple[str, int, int], float] = {}
+        self._scalars_seen: dict[str, float] = {}
+        self._calls: dict[str, Handler] = {
+            "ping": self._ping,
+            "status": self._status,
+            "peers": self._peers,
+            "rounds": self._rounds,
+            "events": self._events,
+            "leave": self._leave,
+            "ticket": self._ticket,
+            "checkpoints": self._checkpoints,
+            "metrics": self._metrics,
+            "attach": lambda args, connection: desk.attach(args, connection),
+            "define": lambda args, _: desk.define(args),
+            "handover": lambda args, _: desk.handover(args),
+            "evaluated": lambda args, _: desk.evaluated(args),
+            "finished": lambda args, _: desk.finished(),
+            "detach": lambda args, connection: desk.detach(connection),
+            "scalars": self._scalars,
+        }
+        runtime.events.subscribe(self._watch)
+
+    async def call(self, name: str, args: Document, connection: ControlConnection) -> Document:
+        """Answer one call.
+
+        Raises:
+            SwarmError: becomes the error of the answer.
+        """
+        handler = self._calls.get(name)
+        if handler is None:
+            raise ConfigError(f"unknown call {name!r}", "this peer process does not know it", "")
+        return await handler(args, connection)
+
+    def _watch(self, record: Document) -> None:
+        """Times of rounds, as this site saw them."""
+        if "round" not in record:
+            return
+        key = (record.get("channel", ""), record["round"], record.get("attempt", 0))
+        if record["name"] == "round_opened":
+            self._opened[key] = record["wall_s"]
+        elif record["name"] in ("round_committed", "round_aborted"):
+            self._decided[key] = record["wall_s"]
+            if record["name"] == "round_aborted":
+                self._aborted.append(
+                    {"channel": key[0], "round": key[1], "attempt": key[2]}
+                    | {"reason": record.get("reason", "")}
+                )
+                del self._aborted[:-ROUNDS_LISTED]
+        for table in (self._opened, self._decided):
+            while len(table) > 4 * ROUNDS_LISTED:
+                del table[next(iter(table))]
+
+    async def _ping(self, args: Document, connection: ControlConnection) -> Document:
+        return {}
+
+    async def _status(self, args: Document, connection: ControlConnection) -> Document:
+        runtime, desk = self._runtime, self._desk
+        node, ledger, stats = runtime.node, runtime.node.ledger, runtime.transport.stats
+        train = ledger.train_channels()
+        return {
+            "run": runtime.settings.run.hex(),
+            "name": runtime.manifest.keys.name,
+            "site": node.me.hex(),
+            "site_name": runtime.settings.name,
+            "generation": ledger.generation,
+            "term": node.log.term,
+            "leader": node.log.leader.hex() if node.log.leader else None,
+            "is_leader": node.log.is_leader,
+            "stewards": [v.hex() for v in ledger.voters],
+            "members": len(ledger.members),
+            "connected": len(node.linked()),
+            "channels": {c.name: self._channel(c) for c in ledger.channels.values()},
+            "syncing": any(not node.catchup.in_step(c.name) for c in train)
+            if runtime.settings.holds_state
+            else False,
+            "loss": desk.loss(),
+            "train_loss": None if desk.last_loss != desk.last_loss else desk.last_loss,
+            "rounds_committed": ledger.rounds_committed,
+            "rounds_aborted": ledger.rounds_aborted,
+            "bytes_sent": stats["sent_bytes"],
+            "bytes_received": stats["received_bytes"],
+            "ended": ledger.ended or None,
+            "paused": ledger.paused or None,
+            "overlap": runtime.overlap,
+            "trainer": {
+                "attached": desk.attached,
+                "device": desk.device,
+                "step": desk.steps,
+                "samples": desk.samples,
+                "compute_utilization": desk.utilization(),
+            },
+            "listen": list(runtime.addresses),
+            "scalars": dict(self._scalars_seen),
+        }
+
+    def _channel(self, channel: ChannelState) -> Document:
+        track = self._runtime.node.catchup.tracks.get(channel.name)
+        phase = "waiting"
+        if channel.open is not None:
+            phase = "exchange" if channel.chosen is None else "deciding"
+        state_hash = track.state_hash.hex() if track is not None and track.state_hash else None
+        return {
+            "round": channel.round,
+            "attempt": channel.attempt,
+            "phase": phase,
+            "state_round": track.round if track is not None else None,
+            "state_hash": state_hash,
+            "values": channel.values,
+        }
+
+    async def _peers(self, args: Document, connection: ControlConnection) -> Document:
+        node = self._runtime.node
+        return {"peers": [self._peer(m) for m in node.ledger.ordered_members()]}
+
+    def _peer(self, member: Member) -> Document:
+        node = self._runtime.node
+        mine = [f for f in self._desk.figures if f["id"] == member.id.hex()]
+        last = mine[-1] if mine else {}
+        return {
+            "id": member.id.hex(),
+            "name": member.name,
+            "addresses": list(member.addresses),
+            "trains": member.trains,
+            "votes": member.id in node.ledger.voters,
+            "may_vote": node.ledger.may_vote(member.id),
+            "holds_state": member.holds_state,
+            "reachable": member.reachable,
+            "connected": member.id == node.me or PeerId(member.id) in node.linked(),
+            "is_self": member.id == node.me,
+            "is_leader": member.id == node.log.leader,
+            "round": last.get("round"),
+            "last_report_age_s": host.mono_s() - last["mono_s"] if last else None,
+            "metrics": {k: v for k, v in last.items() if k not in ("id", "mono_s")},
+        }
+
+    async def _rounds(self, args: Document, connection: ControlConnection) -> Document:
+        last = min(int(args.get("last") or 20), ROUNDS_LISTED)
+        found: list[Document] = []
+        for channel in self._runtime.node.ledger.channels.values():
+            found += self._channel_rounds(channel)
+        found += [
+            item | {"outcome": "aborted", "contributors": [], "root": None} | self._times(item)
+            for item in self._aborted
+        ]
+        found.sort(key=lambda r: (r["opened_wall_s"] or 0.0, r["round"], r["attempt"]))
+        return {"rounds": found[-last:]}
+
+    def _times(self, item: Document) -> Document:
+        key = (item["channel"], item["round"], item["attempt"])
+        return {
+            "opened_wall_s": self._opened.get(key),
+            "decided_wall_s": self._decided.get(key),
+        }
+
+    def _channel_rounds(self, channel: ChannelState) -> list[Document]:
+        found: list[Document] = []
+        for outcome in channel.history:
+            item: Document = {
+                "channel": channel.name,
+                "round": outcome.round,
+                "attempt": outcome.attempt,
+                "outcome": "committed",
+                "reason": "",
+                "contributors": [
+                    {"id": member.hex(), "samples": samples, "coefficient": coefficient}
+                    for member, samples, coefficient in outcome.contributors
+                ],
+                "root": outcome.root.hex(),
+                "state_hash_before": outcome.state_hash.hex(),
+            }
+            found.append(item | self._times(item))
+        if channel.open is not None:
+            item = {
+                "channel": channel.name,
+                "round": channel.round,
+                "attempt": channel.attempt,
+                "outcome": "open",
+                "reason": "",
+                "contributors": [
+                    {"id": c.member.hex(), "samples": c.samples, "coefficient": None}
+                    for c in channel.open.contributors
+                ],
+                "root": None,
+            }
+            found.append(item | self._times(item))
+        return found
+
+    async def _events(self, args: Document, connection: ControlConnection) -> Document:
+        events = self._runtime.events
+        if args.get("follow"):
+            loop = asyncio.get_running_loop()
+
+            def push(record: Document) -> None:
+                loop.call_soon_threadsafe(connection.push, {"event": "event", "record": record})
+
+            connection.on_close(events.subscribe(push))
+        last = args.get("last")
+        found = events.query(
+            since_seq=int(args.get("since_seq") or 0), last=None if last is None else int(last)
+        )
+        return {"events": found[-2000:]}
+
+    async def _leave(self, args: Document, connection: ControlConnection) -> Document:
+        self._runtime.events.emit("leaving", now=bool(args.get("now")))
+        self._stop(bool(args.get("now")))
+        return {}
+
+    async def _ticket(self, args: Document, connection: ControlConnection) -> Document:
+        """A ticket that points here; a new capability where the founder's key is at hand."""
+        settings = self._runtime.settings
+        vote, role = bool(args.get("vote")), str(args.get("role") or "trainer")
+        expires_s = int(args.get("expires_s") or 0)
+        if settings.founder is not None:
+            if role not in ("trainer", "observer", "seed"):
+                raise ConfigError(f"role {role!r}", "no such role", "trainer, observer or seed")
+            capability = Capability(
+                host.entropy(8),
+                settings.run,
+                role,  # type: ignore[arg-type]  # checked above
+                vote,
+                int(host.wall_s()) + expires_s if expires_s else 0,
+                int(args.get("uses") or 0),
+            )
+            secret = sign_capability(settings.founder, capability)
+        elif settings.ticket is not None and not (vote or expires_s or args.get("uses")):
+            secret = settings.ticket.secret
+        else:
+            raise NotAuthorised(
+                "only the founder's site makes tickets with other rights",
+                "the founder's key is not here",
+                "run `swarmtrain ticket create` where `swarmtrain up` was first run",
+            )
+        if not self._runtime.addresses:
+            raise SwarmError("this site cannot be dialled", "it has no address to put in a ticket")
+        return {"ticket": str(Ticket(self._runtime.addresses, settings.run, secret))}
+
+    async def _checkpoints(self, args: Document, connection: ControlConnection) -> Document:
+        store = self._runtime.store
+        if store is None:
+            return {"checkpoints": [], "refused": []}
+        loop = asyncio.get_running_loop()
+        found, broken = await loop.run_in_executor(self._runtime.disk_pool, store.checkpoints)
+        return {
+            "checkpoints": [
+                {
+                    "number": c.number,
+                    "path": str(c.path),
+                    "channels": [
+                        {"channel": x.channel, "round": x.round, "state_hash": x.root.hex()}
+                        for x in c.entries
+                    ],
+                }
+                for c in found
+            ],
+            "refused": [str(error) for error in broken],
+        }
+
+    async def _metrics(self, args: Document, connection: ControlConnection) -> Document:
+        last = int(args.get("last") or 256)
+        return {"members": self._desk.figures[-last:]}
+
+    async def _scalars(self, args: Document, connection: ControlConnection) -> Document:
+        """Figures of the user's own; the newest of each name, shown in ``status``."""
+        for name, value in list(dict(args.get("values") or {}).items())[:64]:
+            self._scalars_seen[str(name)[:64]] = float(value)
+        while len(self._scalars_seen) > 256:
+            del self._scalars_seen[next(iter(self._scalars_seen))]
+        return {}

@@ -1,0 +1,488 @@
+"""Serves the trainer of this site: attach, θ⁰, hand-overs, decisions, evaluation, the end.
+
+The trainer's side of these calls is ``swarmtrain/training/port.py``, which lists them. Values pass
+through shared memory; what is decided stands there too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from swarmtrain_peer import host
+from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.site import write_private
+from swarmtrain_peer.trainer_port import TrainerPort
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
+from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.node import LedgerChanged
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.member import Offer
+from swarmtrain_protocols.state import CanonicalState
+
+Document = dict[str, Any]
+
+STATE_TIMEOUT_S = 600.0
+DEFINE_RETRY_S = 1.0
+UNDECIDED_TIMEOUT_S = 120.0
+EVALUATE_EVERY_ROUNDS = 5
+END_TIMEOUT_S = 20.0
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A hand-over that is not decided yet, or decided and not told."""
+
+    seq: int
+    root: bytes = b""
+    outcome: str = ""
+    coefficient: float = 0.0
+    need_round: int = 0
+    told: bool = False
+    figures: Document = field(default_factory=dict)
+
+
+class TrainerDesk:
+    """One per peer process. All methods run on the loop's thread except the state hook."""
+
+    def __init__(self, runtime: PeerRuntime, folder: Path) -> None:
+        self._runtime = runtime
+        self._port = TrainerPort(folder)
+        self._position_path = folder / "position.json"
+        self._next_position = self._load_position()
+        self._connections: list[ControlConnection] = []
+        self._flights: dict[str, _Flight] = {}
+        self._changed = asyncio.Event()
+        self._ended = False
+        self._final_loss: float | None = None
+        self._evaluated_rounds: dict[int, float] = {}
+        self._bytes_before = (0, 0)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.device = ""
+        self.last_loss = math.nan
+        self.steps = 0
+        self.samples = 0.0
+        self.blocked_s = 0.0
+        self.attached_at_s = math.nan
+        self.figures: list[Document] = []
+        runtime.listeners.append(self._on_core_event)
+        runtime.state_hooks.append(self._on_state)
+        runtime.metrics_listeners.append(self._on_metrics)
+
+    # -- attach -------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._connections)
+
+    def utilization(self) -> float:
+        """1 − blocked / wall since the first attach; 1 before."""
+        wall = host.mono_s() - self.attached_at_s
+        return 1.0 if not wall > 0 else max(0.0, 1.0 - self.blocked_s / wall)
+
+    async def attach(self, args: Document, connection: ControlConnection) -> Document:
+        """Map the shared memory, wait for the state, and say what there is to know.
+
+        Raises:
+            RunMismatch: another model than the run's.
+        """
+        node = self._runtime.node
+        schema_hash = bytes.fromhex(args["schema_hash"])
+        layout = [(str(name), int(values)) for name, values in args["layout"]]
+        await self._runtime.wait_member()
+        self._check_model(schema_hash, layout)
+        path = self._port.open(schema_hash, layout)
+        for state in list(self._runtime.data.states.values()):
+            self._port.publish(state.channel, state.round, state.theta)
+        if node.ledger.model is not None:
+            await self._wait_state([name for name, _ in layout])
+        if connection not in self._connections:
+            self._connections.append(connection)
+            connection.on_close(partial(self._gone, connection))
+        if math.isnan(self.attached_at_s):
+            self.attached_at_s = host.mono_s()
+        self.device = str(args.get("device", ""))
+        self._runtime.events.emit("trainer_attached", ranks=1, device=self.device)
+        self._runtime.driver.run(node.set_training, True)
+        self._runtime.driver.run(node.finished, False)
+        return self._attached(path, args)
+
+    def _check_model(self, schema_hash: bytes, layout: list[tuple[str, int]]) -> None:
+        model = self._runtime.node.ledger.model
+        if model is None:
+            return
+        mine = [(item.channel, item.values) for item in model.layout]
+        if model.schema_hash != schema_hash or mine != layout:
+            raise RunMismatch(
+                "this model is not the run's model",
+                "the list of (name, shape, dtype) differs",
+                "train with the script and the versions that the founder used",
+            )
+
+    async def _wait_state(self, channels: list[str]) -> None:
+        await self._wait(
+            lambda: all(
+                c in self._runtime.data.states and self._runtime.node.catchup.in_step(c)
+                for c in channels
+            ),
+            STATE_TIMEOUT_S,
+            "the state did not arrive",
+        )
+
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = host.mono_s() + timeout_s
+        while not condition():
+            left = deadline - host.mono_s()
+            if left <= 0:
+                raise QuorumLost(what, f"waited {timeout_s:g} s", "is a state holder connected?")
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(min(left, 0.5)):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _attached(self, path: str, args: Document) -> Document:
+        runtime, node = self._runtime, self._runtime.node
+        run = msgspec.to_builtins(runtime.manifest.keys)
+        run |= {"overlap": runtime.overlap}
+        run |= {"outer_lr": runtime.outer[0], "outer_momentum": runtime.outer[1]}
+        outcomes: Document = {}
+        for channel, seq in dict(args.get("in_flight") or {}).items():
+            flight = self._flights.get(channel)
+            if flight is not None and flight.seq == seq and flight.told:
+                outcomes[channel] = {
+                    "seq": seq,
+                    "outcome": flight.outcome,
+                    "coefficient": flight.coefficient,
+                    "round": flight.need_round,
+                }
+        return {
+            "shm": path,
+            "run": run,
+            "rounds": {c: s.round for c, s in runtime.data.states.items()},
+            "need_theta0": node.ledger.model is None,
+            "site": node.me.hex(),
+            "ordinal": node.ledger.members[node.me].ordinal,
+            "next_position": self._next_position,
+            "members": [m.id.hex() for m in node.ledger.ordered_members()],
+            "outcomes": outcomes,
+        }
+
+    def _gone(self, connection: ControlConnection) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            if not self._connections:
+                self._runtime.events.emit("trainer_lost", reason="its connection closed")
+                self._runtime.driver.run(self._runtime.node.set_training, False)
+
+    async def detach(self, connection: ControlConnection) -> Document:
+        """The trainer ends: its planned steps are done, or it was told to stop."""
+        if connection in self._connections:
+            self._connections.remove(connection)
+        self._runtime.driver.run(self._runtime.node.set_training, False)
+        self._runtime.driver.run(self._runtime.node.finished, True)
+        return {}
+
+    async def finished(self) -> Document:
+        """All planned steps are done; the trainer stays to evaluate until it is told to stop."""
+        self._runtime.driver.run(self._runtime.node.set_training, False)
+        self._runtime.driver.run(self._runtime.node.finished, True)
+        return {}
+
+    # -- θ⁰ -----------------------------------------------------------------------------------
+
+    async def define(self, args: Document) -> Document:
+        """Offer this trainer's initial weights as the run's; another member's may win."""
+        runtime = self._runtime
+        states: list[CanonicalState] = []
+        loop = asyncio.get_running_loop()
+        for channel, seq in sorted(dict(args["seqs"]).items()):
+            theta = self._port.handover(channel, int(seq))
+            if theta is None:
+                raise LocalProtocolError("torn initial weights", channel, "define again")
+            state = runtime.data.new_state(channel, 0, theta.size)
+            state.theta[:] = theta
+            self._port.release(channel)
+            await loop.run_in_executor(runtime.pool, state.root)
+            states.append(state)
+        order = {name: i for i, name in enumerate(self._port.side.places.channels)}
+        states.sort(key=lambda s: order[s.channel])
+        body = e.ModelDefined(
+            bytes.fromhex(args["schema_hash"]) if "schema_hash" in args else self._port.schema_hash,
+            tuple(e.ChannelLayout(s.channel, s.theta.size) for s in states),
+            tuple(s.root() for s in states),
+            runtime.node.me,
+        )
+        await self._log_model(body)
+        model = runtime.node.ledger.model
+        assert model is not None
+        if model.roots == body.roots and model.schema_hash == body.schema_hash:
+            for state in states:
+                if state.channel not in runtime.data.states:
+                    runtime.data.states[state.channel] = state
+                    if runtime.store is not None:
+                        runtime.save_checkpoint(state.copy())
+                    self._on_state(state)
+                    runtime.driver.run(runtime.node.restore, state.channel, 0, state.root())
+        self._check_model(body.schema_hash, [(i.channel, i.values) for i in body.layout])
+        await self._wait_state([s.channel for s in states])
+        return {}
+
+    async def _log_model(self, body: e.ModelDefined) -> None:
+        node = self._runtime.node
+        deadline = host.mono_s() + STATE_TIMEOUT_S
+        while node.ledger.model is None:
+            if host.mono_s() > deadline:
+                raise QuorumLost("the model could not be logged", "no leader answers", "")
+            try:
+                self._runtime.driver.run(node.propose, body)
+            except LocalProtocolError:
+                pass  # no leader is known yet: the loop below waits for one
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(DEFINE_RETRY_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    # -- hand-overs ---------------------------------------------------------------------------
+
+    async def handover(self, args: Document) -> Document:
+        """Encode and announce a pseudo-gradient that stands in shared memory."""
+        runtime, channel, seq = self._runtime, str(args["channel"]), int(args["seq"])
+        flight = self._flights.get(channel)
+        if flight is not None and flight.seq == seq:
+            return {}
+        await self._wait(
+            lambda: runtime.node.member.undecided(channel) is None,
+            UNDECIDED_TIMEOUT_S,
+            "the contribution before this one is not decided",
+        )
+        values = self._port.handover(channel, seq)
+        if values is None:
+            raise LocalProtocolError("torn hand-over", f"{channel} {seq}", "hand over again")
+        flight = _Flight(seq, figures=dict(args))
+        self._flights[channel] = flight
+        self._account(args)
+        started = host.mono_s()
+        codec = runtime.manifest.keys.codec_scatter
+        loop = asyncio.get_running_loop()
+        nvalues = values.size
+        blob: Blob = await loop.run_in_executor(runtime.pool, runtime.data.encode, values, codec)
+        self._port.release(channel)
+        flight.root = blob.root
+        flight.figures["encode_s"] = host.mono_s() - started
+        runtime.events.emit(
+            "handover",
+            channel=channel,
+            samples=args["samples"],
+            inner_steps=args["steps"],
+            blocked_s=args.get("blocked_s", 0.0),
+            compute_s=args.get("phase_s", 0.0),
+            base_round=args["base_round"],
+        )
+        runtime.events.emit(
+            "contribution_ready",
+            channel=channel,
+            samples=args["samples"],
+            bytes=blob.nbytes,
+            encode_s=round(flight.figures["encode_s"], 6),
+        )
+        offer = Offer(
+            channel, blob.root, nvalues, codec, float(args["samples"]), int(args["base_round"]), 0
+        )
+        runtime.driver.run(runtime.node.contribute, offer)
+        return {}
+
+    def _account(self, args: Document) -> None:
+        self.steps += int(args["steps"])
+        self.samples += float(args["samples"])
+        self.blocked_s += float(args.get("blocked_s", 0.0))
+        if args.get("loss") is not None:
+            self.last_loss = float(args["loss"])
+        if args.get("next_position") is not None:
+            self._next_position = int(args["next_position"])
+            write_private(
+                self._position_path, msgspec.json.encode({"next_position": self._next_position})
+            )
+
+    def _load_position(self) -> int:
+        try:
+            document = msgspec.json.decode(self._position_path.read_bytes())
+            return int(document["next_position"])
+        except (FileNotFoundError, msgspec.DecodeError, KeyError, ValueError):
+            return 0
+
+    # -- what the cores report ------------------------------------------------------------------
+
+    def _on_core_event(self, event: object) -> None:
+        if isinstance(event, fx.ContributionDecided):
+            self._decided(event)
+        elif isinstance(event, fx.StateAdvanced):
+            self._tell(event.channel)
+            self._maybe_evaluate(event)
+        elif isinstance(event, LedgerChanged):
+            for _, body, accepted in event.entries:
+                if accepted and isinstance(body, e.RunEnded) and not self._ended:
+                    self._ended = True
+                    self._tasks.append(asyncio.ensure_future(self._end(body.reason)))
+        self._changed.set()
+
+    def _decided(self, event: fx.ContributionDecided) -> None:
+        flight = self._flights.get(event.channel)
+        if flight is None or flight.root != event.root:
+            return
+        flight.outcome, flight.coefficient = event.outcome, event.coefficient
+        channel = self._runtime.node.ledger.channels[event.channel]
+        flight.need_round = channel.round if event.outcome != "aborted" else 0
+        flight.figures["key"] = event.key
+        self._tell(event.channel)
+
+    def _tell(self, channel: str) -> None:
+        """Show a decision, but not before the θ that it made."""
+        flight = self._flights.get(channel)
+        if flight is None or not flight.outcome or flight.told:
+            return
+        state = self._runtime.data.states.get(channel)
+        reached = state.round if state is not None else 0
+        if reached < flight.need_round:
+            return
+        flight.told = True
+        self._port.decided(channel, flight.seq, flight.outcome, flight.coefficient, reached)
+        self._report(channel, flight)
+        for connection in self._connections:
+            connection.push(
+                {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
+            )
+
+    def _report(self, channel: str, flight: _Flight) -> None:
+        """This site's figures of a round: logged here, sent to the others, never in the log."""
+        stats = self._runtime.transport.stats
+        before, now = self._bytes_before, (stats["sent_bytes"], stats["received_bytes"])
+        self._bytes_before = now
+        key = flight.figures.get("key")
+        figures: Document = {
+            "bytes_sent": now[0] - before[0],
+            "bytes_received": now[1] - before[1],
+            "compute_s": round(float(flight.figures.get("phase_s", 0.0)), 6),
+            "wait_s": round(float(flight.figures.get("blocked_s", 0.0)), 6),
+            "encode_s": round(float(flight.figures.get("encode_s", 0.0)), 6),
+            "samples": flight.figures.get("samples"),
+            "loss": flight.figures.get("loss"),
+            "compute_utilization": round(self.utilization(), 6),
+        }
+        self._runtime.events.emit("round_figures", key, **figures)
+        body = {"kind": "round", "channel": channel, "outcome": flight.outcome} | figures
+        if key is not None:
+            body |= {"round": key.round, "attempt": key.attempt}
+        self._keep_figures(self._runtime.node.me, body)
+        self._runtime.send_metrics(msgspec.msgpack.encode(body))
+
+    def _keep_figures(self, member: bytes, body: Document) -> None:
+        self.figures.append({"id": member.hex(), "mono_s": host.mono_s()} | body)
+        del self.figures[:-1024]
+
+    def _on_metrics(self, peer: PeerId, data: bytes) -> None:
+        try:
+            body = msgspec.msgpack.decode(data)
+            kind = body.get("kind")
+            if kind == "evaluated":
+                self._heard_loss(int(body["round"]), float(body["loss"]), peer)
+            elif kind == "round":
+                self._keep_figures(peer, {str(k)[:32]: v for k, v in body.items()})
+        except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            self._runtime.peer_fault(peer, "bad_metrics", str(error))
+
+    def _on_state(self, state: CanonicalState) -> None:
+        """On a pool thread, while the state holds still."""
+        if self._port.is_open:
+            self._port.publish(state.channel, state.round, state.theta)
+
+    # -- evaluation and the end -------------------------------------------------------------------
+
+    def _is_evaluator(self) -> bool:
+        node = self._runtime.node
+        linked = node.linked()
+        trainers = [
+            m.id
+            for m in node.ledger.ordered_members()
+            if m.trains and (m.id == node.me or m.id in linked)
+        ]
+        return self.attached and bool(trainers) and trainers[0] == node.me
+
+    def _maybe_evaluate(self, event: fx.StateAdvanced) -> None:
+        due = event.round == 1 or event.round % EVALUATE_EVERY_ROUNDS == 0
+        if due and event.caught_up and not self._ended and self._is_evaluator():
+            self._push_evaluate(event.round)
+
+    def _push_evaluate(self, round_number: int) -> None:
+        if round_number not in self._evaluated_rounds:
+            for connection in self._connections[:1]:
+                connection.push({"event": "evaluate", "round": round_number})
+
+    async def evaluated(self, args: Document) -> Document:
+        """The trainer's loss of θ on the fixed held-out set."""
+        round_number, loss = int(args["round"]), float(args["loss"])
+        body = {"kind": "evaluated", "round": round_number, "loss": loss}
+        self._runtime.send_metrics(msgspec.msgpack.encode(body))
+        self._heard_loss(round_number, loss, self._runtime.node.me)
+        return {}
+
+    def _heard_loss(self, round_number: int, loss: float, member: bytes) -> None:
+        self._evaluated_rounds[round_number] = loss
+        while len(self._evaluated_rounds) > 4096:
+            del self._evaluated_rounds[next(iter(self._evaluated_rounds))]
+        self._runtime.events.emit("evaluated", loss=loss, member=member.hex(), round=round_number)
+        self._changed.set()
+
+    async def _end(self, reason: str) -> None:
+        """The run is over: evaluate the last θ once, then let the trainers go."""
+        channels = self._runtime.node.ledger.train_channels()
+        last = max((c.round for c in channels), default=0)
+        try:
+            await self._wait_state([c.name for c in channels])
+            if last and self._is_evaluator():
+                self._push_evaluate(last)
+            if last and self.attached:
+                await self._wait(
+                    lambda: last in self._evaluated_rounds, END_TIMEOUT_S, "no final evaluation"
+                )
+        except SwarmError as error:
+            self._runtime.events.emit("fallback", what="final evaluation", why=str(error))
+        if self._port.is_open:
+            self._port.set_should_stop(reason)
+        for connection in self._connections:
+            connection.push({"event": "run_ended", "reason": reason})
+
+    @property
+    def over(self) -> bool:
+        """The run has ended and the trainer is gone."""
+        return self._ended and not self._connections and all(task.done() for task in self._tasks)
+
+    def loss(self) -> float | None:
+        """Newest loss of θ on the held-out set that this site knows."""
+        if not self._evaluated_rounds:
+            return None
+        return self._evaluated_rounds[max(self._evaluated_rounds)]
+
+    async def beat(self) -> None:
+        """Show the trainer that this process lives, for ever."""
+        while True:
+            self._port.beat(int(host.mono_s() * 1e9))
+            await asyncio.sleep(0.5)
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._port.close()

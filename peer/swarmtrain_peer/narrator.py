@@ -1,0 +1,92 @@
+"""Turns what the cores report into the site's event log. Reads, never decides."""
+
+from __future__ import annotations
+
+from swarmtrain_peer.events import EventLog
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.log.events import Conflict, LeaderChanged
+from swarmtrain_protocols.node import JoinFailed, LedgerChanged, NodeCore
+from swarmtrain_protocols.rounds import effects as fx
+
+
+class Narrator:
+    """One per peer. ``tell`` knows every event type of the cores; others are ignored."""
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+
+    def tell(self, node: NodeCore, event: object) -> None:
+        """Log ``event`` with the names of the catalogue."""
+        if isinstance(event, LedgerChanged):
+            for _, body, accepted in event.entries:
+                if accepted:
+                    self._entry(body)
+        elif isinstance(event, LeaderChanged):
+            leader = event.leader.hex() if event.leader is not None else None
+            self._events.emit("leader_changed", leader=leader, term=event.term)
+        elif isinstance(event, fx.StateAdvanced):
+            self._events.emit(
+                "state_applied",
+                state_hash=event.state_hash.hex(),
+                channel=event.channel,
+                round=event.round,
+            )
+        elif isinstance(event, fx.Resync):
+            self._events.emit(
+                "resync", reason=event.reason, channel=event.channel, round=event.round
+            )
+        elif isinstance(event, fx.Notice):
+            self._events.emit(event.name, **event.fields)
+        elif isinstance(event, JoinFailed):
+            self._events.emit("join_refused", reason=f"{event.code}: {event.reason}")
+        elif isinstance(event, Conflict):
+            self._events.emit("conflicting_certificates")
+
+    def _entry(self, body: e.EntryBody) -> None:
+        emit = self._events.emit
+        if isinstance(body, e.MemberJoined):
+            emit(
+                "member_joined",
+                peer=body.member.hex(),
+                peer_name=body.name,
+                trains=body.trains,
+                holds_state=body.holds_state,
+                votes=body.may_vote,
+            )
+        elif isinstance(body, e.MemberLeft):
+            emit("member_left", peer=body.member.hex(), reason=body.reason)
+        elif isinstance(body, e.MemberBanned):
+            emit("member_banned", peer=body.member.hex(), reason=body.reason)
+        elif isinstance(body, e.StewardsChanged):
+            if not body.joint:
+                emit("stewards_changed", voters=[v.hex() for v in body.voters])
+        elif isinstance(body, e.ModelDefined):
+            values = sum(item.values for item in body.layout)
+            emit("model_defined", values=values, schema_hash=body.schema_hash.hex())
+        elif isinstance(body, e.Paused):
+            emit("paused", reason=body.reason)
+        elif isinstance(body, e.Resumed):
+            emit("resumed", reason=body.reason)
+        elif isinstance(body, e.Rewound):
+            emit("rewound", reason=body.reason, generation=body.generation)
+        elif isinstance(body, e.RunEnded):
+            emit("run_ended", reason=body.reason)
+        else:
+            self._round(body)
+
+    def _round(self, body: e.EntryBody) -> None:
+        emit = self._events.emit
+        if isinstance(body, e.RoundOpened):
+            emit(
+                "round_opened",
+                body.key,
+                contributors=[c.member.hex() for c in body.contributors],
+                parts=len(body.parts),
+                holders=[h.hex() for h in body.holders],
+            )
+        elif isinstance(body, e.RoundSet):
+            emit("round_set", body.key, contributors=len(body.coefficients))
+        elif isinstance(body, e.RoundCommitted):
+            emit("round_committed", body.key, root=body.root.hex())
+        elif isinstance(body, e.RoundAborted):
+            emit("round_aborted", body.key, reason=body.reason)

@@ -1,0 +1,156 @@
+"""The peer process of a site: ``python -m swarmtrain_peer SITE_DIR``. Never imports torch.
+
+It reads everything from the site's folder, so no secret stands in the argument list. It ends when
+the run has ended and no trainer is attached, when it is asked to leave, or on SIGTERM (politely,
+within the grace time). Errors are three lines on standard error and the error's exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from swarmtrain_peer.backend import Backend
+from swarmtrain_peer.control import ControlServer
+from swarmtrain_peer.desk import TrainerDesk
+from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.loop import run
+from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
+from swarmtrain_peer.site import Site
+from swarmtrain_peer.spawn import watch_owner
+from swarmtrain_protocols import codecs
+from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
+
+LINGER_S = 3.0
+"""After the end of the run, so that others can still fetch its last entries and results here."""
+
+
+def settings_of(site: Site) -> PeerSettings:
+    """Everything a peer needs, from the files of its site.
+
+    Raises:
+        ConfigError: a file is damaged, or there is neither a ticket nor a founder's key.
+    """
+    config = site.config()
+    ticket, founder = site.ticket(), site.founder()
+    if ticket is None and founder is None:
+        raise ConfigError(f"site {site.folder}", "it has neither ticket nor founder's key", "join")
+    return PeerSettings(
+        keyring=site.identity(),
+        run=site.run_id,
+        name=config.display_name,
+        listen=config.listen,
+        announce=config.announce,
+        trains=config.trains,
+        holds_state=config.holds_state,
+        votes=config.votes or founder is not None,
+        manifest=site.manifest(),
+        founder=founder,
+        ticket=ticket,
+        records=site.log_path,
+        state=site.state_path,
+        save_manifest=site.save_manifest,
+    )
+
+
+class PeerProcess:
+    """One peer, its control socket and its end."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._stop = asyncio.Event()
+        self._now = False
+        self._reason = "run ended"
+
+    def stop(self, now: bool) -> None:
+        """Leave politely, or at once."""
+        self._now = self._now or now
+        self._reason = "left"
+        self._stop.set()
+
+    async def serve(self) -> None:
+        """Run until there is nothing left to do.
+
+        Raises:
+            SwarmError: the run cannot be reached or refuses this site.
+        """
+        site = self._site
+        settings = settings_of(site)
+        events = EventLog(site.events_path, settings.keyring.peer_id.hex())
+        runtime = PeerRuntime(settings, events)
+        desk: TrainerDesk | None = None
+        control: ControlServer | None = None
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            if settings.trains:
+                codecs.use_numba(True)
+            await runtime.start()
+            desk = TrainerDesk(runtime, site.folder)
+            control = ControlServer(site.control_path, Backend(runtime, desk, self.stop))
+            await control.start()
+            self._handle_signals()
+            tasks = [
+                asyncio.ensure_future(desk.beat()),
+                asyncio.ensure_future(self._watch_end(runtime, desk)),
+            ]
+            await self._until_done(runtime)
+            if not self._now and self._reason == "left":
+                await runtime.leave("leave", site.config().leave_grace_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+            if control is not None:
+                await control.close()
+            if desk is not None:
+                desk.close()
+            await runtime.close(self._reason)
+            events.close()
+
+    async def _until_done(self, runtime: PeerRuntime) -> None:
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([stopped, runtime.failure], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if runtime.failure.done() and not self._stop.is_set():
+            error = runtime.failure.result()
+            self._reason = str(error)
+            raise error
+
+    async def _watch_end(self, runtime: PeerRuntime, desk: TrainerDesk) -> None:
+        while True:
+            await asyncio.sleep(0.2)
+            refused = runtime.node.joiner.refused
+            if refused and not runtime.failure.done():
+                runtime.failure.set_result(_refusal(refused))
+            if desk.over:
+                await asyncio.sleep(LINGER_S)
+                self._stop.set()
+                return
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.stop, False)
+        loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is the command line's affair
+        watch_owner(lambda: loop.call_soon_threadsafe(self.stop, False))
+
+
+def _refusal(code: str) -> SwarmError:
+    return NotAuthorised("the run refuses this site", code, "ask for a new ticket")
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the site whose folder is given; returns the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m swarmtrain_peer SITE_DIR", file=sys.stderr)
+        return 2
+    site = Site(Path(arguments[0]).resolve())
+    try:
+        with site.lock():
+            run(PeerProcess(site).serve())
+    except SwarmError as error:
+        for line in (error.what, error.why, error.todo):
+            if line:
+                print(line, file=sys.stderr)
+        return error.exit_code
+    return 0

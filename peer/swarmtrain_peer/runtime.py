@@ -1,0 +1,474 @@
+"""One running peer: transport, node, data plane and disk, put together. Runs on one event loop.
+
+``st.Peer`` runs it in a thread of the caller's process, ``process.py`` in a process of its own.
+What serves a trainer is in ``desk.py``, what serves the control socket in ``backend.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swarmtrain_peer import host
+from swarmtrain_peer.driver import Driver
+from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.narrator import Narrator
+from swarmtrain_peer.recordfile import RecordFile
+from swarmtrain_peer.store import StateStore
+from swarmtrain_peer.transport import Transport
+from swarmtrain_protocols import PROTOCOL_VERSION, limits
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.dataplane import DataPlane
+from swarmtrain_protocols.errors import (
+    DiskFull,
+    NoPeerReachable,
+    NotAuthorised,
+    SwarmError,
+)
+from swarmtrain_protocols.identity import Ed25519Keyring
+from swarmtrain_protocols.manifest import Manifest, make_genesis, parse_manifest
+from swarmtrain_protocols.membership import SiteConfig
+from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.messages.session import Hello, Refused
+from swarmtrain_protocols.node import NodeCore
+from swarmtrain_protocols.outer import auto_outer
+from swarmtrain_protocols.state import CanonicalState
+from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
+
+MANIFEST_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
+JOIN_TIMEOUT_S = 60.0
+BEAT_INTERVAL_S = 0.5
+
+
+@dataclass(kw_only=True)
+class PeerSettings:
+    """What one peer needs to start. ``records`` and ``state`` None: nothing is kept on disk."""
+
+    keyring: Ed25519Keyring
+    run: bytes
+    name: str
+    listen: str = "127.0.0.1:0"
+    announce: tuple[str, ...] = ()
+    trains: bool = False
+    holds_state: bool = False
+    votes: bool = True
+    manifest: Manifest | None = None
+    founder: Ed25519Keyring | None = None
+    ticket: Ticket | None = None
+    records: Path | None = None
+    state: Path | None = None
+    events: Path | None = None
+    save_manifest: Callable[[bytes], object] | None = None
+    checkpoints_kept: int = 2
+    threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))
+
+
+class PeerRuntime:
+    """A member of one run. ``on_core_event`` gets every event of the cores, on the loop."""
+
+    def __init__(self, settings: PeerSettings, events: EventLog) -> None:
+        self.settings = settings
+        self.events = events
+        self.node: NodeCore
+        self.driver: Driver
+        self.data: DataPlane
+        self.store: StateStore | None = None
+        self.manifest: Manifest
+        self.listeners: list[Callable[[object], None]] = []
+        self.state_hooks: list[Callable[[CanonicalState], None]] = []
+        self.metrics_listeners: list[Callable[[PeerId, bytes], None]] = []
+        self.failure: asyncio.Future[BaseException]
+        self._early: list[tuple[str, tuple[object, ...]]] = []
+        self._started = False
+        self._static_key = host.entropy(32)
+        self._addresses: tuple[str, ...] = ()
+        self._manifest_reply: asyncio.Future[bytes] | None = None
+        self._dials: list[asyncio.Future[None]] = []
+        self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
+        self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
+        self.disk_pool = ThreadPoolExecutor(1, "swarmtrain-disk")
+        self.outer: tuple[float, float] = (1.0, 0.0)
+        self.overlap = "off"
+
+    # -- start --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, find the run, join it. Returns once the node runs (membership may follow).
+
+        Raises:
+            NoPeerReachable, NotAuthorised, RunMismatch, VersionMismatch: as named.
+        """
+        s = self.settings
+        self._loop = asyncio.get_running_loop()
+        self.failure = self._loop.create_future()
+        self.transport = Transport(
+            keyring=s.keyring,
+            static_key=self._static_key,
+            entropy=host.entropy,
+            run=s.run,
+            hello=self._hello,
+            admit=self._admit,
+            handler=self,
+            provide=self.provide,
+        )
+        if s.listen:
+            bound = await self.transport.start(s.listen)
+            self._addresses = s.announce or _announced(bound)
+        manifest = s.manifest or await self._fetch_manifest()
+        self.manifest = manifest
+        self._make_node(manifest)
+        await self._recover()
+        self._started = True
+        for name, args in self._early:
+            getattr(self.driver, name)(*args)
+        self._early.clear()
+        if s.ticket is not None and s.manifest is not None:
+            self._dial_ticket(s.ticket)
+        self.driver.run(self.node.tick)
+        self.events.emit("peer_started", listen=",".join(self._addresses), version="0.1.0")
+
+    def _make_node(self, manifest: Manifest) -> None:
+        s = self.settings
+        keys = manifest.keys
+        self.overlap = "eager" if keys.overlap == "auto" else keys.overlap
+        auto = auto_outer(self.overlap, max(keys.start_peers, 2), keys.max_rounds)
+        self.outer = (
+            auto[0] if keys.outer_lr is None else keys.outer_lr,
+            auto[1] if keys.outer_momentum is None else keys.outer_momentum,
+        )
+        self.data = DataPlane(
+            outer_lr=self.outer[0], outer_momentum=self.outer[1], run=self.chunk_pool.map
+        )
+        records = RecordFile(s.records) if s.records is not None else None
+        old = list(records.load()) if records is not None else []
+        genesis = None
+        if s.founder is not None and not old:
+            genesis = make_genesis(s.founder, s.run, s.keyring.peer_id)
+        if s.state is not None and s.holds_state:
+            self.store = StateStore(s.state)
+        site = SiteConfig(
+            name=s.name,
+            addresses=self._addresses,
+            trains=s.trains,
+            holds_state=s.holds_state,
+            votes=s.votes,
+            reachable=bool(self._addresses),
+            capability=self.capability(),
+        )
+        self.narrator = Narrator(self.events)
+        self.node = NodeCore(
+            site=site,
+            manifest=manifest,
+            keyring=s.keyring,
+            rng=random.Random(host.entropy(16)),  # noqa: S311, choices of protocol, not secrets
+            now=host.mono_s(),
+            wall_s=host.wall_s(),
+            records=old,
+            genesis=genesis,
+        )
+        self.driver = Driver(
+            node=self.node,
+            transport=self.transport,
+            data=self.data,
+            records=records,
+            store=self.store,
+            pool=self.pool,
+            on_event=self._on_event,
+            on_state=self._on_state,
+        )
+
+    async def _recover(self) -> None:
+        """Load checkpoints, replay what follows them, and tell the node where it stands."""
+        if self.store is None:
+            return
+        loop = asyncio.get_running_loop()
+        loaded = await loop.run_in_executor(self.disk_pool, self.store.load)
+        for refused in loaded.refused:
+            self.events.emit("checkpoint_refused", reason=str(refused))
+        for channel in sorted(loaded.channels):
+            found = loaded.channels[channel]
+            state = found.state
+            self.node.catchup.snapshots.setdefault(channel, []).append((state.round, state.root()))
+            await loop.run_in_executor(self.pool, self.data.replay, state, found.results)
+            self._on_state(channel)
+            self.driver.run(self.node.restore, channel, state.round, state.root())
+
+    def capability(self) -> bytes:
+        """The bearer's right to be a member: from the ticket, or the founder's own."""
+        s = self.settings
+        if s.ticket is not None:
+            return s.ticket.secret
+        if s.founder is not None:
+            return sign_capability(
+                s.founder, Capability(host.entropy(8), s.run, "trainer", True, 0, 0)
+            )
+        return b""
+
+    async def _fetch_manifest(self) -> Manifest:
+        s = self.settings
+        if s.ticket is None:
+            raise NoPeerReachable("no address is known", "no ticket was given", "pass a ticket")
+        last: SwarmError | None = None
+        for address in s.ticket.addresses:
+            self._manifest_reply = asyncio.get_running_loop().create_future()
+            try:
+                peer = await self.transport.connect_address(address, CONNECT_TIMEOUT_S)
+                self.transport.send(peer, mm.ManifestRequest(s.run))
+                async with asyncio.timeout(MANIFEST_TIMEOUT_S):
+                    data = await self._manifest_reply
+            except SwarmError as error:
+                last = error
+                continue
+            except TimeoutError:
+                last = NoPeerReachable(f"{address} does not answer", "no manifest came", "")
+                continue
+            manifest = parse_manifest(data, s.run)
+            if s.save_manifest is not None:
+                s.save_manifest(data)
+            return manifest
+        raise last or NoPeerReachable("the ticket holds no address", "", "ask for a new ticket")
+
+    def _dial_ticket(self, ticket: Ticket) -> None:
+        """A restarted member dials the ticket's addresses besides those the log knows."""
+
+        async def dial(address: str) -> None:
+            try:
+                await self.transport.connect_address(address, CONNECT_TIMEOUT_S)
+            except SwarmError as error:
+                self.events.emit("link_refused", reason=str(error), address=address)
+
+        for address in ticket.addresses:
+            if address not in self._addresses:
+                self._dials.append(asyncio.ensure_future(dial(address)))
+
+    # -- identity and admission -----------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            PROTOCOL_VERSION,
+            self.settings.run,
+            self.settings.name[: limits.NAME_CHARS_MAX],
+            self._addresses,
+            self.capability(),
+        )
+
+    def _admit(self, peer: PeerId, hello: Hello) -> Refused | None:
+        """Whom to talk to: members, and bearers of a capability of this run's founder."""
+        if not self._started:
+            return None  # still looking for the run: whoever was dialled is checked by the log
+        ledger = self.node.ledger
+        if peer in ledger.banned:
+            return Refused("banned", ledger.banned[peer][:256])
+        if peer in ledger.members or peer == ledger.genesis_steward:
+            return None
+        try:
+            parse_capability(
+                hello.capability,
+                founder=self.manifest.founder,
+                run=self.settings.run,
+                wall_s=host.wall_s(),
+            )
+        except NotAuthorised as error:
+            code = "expired" if "expired" in error.why else "not_authorised"
+            return Refused(code, error.why[:256])
+        return None
+
+    def provide(self, root: bytes) -> Blob | None:
+        """Any blob this peer can serve: in memory, or on its disk. Called on pool threads."""
+        blob = self.data.provide(root) if self._started else None
+        if blob is not None or self.store is None or not self._started:
+            return blob
+        return self._from_disk(root)
+
+    def _from_disk(self, root: bytes) -> Blob | None:
+        assert self.store is not None
+        try:
+            for channel, have in list(self.node.catchup.snapshots.items()):
+                for round_number, state_hash in have:
+                    if state_hash == root:
+                        return self.store.checkpoint(channel, round_number)
+            for state in list(self.node.ledger.channels.values()):
+                for outcome in state.history:
+                    if outcome.root == root and state.holds_state:
+                        found = self.store.result(state.name, outcome.round)
+                        return found.blob if found is not None and found.root == root else None
+        except SwarmError as error:
+            self.events.emit("checkpoint_refused", reason=str(error))
+        return None
+
+    # -- what the transport calls ---------------------------------------------------------------
+
+    def _pass(self, name: str, *args: object) -> None:
+        if self._started:
+            getattr(self.driver, name)(*args)
+        else:
+            self._early.append((name, args))
+
+    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
+        self.events.emit("peer_connected", peer=peer.hex(), peer_name=hello.name)
+        self.transport.learn(peer, hello.listen)
+        self._pass("connected", peer, hello, outgoing)
+
+    def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
+        self.events.emit("peer_disconnected", peer=peer.hex(), reason=f"{code}: {reason}")
+        self._pass("disconnected", peer, code, reason)
+
+    def message(self, peer: PeerId, message: Message) -> None:
+        if isinstance(message, mm.ManifestReply):
+            if self._manifest_reply is not None and not self._manifest_reply.done():
+                self._manifest_reply.set_result(message.manifest)
+            return
+        if isinstance(message, mm.Metrics):
+            if peer == message.member:
+                for listener in self.metrics_listeners:
+                    listener(peer, message.body)
+            return
+        self._pass("message", peer, message)
+
+    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        fields = {"reason": f"{code}: {reason}", "address": address}
+        self.events.emit("link_refused", peer=peer.hex() if peer else "", **fields)
+        if code in ("banned", "duplicate", "expired") and not self.failure.done():
+            self._fail(NotAuthorised(f"refused by {address}", f"{code}: {reason}", ""))
+
+    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
+        self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes] | None = None) -> None:
+        self._pass("fetched", ticket, leaves)
+
+    def fetch_failed(self, ticket: int, reason: str) -> None:
+        self._pass("fetch_failed", ticket, reason)
+
+    # -- events of the core ---------------------------------------------------------------------
+
+    def _on_event(self, event: object) -> None:
+        if isinstance(event, BaseException):
+            self._fail(event)
+            return
+        self.narrator.tell(self.node, event)
+        for listener in list(self.listeners):
+            listener(event)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failure.done():
+            self.failure.set_result(error)
+
+    def _on_state(self, channel: str) -> None:
+        """A state holds still right after it advanced; called on a pool thread."""
+        state = self.data.states[channel]
+        for hook in self.state_hooks:
+            hook(state)
+        every = self.manifest.keys.checkpoint_every_rounds
+        if self.store is not None and every and state.round % every == 0:
+            self.save_checkpoint(state.copy())
+
+    def save_checkpoint(self, state: CanonicalState) -> None:
+        """Write ``state``, which must hold still, in the background; then serve it to joiners."""
+        loop = self._loop
+
+        def work() -> None:
+            assert self.store is not None
+            started = host.mono_s()
+            try:
+                self.store.save([state])
+                self.store.prune(self.settings.checkpoints_kept * len(self.data.states))
+            except SwarmError as error:
+                name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
+                self.events.emit(name, reason=str(error), path=str(self.settings.state))
+                return
+            self.events.emit(
+                "checkpoint_saved",
+                state_hash=state.root().hex(),
+                channel=state.channel,
+                round=state.round,
+                bytes=state.theta.nbytes * 2,
+                save_s=round(host.mono_s() - started, 6),
+            )
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._serve_snapshot, state)
+
+        self.disk_pool.submit(work)
+
+    def _serve_snapshot(self, state: CanonicalState) -> None:
+        have = self.node.catchup.snapshots.setdefault(state.channel, [])
+        entry = (state.round, state.root())
+        if entry not in have:
+            have.append(entry)
+        del have[: -self.settings.checkpoints_kept]
+
+    def send_metrics(self, body: bytes) -> None:
+        """Tell every linked member this site's figures; at most 4 kB."""
+        message = mm.Metrics(self.node.me, body[:4096])
+        for peer in self.transport.connected_peers():
+            self.transport.send(peer, message)
+
+    # -- membership -----------------------------------------------------------------------------
+
+    async def wait_member(self, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+        """Wait until the log lists this node.
+
+        Raises:
+            NotAuthorised: refused. NoPeerReachable: nobody answered in time.
+        """
+        deadline = host.mono_s() + timeout_s
+        while not self.node.joiner.is_member:
+            if self.node.joiner.refused:
+                raise NotAuthorised("the run refuses this site", self.node.joiner.refused, "")
+            if self.failure.done():
+                raise self.failure.result()
+            if host.mono_s() > deadline:
+                raise NoPeerReachable(
+                    "joining took too long", f"no answer in {timeout_s:g} s", "is a steward up?"
+                )
+            await asyncio.sleep(0.01)
+
+    async def leave(self, reason: str, timeout_s: float) -> bool:
+        """Ask the leader to be let go; True if the log says so in time."""
+        if not self.node.joiner.is_member:
+            return True
+        self.driver.run(self.node.leave, reason)
+        deadline = host.mono_s() + timeout_s
+        while self.node.joiner.is_member and host.mono_s() < deadline:
+            await asyncio.sleep(0.02)
+        return not self.node.joiner.is_member
+
+    async def close(self, reason: str = "closed") -> None:
+        stats = self.transport.stats
+        if self._started:
+            self.driver.close()
+        await self.transport.close()
+        for pool in (self.pool, self.chunk_pool, self.disk_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.events.emit(
+            "peer_stopped",
+            bytes_sent=stats["sent_bytes"],
+            bytes_received=stats["received_bytes"],
+            reason=reason,
+        )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self._addresses
+
+
+def _announced(bound: str) -> tuple[str, ...]:
+    """Where others can dial a listener: itself, or this machine's outward address."""
+    host_part, _, port = bound.rpartition(":")
+    if host_part not in ("0.0.0.0", "[::]"):  # noqa: S104, compared, not bound
+        return (bound,)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a UDP connect sends nothing; it picks a route
+            outward = probe.getsockname()[0]
+        except OSError:
+            outward = "127.0.0.1"
+    return (f"{outward}:{port}",)

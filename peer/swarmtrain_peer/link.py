@@ -9,12 +9,25 @@ from typing import Any, cast
 from swarmtrain_peer.sockets import address_of
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId, short_id
+from swarmtrain_protocols.errors import (
+    NoPeerReachable,
+    NotAuthorised,
+    RunMismatch,
+    SwarmError,
+    VersionMismatch,
+)
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.session import SessionCore
 from swarmtrain_protocols.session_events import Closed, SessionEvent
 
-_LINGER_S = 1.0
-"""How long the last words may take before the connection is cut."""
+_ERRORS: dict[str, tuple[type[SwarmError], str]] = {
+    "wrong_run": (RunMismatch, "use a ticket of the run that this address serves"),
+    "version": (VersionMismatch, "install the same release on both sides"),
+    "expired": (NotAuthorised, "ask for a new ticket"),
+    "not_authorised": (NotAuthorised, "ask the founder for a ticket"),
+    "banned": (NotAuthorised, "ask the founder"),
+    "duplicate": (NotAuthorised, "stop the other process that runs with this identity"),
+}
 
 
 class DialFailed(Exception):
@@ -25,11 +38,17 @@ class DialFailed(Exception):
         self.code = code
         self.reason = reason
 
+    def to_error(self, address: str) -> SwarmError:
+        """The typed error for whoever asked for this address by hand."""
+        kind, todo = _ERRORS.get(self.code, (NoPeerReachable, "check the address and the network"))
+        return kind(f"cannot join through {address}", f"{self.code}: {self.reason}", todo)
+
 
 class Link(asyncio.Protocol):
     """Bytes in, events out; writes at most what the socket takes, so that messages can overtake.
 
-    ``outcome`` is for whoever dialled: the peer's identity once open, or ``DialFailed``.
+    ``outcome`` is for whoever waits for the link: the peer's identity once open, or ``DialFailed``.
+    ``gone`` is set once the connection is closed.
     """
 
     def __init__(
@@ -43,6 +62,7 @@ class Link(asyncio.Protocol):
         self.address = address
         self.remote: tuple[Any, ...] = ()
         self.outcome: asyncio.Future[PeerId] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self.sent_bytes = 0
         self.received_bytes = 0
         self._loop = loop
@@ -128,6 +148,8 @@ class Link(asyncio.Protocol):
             why = str(exc) if exc else "the connection ended"
             self.session.lost(self._loop.time(), why)
         self._deliver()
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     # Internals --------------------------------------------------------------------------------
 
@@ -160,7 +182,7 @@ class Link(asyncio.Protocol):
         if self.session.closed and not self._closing:
             self._closing = True
             transport.close()  # after what is buffered
-            self._loop.call_later(_LINGER_S, transport.abort)
+            self._loop.call_later(limits.GOODBYE_TIMEOUT_S, transport.abort)
 
     def _rearm(self) -> None:
         deadline = self.session.deadline()

@@ -2,16 +2,12 @@
 
 The event loop carries control links only; bulk bytes are received, decrypted and hashed on the
 threads of ``bulk.BulkPool``. All methods are called on the loop thread.
-
-Two peers keep one control link. If both dial at once, the smaller identity decides: it goes on with
-its own connection once that has reached the other, else it takes the one that came in. If a link
-is open and the same identity comes again, the old link must answer a ping at once, or the new one
-replaces it: a restarted peer gets in, a second live process with the same key does not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -20,6 +16,7 @@ from swarmtrain_peer.bulk import BulkConnection, BulkPool
 from swarmtrain_peer.bulklinks import BulkLinks
 from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.link import DialFailed, Link
+from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
 from swarmtrain_peer.sockets import address_of, listen, receive_exactly, tune
 from swarmtrain_peer.transfers import Fetches
@@ -27,13 +24,7 @@ from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import Header
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import (
-    LocalProtocolError,
-    NoPeerReachable,
-    NotAuthorised,
     PeerFault,
-    RunMismatch,
-    SwarmError,
-    VersionMismatch,
 )
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
@@ -53,14 +44,6 @@ from swarmtrain_protocols.session_events import (
 
 _FOR_FETCHES = (fetch.FetchAccepted, fetch.FetchRefused, fetch.FetchChunk)
 _FOR_SERVING = (fetch.FetchRequest, fetch.FetchCancel)
-_ERRORS: dict[str, tuple[type[SwarmError], str]] = {
-    "wrong_run": (RunMismatch, "use a ticket of the run that this address serves"),
-    "version": (VersionMismatch, "install the same release on both sides"),
-    "expired": (NotAuthorised, "ask for a new ticket"),
-    "not_authorised": (NotAuthorised, "ask the founder for a ticket"),
-    "banned": (NotAuthorised, "ask the founder"),
-    "duplicate": (NotAuthorised, "stop the other process that runs with this identity"),
-}
 
 
 class TransportHandler(Protocol):
@@ -122,12 +105,6 @@ class Transport:
         self._provide = provide
         self._threads = threads
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
-        self._links: dict[PeerId, Link] = {}
-        self._outgoing: dict[PeerId, Link] = {}
-        self._challengers: dict[PeerId, Link] = {}
-        self._probes: dict[PeerId, int] = {}
-        self._half_open: dict[Link, None] = {}
-        self._inbound = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None
         self._closed = False
@@ -143,6 +120,7 @@ class Transport:
         """
         self._loop = asyncio.get_running_loop()
         host, _, port = listen_on.rpartition(":")
+        self._table = LinkTable(self._loop, self.peer_id, self)
         self._listener = await listen(self._loop, host.strip("[]"), int(port))
         self._pool = BulkPool(self._threads)
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
@@ -165,7 +143,7 @@ class Transport:
 
     def connect(self, peer: PeerId) -> None:
         """Have a link to ``peer`` if an address is known; ``connected`` or ``refused`` follows."""
-        if peer != self.peer_id and peer not in self._links:
+        if peer != self.peer_id and peer not in self._table.links:
             self._dialler.want(peer)
 
     async def connect_address(self, address: str, timeout_s: float) -> PeerId:
@@ -182,8 +160,7 @@ class Transport:
         except DialFailed as error:
             failed = error
         self._handler.refused(address, None, failed.code, failed.reason)
-        kind, todo = _ERRORS.get(failed.code, (NoPeerReachable, "check the address and network"))
-        raise kind(f"cannot join through {address}", f"{failed.code}: {failed.reason}", todo)
+        raise failed.to_error(address)
 
     def send(self, peer: PeerId, message: Message) -> bool:
         """Send, or dial and keep a bounded number of messages meanwhile.
@@ -195,17 +172,17 @@ class Transport:
     def disconnect(self, peer: PeerId, code: str, reason: str) -> None:
         """Say goodbye; ``disconnected`` follows."""
         self._dialler.forget_wish(peer)
-        if link := self._links.get(peer):
+        if link := self._table.links.get(peer):
             link.session.close(self._loop.time(), code, reason)
             link.wake()
 
     def connected_peers(self) -> list[PeerId]:
         """In order of their ids."""
-        return sorted(self._links)
+        return sorted(self._table.links)
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """Last measured round trip, seconds."""
-        link = self._links.get(peer)
+        link = self._table.links.get(peer)
         return link.session.rtt_s if link else None
 
     # Fetches ----------------------------------------------------------------------------------
@@ -238,7 +215,7 @@ class Transport:
     def stats(self) -> dict[str, Any]:
         """Bytes since the start, in total and per peer, control and bulk apart; counters."""
         control = dict(self._past)
-        for peer, link in self._links.items():
+        for peer, link in self._table.links.items():
             sent, received = control.get(peer, (0, 0))
             control[peer] = (sent + link.sent_bytes, received + link.received_bytes)
         bulk = self._bulk.byte_counts()
@@ -267,17 +244,18 @@ class Transport:
             return
         self._closed = True
         self._dialler.close()
-        for peer in list(self._links):
+        for peer in list(self._table.links):
             self._fetches.peer_lost(peer)
-        for link in [*self._links.values(), *self._half_open]:
+        links = [*self._table.links.values(), *self._table.half_open]
+        for link in links:
             link.session.close(self._loop.time(), "closing", "the peer process ends")
             link.wake()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
-        await asyncio.sleep(0)  # lets the goodbyes reach their sockets
-        await asyncio.sleep(0)
+        if gone := [link.gone for link in links if link.remote]:
+            await asyncio.wait(gone, timeout=limits.GOODBYE_TIMEOUT_S)
         await self._loop.run_in_executor(None, self._pool.close)
 
     # Sending ----------------------------------------------------------------------------------
@@ -285,7 +263,7 @@ class Transport:
     def _send(
         self, peer: PeerId, message: Message, payload: bytes | memoryview, dial: bool
     ) -> bool:
-        link = self._links.get(peer)
+        link = self._table.links.get(peer)
         if link is not None:
             sent = link.send(message, payload)
         elif dial and peer != self.peer_id and not self._closed:
@@ -335,7 +313,7 @@ class Transport:
                 await asyncio.sleep(limits.DIAL_BACKOFF_S_MIN)
                 continue
             sock.setblocking(False)
-            if self._inbound >= limits.CONNECTIONS_INBOUND_MAX:
+            if self._table.inbound >= limits.CONNECTIONS_INBOUND_MAX:
                 self._count("inbound_over_limit")
                 sock.close()
             else:
@@ -343,29 +321,32 @@ class Transport:
 
     async def _classify(self, sock: Any) -> None:
         """Control or bulk, by the first eight bytes."""
-        if len(self._half_open) >= limits.CONNECTIONS_HALF_OPEN_MAX:
+        if len(self._table.half_open) >= limits.CONNECTIONS_HALF_OPEN_MAX:
             self._count("half_open_over_limit")
             sock.close()
             return
         link = self._make_link(False, None, "")
-        self._half_open[link] = None
-        try:
-            async with asyncio.timeout(limits.HANDSHAKE_TIMEOUT_S):
-                preface = await receive_exactly(self._loop, sock, PREFACE_BYTES)
-        except (OSError, TimeoutError):
-            preface = b""
-        if not preface or preface == bulklink.PREFACE or self._closed:
-            del self._half_open[link]
-            if preface == bulklink.PREFACE:
-                await self._bulk.accept(sock)
-            else:
+        self._table.half_open[link] = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
+            try:
+                async with asyncio.timeout(limits.HANDSHAKE_TIMEOUT_S):
+                    preface = await receive_exactly(self._loop, sock, PREFACE_BYTES)
+                if preface != bulklink.PREFACE:
+                    tune(sock, bulk=False)
+                    link.session.receive_bytes(self._loop.time(), preface)
+                    self._table.inbound += 1
+                    await self._loop.connect_accepted_socket(lambda: link, sock)
+                    stack.pop_all()
+                    return
+            except (OSError, TimeoutError):
                 self._count("no_preface")
-                sock.close()
-            return
-        tune(sock, bulk=False)
-        self._inbound += 1
-        link.session.receive_bytes(self._loop.time(), preface)
-        await self._loop.connect_accepted_socket(lambda: link, sock)
+                return
+            finally:
+                if link.remote == ():  # no control link came of it
+                    self._table.half_open.pop(link, None)
+            stack.pop_all()
+        await self._bulk.accept(sock)
 
     async def _dial_link(self, peer: PeerId | None, address: str) -> PeerId:
         """Dial and shake hands. Raises DialFailed."""
@@ -373,11 +354,11 @@ class Transport:
         tune(sock, bulk=False)
         link = self._make_link(True, peer, address)
         if peer is not None:
-            if peer in self._links:
+            if peer in self._table.links:
                 sock.close()
                 return peer
-            self._outgoing.setdefault(peer, link)
-        self._half_open[link] = None
+            self._table.dialling(peer, link)
+        self._table.half_open[link] = None
         try:
             await self._loop.create_connection(lambda: link, sock=sock)
             return await asyncio.shield(link.outcome)
@@ -388,7 +369,7 @@ class Transport:
 
     def _dial_failed(self, peer: PeerId, address: str, failed: DialFailed) -> None:
         """The dialler gives up for now."""
-        if peer in self._links:
+        if peer in self._table.links:
             return
         self._handler.refused(address, peer, failed.code, failed.reason)
         self._fetches.peer_lost(peer)
@@ -400,18 +381,18 @@ class Transport:
             case Received(message, payload):
                 self._on_message(link, message, payload)
             case Identified(peer):
-                self._on_identified(link, peer)
+                self._table.identified(link, peer)
             case Held(peer, _):
-                self._on_held(link, peer)
+                self._table.held(link, peer)
             case Opened(peer, hello):
-                self._on_opened(link, peer, hello)
+                self._table.opened(link, peer, hello)
             case Ponged(nonce, _):
-                self._on_ponged(link, nonce)
+                self._table.ponged(link, nonce)
             case Faulted(code, why):
                 self._count(f"fault_{code}")
                 self._handler.peer_fault(link.peer, code, why)
             case Closed():
-                self._on_closed(link, event)
+                self._table.closed(link, event)
 
     def _on_message(self, link: Link, message: Message, payload: bytes) -> None:
         peer = link.peer
@@ -423,67 +404,11 @@ class Transport:
         else:
             self._handler.message(peer, message)
 
-    def _on_identified(self, link: Link, peer: PeerId) -> None:
-        if not link.initiator:
-            return
-        other = self._links.get(peer) or self._outgoing.setdefault(peer, link)
-        if other is not link:
-            link.follow(other.outcome, "there is a link already")
-
-    def _on_held(self, link: Link, peer: PeerId) -> None:
-        """An admitted peer wants in: settle it with the link or the dial that there is."""
-        if peer in self._challengers:
-            link.session.refuse(self._loop.time(), "duplicate", "another one is being judged")
-        elif (old := self._links.get(peer)) is not None:
-            self._challengers[peer] = link
-            self._probes[peer] = old.session.probe(self._loop.time())
-            old.wake()
-            wait_s = max(limits.DUPLICATE_PROBE_S, 4 * (old.session.rtt_s or 0.0))
-            self._loop.call_later(wait_s, self._replace, old, peer)
-        elif peer in self._outgoing and self.peer_id < peer:
-            self._challengers[peer] = link
-        else:
-            dial = self._outgoing.pop(peer, None)
-            link.session.accept(self._loop.time())
-            if dial is not None:
-                dial.follow(link.outcome, "both sides dialled")
-
-    def _on_ponged(self, link: Link, nonce: int) -> None:
-        peer = link.peer
-        if peer is None or self._links.get(peer) is not link or self._probes.get(peer) != nonce:
-            return
-        self._settle(peer, accept=False)
-
-    def _replace(self, old: Link, peer: PeerId) -> None:
-        if self._links.get(peer) is old and peer in self._probes:
-            old.session.close(self._loop.time(), "replaced", "the peer came back")
-            old.wake()  # its Closed lets the new one in
-
-    def _settle(self, peer: PeerId, accept: bool) -> None:
-        """Decide on the link that waits for this peer, if there is one."""
-        self._probes.pop(peer, None)
-        challenger = self._challengers.pop(peer, None)
-        if challenger is None or challenger.session.closed:
-            return
-        if accept:
-            challenger.session.accept(self._loop.time())
-        else:
-            why = "a live connection with this identity is open"
-            challenger.session.refuse(self._loop.time(), "duplicate", why)
-        challenger.wake()
-
-    def _on_opened(self, link: Link, peer: PeerId, hello: Hello) -> None:
-        assert peer not in self._links, "two links to one peer"
-        self._half_open.pop(link, None)
-        if self._outgoing.get(peer) is link:
-            del self._outgoing[peer]
-        self._links[peer] = link
-        self._settle(peer, accept=False)
+    def link_opened(self, link: Link, peer: PeerId, hello: Hello) -> None:
+        """See ``linktable.LinkUser``."""
         if link.initiator:
             self._dialler.learn(peer, [link.address])
         self._dialler.learn(peer, hello.listen)
-        if not link.outcome.done():
-            link.outcome.set_result(peer)
         secret = link.session.bulk_secret
         assert secret is not None
         self._bulk.peer_up(peer, secret, link.remote if link.initiator else None)
@@ -491,30 +416,18 @@ class Transport:
         for message in self._dialler.opened(peer):
             self._send(peer, message, b"", dial=False)
 
-    def _on_closed(self, link: Link, event: Closed) -> None:
-        self._half_open.pop(link, None)
-        if not link.initiator:
-            self._inbound -= 1
-        peer = link.peer
-        if peer is None:
-            return
-        if self._challengers.get(peer) is link:
-            del self._challengers[peer]
-            self._probes.pop(peer, None)
-        if self._links.get(peer) is link:
-            del self._links[peer]
-            sent, received = self._past.get(peer, (0, 0))
-            self._past[peer] = (sent + link.sent_bytes, received + link.received_bytes)
-            self._bulk.peer_lost(peer)
-            self._serving.peer_lost(peer)
-            self._fetches.peer_lost(peer)
-            self._handler.disconnected(peer, event.code, event.reason)
-            self._settle(peer, accept=True)
-        elif self._outgoing.get(peer) is link:
-            del self._outgoing[peer]
-            self._settle(peer, accept=True)
-        elif not link.initiator and event.code not in ("duplicate", "disconnected"):
-            self._handler.refused(link.address, peer, event.code, event.reason)
+    def link_closed(self, link: Link, peer: PeerId, event: Closed) -> None:
+        """See ``linktable.LinkUser``."""
+        sent, received = self._past.get(peer, (0, 0))
+        self._past[peer] = (sent + link.sent_bytes, received + link.received_bytes)
+        self._bulk.peer_lost(peer)
+        self._serving.peer_lost(peer)
+        self._fetches.peer_lost(peer)
+        self._handler.disconnected(peer, event.code, event.reason)
+
+    def link_refused(self, link: Link, event: Closed) -> None:
+        """See ``linktable.LinkUser``."""
+        self._handler.refused(link.address, link.peer, event.code, event.reason)
 
     # What bulk connections ask ------------------------------------------------------------------
 
@@ -546,6 +459,3 @@ class Transport:
     def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
         """Pool thread; see ``bulk.Sink``."""
         self._fetches.end(conn, header, ok)
-
-
-__all__ = ["LocalProtocolError", "Transport", "TransportHandler"]

@@ -64,12 +64,12 @@ def subnet(address: str) -> str:
 
 
 def is_private(address: str) -> bool:
-    """True for loopback, link-local and private addresses, where subnet caps would be wrong.
+    """True for loopback, link-local, private and carrier-grade NAT addresses (no subnet caps).
 
     Host names count as public: nobody can tell without a resolver.
     """
     host, _ = split_address(address)
     try:
-        return ipaddress.ip_address(host).is_private
+        return not ipaddress.ip_address(host).is_global
     except ValueError:
         return False

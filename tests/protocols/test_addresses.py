@@ -63,6 +63,6 @@ def test_subnets_are_what_one_operator_holds() -> None:
     assert subnet("[2001:db8:1:2::3]:1") == subnet("[2001:db8:1:ffff::9]:1") == "2001:db8:1::/48"
     assert subnet("[2001:db8:2::1]:1") != subnet("[2001:db8:1::1]:1")
     assert subnet("Host.Example:5") == "host.example"
-    assert [is_private(a) for a in ("127.0.0.1:1", "10.1.2.3:1", "[fd00::1]:1")] == [True] * 3
+    assert [is_private(a) for a in ("127.0.0.1:1", "100.64.1.2:1", "[fd00::1]:1")] == [True] * 3
     assert not is_private("8.8.8.8:1")
     assert not is_private("host.example:1")

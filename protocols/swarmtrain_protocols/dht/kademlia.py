@@ -18,6 +18,7 @@ from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.dht import records as rec
 from swarmtrain_protocols.dht.events import DhtBootstrapped, DhtFailed, DhtFound, DhtRefused
 from swarmtrain_protocols.dht.ids import Contact, id_bytes, id_from_bytes, key_id
+from swarmtrain_protocols.dht.lookup import Lookup
 from swarmtrain_protocols.dht.publisher import Publisher
 from swarmtrain_protocols.dht.requests import Meter, Reply, Requests
 from swarmtrain_protocols.dht.routing import RoutingTable
@@ -346,7 +347,9 @@ class DhtCore:
         if not addresses or contact.peer == self.me.peer:
             return
         known = self.table.get(contact)
-        if addresses != contact.addresses:
+        if known is not None and known.addresses == addresses:
+            contact = known
+        elif addresses != contact.addresses:
             contact = Contact(contact.peer, addresses, contact.id)
         oldest = self.table.seen(contact)
         if oldest is not None:
@@ -376,10 +379,14 @@ class DhtCore:
 
     # --- small things ----------------------------------------------------------------------------
 
-    def hinted(self, infos: Iterable[NodeInfo]) -> list[Contact]:
-        """Contacts by hearsay: dialled in this lookup, believed only once they answer."""
-        contacts = (Contact(PeerId(info.peer), usable(info.addresses)) for info in infos)
-        return [c for c in contacts if c.addresses or c.peer in self._links]
+    def hinted(self, infos: Iterable[NodeInfo], lookup: Lookup) -> list[Contact]:
+        """New contacts by hearsay: dialled in this lookup, believed only once they answer."""
+        return [
+            Contact(PeerId(info.peer), addresses)
+            for info in infos
+            if not lookup.knows(PeerId(info.peer))
+            and ((addresses := usable(info.addresses)) or info.peer in self._links)
+        ]
 
     def _settle(self, now: float) -> None:
         while self.requests.settle(now):

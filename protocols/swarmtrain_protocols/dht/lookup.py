@@ -51,10 +51,14 @@ class Lookup:
         self.stopped = False
         self.learn(contacts)
 
+    def knows(self, peer: PeerId) -> bool:
+        """True if ``peer`` needs not be learned: it is a candidate already, or this node."""
+        return peer in self._states or peer == self._own
+
     def learn(self, contacts: Iterable[Contact]) -> None:
         """Add candidates; known ones are ignored, and only the nearest few hundred are kept."""
         for contact in contacts:
-            if contact.peer in self._states or contact.peer == self._own:
+            if self.knows(contact.peer):
                 continue
             place = (contact.id ^ self.target, contact.peer)
             if len(self._order) >= limits.DHT_CANDIDATES_MAX:

@@ -141,16 +141,19 @@ class RoutingTable:
 
     def closest(self, target: int, count: int, but: bytes = b"") -> list[Contact]:
         """The ``count`` contacts nearest to ``target``, nearest first, without peer ``but``."""
+        index = bucket_index(self._own, target) if target != self._own else 0
+        # Bucket ``index`` shares the differing bit with the target. Those below it do not, and all
+        # lie in one range of distance; above, distance is decided by the bucket alone.
+        spans = [(index, index + 1), (0, index), *((i, i + 1) for i in range(index + 1, ID_BITS))]
         found: list[Contact] = []
-        for group in self._groups(target):
-            found.extend(
-                c for i in group for c in self._buckets[i].contacts.values() if c.peer != but
-            )
-            # Everybody in a later group is farther away than everybody found so far.
-            if len(found) >= count:
+        for first, end in spans:
+            for bucket in self._buckets[first:end]:
+                if bucket.contacts:
+                    found.extend(bucket.contacts.values())
+            if len(found) > count:  # one more than asked for, because ``but`` may be among them
                 break
         found.sort(key=lambda contact: contact.id ^ target)
-        return found[:count]
+        return [contact for contact in found[: count + 1] if contact.peer != but][:count]
 
     def looked_up(self, now: float, target: int) -> None:
         """A lookup for ``target`` has refreshed that bucket."""
@@ -173,15 +176,6 @@ class RoutingTable:
             return None
         bucket.looked_up_at = now
         return self._own ^ (1 << index | rng.getrandbits(index) if index else 1)
-
-    def _groups(self, target: int) -> list[list[int]]:
-        """Bucket numbers in groups of growing distance from ``target``."""
-        if target == self._own:
-            return [[i] for i in range(ID_BITS)]
-        index = bucket_index(self._own, target)
-        # Bucket ``index`` shares the differing bit with the target; those below it do not, and
-        # all lie in one range of distance; above, distance is decided by the bucket alone.
-        return [[index], list(range(index)), *([i] for i in range(index + 1, ID_BITS))]
 
     def _bucket(self, contact: Contact) -> _Bucket:
         return self._buckets[bucket_index(self._own, contact.id)]

@@ -147,11 +147,11 @@ class Searches:
             if page is not None and not self._collect(now, search, contact, after, page):
                 lookup.failed(contact.peer)
             elif page is not None and page.more and taken < limits.DHT_RECORDS_PER_KEY_MAX:
-                lookup.learn(self._core.hinted(page.contacts))
+                lookup.learn(self._core.hinted(page.contacts, lookup))
                 taken += len(page.records)
                 self._query(now, search, contact, page.records[-1].publisher, taken)
             else:
-                lookup.answered(contact.peer, self._core.hinted(reply.contacts))
+                lookup.answered(contact.peer, self._core.hinted(reply.contacts, lookup))
         self._advance(now, search)
 
     def _collect(

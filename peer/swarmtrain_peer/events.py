@@ -164,7 +164,7 @@ class EventLog:
         """Events held back by the rate limit since the start."""
         return self._limit.suppressed
 
-    def emit(self, name: str, key: RoundKey | None = None, **fields: object) -> Record | None:
+    def emit(self, name: str, key: RoundKey | None = None, /, **fields: object) -> Record | None:
         """Log one event; ``key`` or fields of the same names say which round it is about.
 
         Returns the record, or None if the rate limit held it back.

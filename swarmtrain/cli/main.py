@@ -56,7 +56,7 @@ def dashboard(
 
     place = site_of(home, site)
     token = None if token_file is None else token_file.read_text().strip()
-    serve(place, bind, token=token)
+    serve(place, bind, token=token, note=Output().note)
 
 
 def main() -> None:

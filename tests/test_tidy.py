@@ -121,6 +121,16 @@ def _names(node: ast.expr) -> list[ast.expr]:
     return list(node.elts) if isinstance(node, ast.Tuple) else [node]
 
 
+def rule_decoding_expects_bad_text(path: str, text: str) -> Iterator[str]:
+    """msgspec raises UnicodeDecodeError, not its own error, for strings that are not UTF-8."""
+    enough = ("UnicodeDecodeError", "ValueError", "Exception")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            caught = [dotted(name) for name in _names(node.type)]
+            if "msgspec.DecodeError" in caught and not set(caught) & set(enough):
+                yield f"{path}:{node.lineno}: also expect UnicodeDecodeError"
+
+
 # --- rules on tests ------------------------------------------------------------------------------
 
 BANNED_IN_TESTS = re.compile(
@@ -223,6 +233,7 @@ PYTHON_RULES: list[Rule] = [
     rule_lengths,
     rule_module_docstring,
     rule_errors_are_not_swallowed,
+    rule_decoding_expects_bad_text,
     rule_tests_neither_sleep_nor_skip,
     rule_tests_can_fail,
 ]
@@ -243,6 +254,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (rule_errors_are_not_swallowed, "a.py", "try:\n    f()\nexcept Exception:\n    pass"),
     (rule_errors_are_not_swallowed, "a.py", "try:\n    f()\nexcept (OSError, Exception): ..."),
     (rule_errors_are_not_swallowed, "a.py", "with contextlib.suppress(Exception):\n    f()"),
+    (rule_decoding_expects_bad_text, "a.py", "try: f()\nexcept msgspec.DecodeError as e: g(e)"),
     (rule_tests_neither_sleep_nor_skip, TEST, "time.sleep(1)"),
     (rule_tests_neither_sleep_nor_skip, TEST, "from time import sleep"),
     (rule_tests_neither_sleep_nor_skip, TEST, "@pytest.mark.xfail\ndef test_x(): assert 0"),
@@ -261,6 +273,11 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rule_module_docstring, "a.py", '"""What it is for."""'),
     (rule_errors_are_not_swallowed, "a.py", "try:\n    f()\nexcept OSError:\n    pass"),
     (rule_errors_are_not_swallowed, "a.py", "try:\n    f()\nexcept Exception as e:\n    log(e)"),
+    (
+        rule_decoding_expects_bad_text,
+        "a.py",
+        "try: f()\nexcept (msgspec.DecodeError, UnicodeDecodeError) as e: g(e)",
+    ),
     (
         rule_tests_neither_sleep_nor_skip,
         TEST,
@@ -318,6 +335,8 @@ def missing_twins(core: Path, tests: Path) -> list[str]:
         name = path.relative_to(core).as_posix()
         if path.name == "__init__.py" or name in NO_TWIN:
             continue
+        if name.startswith("testing/") or not _has_functions(path):
+            continue  # the simulator's equipment, exercised by tests/sim; pure declarations
         package = path.parent.name
         own = {f"test_{path.stem}.py", f"test_{package}_{path.stem}.py"}
         if package == "messages":  # one schema in several files
@@ -325,6 +344,11 @@ def missing_twins(core: Path, tests: Path) -> list[str]:
         if not own & twins:
             missing.append(name)
     return missing
+
+
+def _has_functions(path: Path) -> bool:
+    tree = ast.parse(path.read_bytes())
+    return any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) for node in ast.walk(tree))
 
 
 def test_every_core_module_has_a_test_of_its_own() -> None:
@@ -337,7 +361,8 @@ def test_a_module_without_a_twin_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "core" / "dht").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
     for name in ("core/a.py", "core/dht/b.py", "core/dht/c.py", "tests/test_dht_b.py"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("def f(): ...\n", encoding="utf-8")
+    (tmp_path / "core" / "declarations.py").write_text("X = 1\n", encoding="utf-8")
     assert missing_twins(tmp_path / "core", tmp_path / "tests") == ["a.py", "dht/c.py"]
 
 

@@ -246,11 +246,12 @@ class DhtCore:
                 del self._served[next(iter(self._served))]
             meter = Meter(limits.DHT_RATE_SERVED_PER_S, limits.DHT_BURST_SERVED)
             self._served[peer] = meter
-        full = meter.tokens >= 1.0
         if meter.take(now):
+            meter.reported = meter.reported and meter.tokens < meter.burst / 2
             return True
         self.count("dht_rate")
-        if full:  # the first of a flood is reported, the rest is counted
+        if not meter.reported:  # a flood is reported once, its messages are counted
+            meter.reported = True
             self.emit(DhtRefused(peer, "rate"))
         return False
 

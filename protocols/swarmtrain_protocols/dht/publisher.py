@@ -49,6 +49,8 @@ class _Placement:
     awaited: int = 0
     replicas: int = 0
     refused: str = "unreachable"
+    overtaken: bool = False
+    """A holder has a later record of ours than this one."""
 
 
 class Publisher:
@@ -172,10 +174,16 @@ class Publisher:
         highest = int((self._core.wall(now) + ahead_s) * 1000)
         if placement.record.sequence <= sequence <= highest:
             self._sequence = max(self._sequence, sequence)
+            placement.overtaken = True
 
     def _finish(self, now: float, placement: _Placement) -> None:
         mine = placement.publication
         if self._all.get(mine.name) is not mine or placement.record is not mine.record:
+            return
+        if placement.overtaken and not mine.resigned:
+            self._renew(now, mine)
+            mine.resigned = True
+            self._place(now, mine)
             return
         core = self._core
         left_s = mine.record.expires_s - core.wall(now)
@@ -185,11 +193,6 @@ class Publisher:
                 mine.handle = 0
             wait_s = mine.ttl_s / 2 if mine.keep else limits.DHT_REPLICATE_S
             mine.again_at = now + min(wait_s, max(left_s, 0.0))
-            return
-        if placement.refused == "stale" and not mine.resigned:
-            mine.resigned = True
-            mine.record = self._sign(now, mine.target, mine.value, mine.ttl_s)
-            self._place(now, mine)
             return
         if mine.handle:
             core.emit(DhtFailed(mine.handle, mine.name, placement.refused))

@@ -39,6 +39,8 @@ class Meter:
     burst: float
     tokens: float = field(init=False)
     at: float = -math.inf
+    reported: bool = False
+    """Somebody was told that this meter ran dry."""
 
     def __post_init__(self) -> None:
         self.tokens = self.burst

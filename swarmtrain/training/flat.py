@@ -44,18 +44,20 @@ def schema_hash(schema: Schema) -> bytes:
 def assign_fragments(sizes: list[tuple[str, int]], fragments: int) -> list[int]:
     """Fragment of each parameter, a pure function of names and sizes.
 
-    Layer ``l`` (the first number in a parameter's name) goes to fragment ``l mod fragments``, as in
-    Streaming DiLoCo (arXiv 2501.18512); what belongs to no layer goes where least is, in order.
+    The ``l``-th layer (a name up to its first number) goes to fragment ``l mod fragments``, strided
+    as in Streaming DiLoCo (arXiv 2501.18512); what is in no layer goes where least is, in order.
 
     Raises:
         ConfigError: a fragment would be empty.
     """
     out = [-1] * len(sizes)
     filled = [0] * fragments
+    layers: dict[str, int] = {}
     for index, (name, size) in enumerate(sizes):
         found = _BLOCK.search(name)
-        if fragments == 1 or found:
-            out[index] = int(found.group(1)) % fragments if found and fragments > 1 else 0
+        if found:
+            layer = layers.setdefault(name[: found.end(1)], len(layers))
+            out[index] = layer % fragments
             filled[out[index]] += size
     for index, (_, size) in enumerate(sizes):
         if out[index] < 0:

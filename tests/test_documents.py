@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,3 +171,23 @@ def test_the_service_and_the_containers_use_real_commands() -> None:
     ]
     assert len(lines) == 5
     assert [found for line in lines if (found := complaint(line))] == []
+
+
+def test_the_member_without_training_in_the_readme_runs(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    code = next(block for block in blocks if "st.Peer.start()" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={
+            "PYTHONPATH": os.pathsep.join(
+                str(ROOT / folder) for folder in (".", "peer", "protocols")
+            ),
+            "SWARMTRAIN_HOME": str(tmp_path),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1. 1. 1." in done.stdout

@@ -9,7 +9,7 @@ from typing import Any
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
-from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 from swarmtrain_protocols.ledger import ChannelState, Member
@@ -111,8 +111,8 @@ class Backend:
             "train_loss": None if desk.last_loss != desk.last_loss else desk.last_loss,
             "rounds_committed": ledger.rounds_committed,
             "rounds_aborted": ledger.rounds_aborted,
-            "bytes_sent": stats["sent_bytes"],
-            "bytes_received": stats["received_bytes"],
+            "bytes_sent": total_bytes(stats, "sent"),
+            "bytes_received": total_bytes(stats, "received"),
             "ended": ledger.ended or None,
             "paused": ledger.paused or None,
             "overlap": runtime.overlap,
@@ -257,7 +257,7 @@ class Backend:
             )
             secret = sign_capability(settings.founder, capability)
         elif settings.ticket is not None and not (vote or expires_s or args.get("uses")):
-            secret = settings.ticket.secret
+            secret = settings.ticket.capability
         else:
             raise NotAuthorised(
                 "only the founder's site makes tickets with other rights",

@@ -18,7 +18,7 @@ import msgspec
 
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
-from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
@@ -369,7 +369,10 @@ class TrainerDesk:
     def _report(self, channel: str, flight: _Flight) -> None:
         """This site's figures of a round: logged here, sent to the others, never in the log."""
         stats = self._runtime.transport.stats
-        before, now = self._bytes_before, (stats["sent_bytes"], stats["received_bytes"])
+        before, now = (
+            self._bytes_before,
+            (total_bytes(stats, "sent"), total_bytes(stats, "received")),
+        )
         self._bytes_before = now
         key = flight.figures.get("key")
         figures: Document = {

@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import limits
@@ -39,6 +38,9 @@ from swarmtrain_protocols.messages import Message, RoundKey
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
+
+if TYPE_CHECKING:
+    from swarmtrain_peer.recordfile import RecordFile
 
 INLINE_BYTES_MAX = 64 * 1024
 """Work on fewer bytes than this is done on the spot: a thread costs more."""
@@ -64,6 +66,7 @@ class Driver:
         pool: Executor,
         on_event: Callable[[object], None],
         on_state: Callable[[str], None],
+        on_result: Callable[[str, int, Blob], None],
     ) -> None:
         self.node = node
         self.data = data
@@ -73,6 +76,7 @@ class Driver:
         self._pool = pool
         self._on_event = on_event
         self._on_state = on_state
+        self._on_result = on_result
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -336,6 +340,7 @@ class Driver:
             notice = fx.Notice(name, {"reason": str(error), "path": channel})
             self._loop.call_soon_threadsafe(self._on_event, notice)
             return False
+        self._loop.call_soon_threadsafe(self._on_result, channel, round_number, blob)
         return True
 
     def _complete(self, result: fx.WholeResult) -> None:

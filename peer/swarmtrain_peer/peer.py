@@ -23,7 +23,6 @@ from swarmtrain_peer.keys import load_or_create_identity
 from swarmtrain_peer.loop import new_event_loop
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_protocols import codecs
-from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound, DhtStored
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, RoundFailed, SwarmError
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -223,7 +222,7 @@ class Peer:
             secret = sign_capability(self._founder, capability)
         else:
             assert settings.ticket is not None
-            secret = settings.ticket.secret
+            secret = settings.ticket.capability
         return str(Ticket(self._runtime.addresses, settings.run, secret))
 
     # -- all-reduce -------------------------------------------------------------------------------
@@ -350,16 +349,15 @@ class Peer:
         handle = self._runtime.driver.run(self._runtime.node.dht_store, key.encode(), data, ttl_s)
         outcome = await self._dht_answer(handle)
         if isinstance(outcome, DhtFailed):
-            raise RoundFailed(f"could not store {key!r}", outcome.reason, "try again")
+            raise RoundFailed(f"could not store {key!r}", outcome.code, "try again")
 
     async def _dht_get(self, key: str) -> list[tuple[str, Any]]:
         handle = self._runtime.driver.run(self._runtime.node.dht_get, key.encode())
         outcome = await self._dht_answer(handle)
         if not isinstance(outcome, DhtFound):
             return []
-        return [
-            (PeerId(r.publisher).hex(), msgspec.msgpack.decode(r.value)) for r in outcome.records
-        ]
+        newest = sorted(outcome.records, key=lambda r: (-r.expires_s, r.publisher))
+        return [(r.publisher.hex(), msgspec.msgpack.decode(r.value)) for r in newest]
 
     async def _dht_answer(self, handle: object) -> object:
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()

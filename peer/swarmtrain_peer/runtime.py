@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.narrator import Narrator
-from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, limits
@@ -91,6 +91,7 @@ class PeerRuntime:
         self._static_key = host.entropy(32)
         self._addresses: tuple[str, ...] = ()
         self._manifest_reply: asyncio.Future[bytes] | None = None
+        self._kept_results: dict[bytes, tuple[str, int, tuple[bytes, ...]]] = {}
         self._dials: list[asyncio.Future[None]] = []
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
@@ -113,7 +114,6 @@ class PeerRuntime:
             keyring=s.keyring,
             static_key=self._static_key,
             entropy=host.entropy,
-            run=s.run,
             hello=self._hello,
             admit=self._admit,
             handler=self,
@@ -147,7 +147,7 @@ class PeerRuntime:
         self.data = DataPlane(
             outer_lr=self.outer[0], outer_momentum=self.outer[1], run=self.chunk_pool.map
         )
-        records = RecordFile(s.records) if s.records is not None else None
+        records = open_records(s.records) if s.records is not None else None
         old = list(records.load()) if records is not None else []
         genesis = None
         if s.founder is not None and not old:
@@ -183,6 +183,7 @@ class PeerRuntime:
             pool=self.pool,
             on_event=self._on_event,
             on_state=self._on_state,
+            on_result=self.keep_result,
         )
 
     async def _recover(self) -> None:
@@ -196,7 +197,12 @@ class PeerRuntime:
         for channel in sorted(loaded.channels):
             found = loaded.channels[channel]
             state = found.state
-            self.node.catchup.snapshots.setdefault(channel, []).append((state.round, state.root()))
+            for item in found.results:
+                self.keep_result(channel, item.round, item.blob)
+            snapshot = await loop.run_in_executor(
+                self.disk_pool, self.store.checkpoint, channel, state.round
+            )
+            self._serve_snapshot(channel, state.round, snapshot)
             await loop.run_in_executor(self.pool, self.data.replay, state, found.results)
             self._on_state(channel)
             self.driver.run(self.node.restore, channel, state.round, state.root())
@@ -205,7 +211,7 @@ class PeerRuntime:
         """The bearer's right to be a member: from the ticket, or the founder's own."""
         s = self.settings
         if s.ticket is not None:
-            return s.ticket.secret
+            return s.ticket.capability
         if s.founder is not None:
             return sign_capability(
                 s.founder, Capability(host.entropy(8), s.run, "trainer", True, 0, 0)
@@ -282,27 +288,25 @@ class PeerRuntime:
         return None
 
     def provide(self, root: bytes) -> Blob | None:
-        """Any blob this peer can serve: in memory, or on its disk. Called on pool threads."""
-        blob = self.data.provide(root) if self._started else None
-        if blob is not None or self.store is None or not self._started:
+        """Any blob this peer can serve: in memory, or a mapped result file. Never hashes."""
+        if not self._started:
+            return None
+        blob = self.data.provide(root)
+        kept = self._kept_results.get(root)
+        if blob is not None or kept is None or self.store is None:
             return blob
-        return self._from_disk(root)
-
-    def _from_disk(self, root: bytes) -> Blob | None:
-        assert self.store is not None
+        channel, round_number, leaves = kept
         try:
-            for channel, have in list(self.node.catchup.snapshots.items()):
-                for round_number, state_hash in have:
-                    if state_hash == root:
-                        return self.store.checkpoint(channel, round_number)
-            for state in list(self.node.ledger.channels.values()):
-                for outcome in state.history:
-                    if outcome.root == root and state.holds_state:
-                        found = self.store.result(state.name, outcome.round)
-                        return found.blob if found is not None and found.root == root else None
+            return self.store.mapped_result(channel, round_number, leaves)
         except SwarmError as error:
             self.events.emit("checkpoint_refused", reason=str(error))
-        return None
+            return None
+
+    def keep_result(self, channel: str, round_number: int, blob: Blob) -> None:
+        """The result is on disk: serve it from there when memory lets go of it."""
+        self._kept_results[blob.root] = (channel, round_number, blob.leaves)
+        while len(self._kept_results) > limits.HISTORY_ROUNDS * limits.CHANNELS_SERVED_MAX:
+            del self._kept_results[next(iter(self._kept_results))]
 
     # -- what the transport calls ---------------------------------------------------------------
 
@@ -380,7 +384,8 @@ class PeerRuntime:
             started = host.mono_s()
             try:
                 self.store.save([state])
-                self.store.prune(self.settings.checkpoints_kept * len(self.data.states))
+                self.store.prune(self.settings.checkpoints_kept)
+                blob = self.store.checkpoint(state.channel, state.round)
             except SwarmError as error:
                 name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
                 self.events.emit(name, reason=str(error), path=str(self.settings.state))
@@ -394,16 +399,19 @@ class PeerRuntime:
                 save_s=round(host.mono_s() - started, 6),
             )
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._serve_snapshot, state)
+                loop.call_soon_threadsafe(self._serve_snapshot, state.channel, state.round, blob)
 
         self.disk_pool.submit(work)
 
-    def _serve_snapshot(self, state: CanonicalState) -> None:
-        have = self.node.catchup.snapshots.setdefault(state.channel, [])
-        entry = (state.round, state.root())
-        if entry not in have:
-            have.append(entry)
-        del have[: -self.settings.checkpoints_kept]
+    def _serve_snapshot(self, channel: str, round_number: int, blob: Blob) -> None:
+        """Offer a checkpoint to joiners, by its mapped file; the oldest offer goes."""
+        have = self.node.catchup.snapshots.setdefault(channel, [])
+        if (round_number, blob.root) in have:
+            return
+        have.append((round_number, blob.root))
+        self.data.register(blob)
+        while len(have) > self.settings.checkpoints_kept:
+            self.data.drop(have.pop(0)[1])
 
     def send_metrics(self, body: bytes) -> None:
         """Tell every linked member this site's figures; at most 4 kB."""
@@ -450,14 +458,25 @@ class PeerRuntime:
             pool.shutdown(wait=False, cancel_futures=True)
         self.events.emit(
             "peer_stopped",
-            bytes_sent=stats["sent_bytes"],
-            bytes_received=stats["received_bytes"],
+            bytes_sent=total_bytes(stats, "sent"),
+            bytes_received=total_bytes(stats, "received"),
             reason=reason,
         )
 
     @property
     def addresses(self) -> tuple[str, ...]:
         return self._addresses
+
+
+def total_bytes(stats: dict[str, Any], way: str) -> int:
+    """Bytes ``sent`` or ``received`` on all links, control and bulk."""
+    return int(stats[f"control_{way}_bytes"]) + int(stats[f"bulk_{way}_bytes"])
+
+
+def open_records(path: Path) -> "RecordFile":
+    from swarmtrain_peer.recordfile import RecordFile
+
+    return RecordFile(path)
 
 
 def _announced(bound: str) -> tuple[str, ...]:

@@ -416,6 +416,7 @@ class NodeCore:
     def _pump(self, now: float) -> None:
         """Carry effects between the cores until none is left inside."""
         for _ in range(PUMP_MAX):
+            self.member.flush_reports()
             batch = [*self.log.drain(), *self.dht.drain(), *self._raw]
             self._raw.clear()
             for effect in batch:

@@ -145,7 +145,7 @@ class RoundMember:
             if attempt is not None and channel.chosen is not None and attempt.chosen is None:
                 attempt.choose(now, channel.chosen)
             self._expire_offer(channel)
-        self._flush_reports()
+        self.flush_reports()
 
     def _begin(self, now: float, channel: ChannelState) -> Attempt | None:
         opened = channel.open
@@ -299,9 +299,10 @@ class RoundMember:
                 attempt.answer_query(peer)
             for result in self._recent.get(message.key, []):
                 self._out.append(Send(peer, result))
-        self._flush_reports()
+        self.flush_reports()
 
-    def _flush_reports(self) -> None:
+    def flush_reports(self) -> None:
+        """Report to the leader what attempts have got since the last call."""
         if self.leader is None:
             return
         for attempt in self._attempts.values():
@@ -323,7 +324,7 @@ class RoundMember:
                 for peer in closing.attempt.receivers():
                     if peer != self._me:
                         self._out.append(Send(peer, m.RoundQuery(closing.attempt.key)))
-        self._flush_reports()
+        self.flush_reports()
 
     def _give_up(self, closing: _Closing) -> None:
         """The normal path did not bring all parts; the catch-up fetches by the committed root."""

@@ -114,6 +114,13 @@ def test_a_command_that_exists_is_accepted(line: str) -> None:
     assert complaint(line) == ""
 
 
+def test_every_command_of_the_makefile_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = re.findall(r"^\t\$\(BIN\)/(swarmtrain .*)$", makefile, re.MULTILINE)
+    assert len(lines) >= 2
+    assert [found for line in lines if (found := complaint(line))] == []
+
+
 def test_the_quick_start_is_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert FENCE.findall(readme)[0].split("\n") == ["make demo", "make test", ""]

@@ -35,9 +35,11 @@ def complaints(text: str, *, parts: tuple[str, ...] = PARTS) -> list[str]:
         roots = (CORE, ROOT / "peer" / "swarmtrain_peer", ROOT)
         if not any((root / name).exists() for root in roots):
             found.append(f"no module {name}")
-    for name in re.findall(r"`([^`]+\.json)`", status["vectors"]):
-        if not (PROTOCOLS / "vectors" / name).is_file():
-            found.append(f"no vectors {name}")
+    found += [
+        f"no vectors {name}"
+        for name in re.findall(r"`([^`]+\.json)`", status["vectors"])
+        if not (PROTOCOLS / "vectors" / name).is_file()
+    ]
     headings = re.findall(r"^## (?:\d+\.? )?(\w+)", text, re.MULTILINE)
     found += [f"no part {part}" for part in parts if part not in headings]
     return found

@@ -459,6 +459,8 @@ class NodeCore:
             applied.append((entry.index, body, accepted))
             if isinstance(body, e.MemberJoined) and accepted and body.member != self.me:
                 self._ready.append(Learn(PeerId(body.member), body.addresses))
+            elif isinstance(body, e.MemberLeft | e.MemberBanned) and accepted:
+                self.dht.forget(now, PeerId(body.member))
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
 

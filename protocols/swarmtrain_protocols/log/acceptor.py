@@ -50,14 +50,16 @@ class Acceptor:
         s.role = FOLLOWER
         s.set_leader(peer, m.term)
         self._election.heard_leader()
-        self.behind = peer if m.first > s.log.last_index + 1 else None
         matched = self._match(peer, m)
         if m.snapshot is not None:
             self._snapshots.on_certificate(peer, m.snapshot)
         s.save()
+        hint = self._hint(m) if matched is None else s.log.last_index
+        self.behind = peer if hint + 1 < m.first else None
         if matched is None:
-            self._reply(peer, ok=False, index=max(self._hint(m), 0))
+            self._reply(peer, ok=False, index=hint)
         else:
+            s.felt(m.pulse)
             self._reply(peer, ok=True, index=matched)
 
     def _match(self, peer: PeerId, m: Append) -> int | None:

@@ -165,6 +165,8 @@ class LogCore:
             return
         if isinstance(message, m.Append):
             self._acceptor.on_append(peer, message)
+            if self._acceptor.behind is not None:
+                self._follower.prefer_leader()
         elif isinstance(message, m.AppendReply):
             self._on_append_reply(peer, message)
         elif isinstance(message, m.Update):

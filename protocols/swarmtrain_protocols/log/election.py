@@ -61,7 +61,7 @@ class Election:
         """Ask the stewards for their votes; with ``pre`` only whether they would give them."""
         s = self._s
         view = s.log.view
-        assert view is not None and view.has_voter(s.me) and s.role != LEADER
+        assert view is not None and s.votes and s.role != LEADER
         self._pre = pre
         self._votes = {s.me: True}
         s.role = CANDIDATE

@@ -95,6 +95,11 @@ class LogTimeouts:
         return 3 * self.election_s
 
     @property
+    def stale_s(self) -> float:
+        """A source that passed on no new pulse of a leader for this long is as good as silent."""
+        return 2 * self.silence_s
+
+    @property
     def lease_s(self) -> float:
         """A subscription that is not renewed for this long is forgotten."""
         return 10 * self.election_s

@@ -149,6 +149,7 @@ class Feed:
             generation=s.log.generation,
             leader_term=s.leader_term,
             leader=s.leader or b"",
+            pulse=s.pulse,
             start=start,
             length=s.log.commit + 1,
             more=more,

@@ -41,6 +41,7 @@ class Follower:
         self._trial: PeerId | None = None
         self._heard_at = float("-inf")
         self._asked_at = float("-inf")
+        self._chosen_at = float("-inf")
         self._renew_at = float("inf")
         self._known: tuple[PeerId, ...] = ()
         self._turn = 0
@@ -83,7 +84,8 @@ class Follower:
         t = self._s.timeouts
         if self._heard_at < self._asked_at:
             return max(self._asked_at + t.election_s, self._heard_at + t.silence_s)
-        return self._heard_at + t.silence_s
+        stale_at = max(self._s.pulse_at + t.stale_s, self._chosen_at + t.election_s)
+        return min(self._heard_at + t.silence_s, stale_at)
 
     def tick(self, behind: PeerId | None) -> None:
         s = self._s
@@ -122,6 +124,7 @@ class Follower:
         else:
             chosen = candidates[self._turn % len(candidates)]
         self._turn += 1
+        self._chosen_at = self._s.now
         self._ask(chosen)
 
     def _drop(self) -> None:
@@ -162,7 +165,17 @@ class Follower:
         elif peer == self.source:
             self._drop()
 
-    def _prefer_leader(self) -> None:
+    def _promote(self, peer: PeerId) -> None:
+        """The source on trial answers: it is the source now."""
+        if peer != self._trial:
+            return
+        old = self.source
+        self._drop()
+        self.source = peer
+        if old is not None:
+            self._s.send(old, Unsubscribe())
+
+    def prefer_leader(self) -> None:
         """Entries come from the leader one hop earlier than from anybody else."""
         s = self._s
         if s.leader in (None, s.me, self.source, self._trial) or self.source is None:
@@ -178,9 +191,7 @@ class Follower:
         s = self._s
         if s.role == LEADER or m.generation < s.log.generation:
             return
-        if peer == self._trial and self.source is not None:
-            s.send(self.source, Unsubscribe())
-            self.source, self._trial = peer, None
+        self._promote(peer)
         if peer != self.source:
             if m.certificate is not None:
                 s.try_commit(peer, m.certificate)
@@ -190,16 +201,22 @@ class Follower:
         self._collect(peer, m)
         if s.halted:
             return
+        if s.log.commit + 1 >= m.length:
+            s.felt(m.pulse)  # a pulse is passed on only with the news that came before it
         if m.snapshot is not None:
             self._snapshots.on_certificate(peer, m.snapshot)
         have = s.log.commit + 1 + len(self._pending)
         if m.more:
             self._ask(peer)
         elif m.start > have or (not m.entries and have < m.length):
-            # Something was lost. It is asked for again, at most once per heartbeat.
-            self._renew_at = min(self._renew_at, self._asked_at + s.timeouts.heartbeat_s)
+            self._ask_again()
         if m.entries:
-            self._prefer_leader()
+            self.prefer_leader()
+
+    def _ask_again(self) -> None:
+        """Something was lost. Ask again, at most once per heartbeat."""
+        again = self._asked_at + self._s.timeouts.heartbeat_s
+        self._renew_at = min(self._renew_at, again)
 
     def _hint(self, m: Update) -> None:
         """Believe a source about the leader as far as that one may lead."""
@@ -208,7 +225,7 @@ class Follower:
         told = m.leader_term == s.leader_term and s.leader is None
         if m.leader and (newer or told) and s.trusts(m.leader) and not s.votes:
             s.set_leader(PeerId(m.leader), m.leader_term)
-            self._prefer_leader()
+            self.prefer_leader()
 
     def _collect(self, peer: PeerId, m: Update) -> None:
         s, log = self._s, self._s.log
@@ -251,6 +268,9 @@ class Follower:
             self._forget_pending()
             s.fault(peer, fault)
             return
+        if not entries:  # the certificate of the change before was lost on the way
+            self._ask_again()
+            return
         del self._pending[:count]
         for entry in entries:
             if entry.index <= log.last_index:
@@ -261,6 +281,7 @@ class Follower:
         s.commit_to(certificate)
 
     def _verified(self, items: list[WireEntry], certificate: Certificate) -> list[Entry]:
+        """The entries that the certificate proves; none if it cannot be judged from here."""
         log = self._s.log
         position = log.at(log.commit)
         entries: list[Entry] = []
@@ -271,7 +292,7 @@ class Follower:
         if (last.chain_hash, last.term) != (certificate.chain_hash, certificate.term):
             raise PeerFault("bad_certificate", f"another log at {certificate.index}")
         if not log.one_change_at_most(entries):
-            raise PeerFault("bad_certificate", f"two steward changes before {certificate.index}")
+            return []
         if not log.trust.certifies(last.view, certificate):
             raise PeerFault("bad_certificate", f"no majority at {certificate.index}")
         return entries
@@ -281,6 +302,7 @@ class Follower:
     def on_piece(self, peer: PeerId, m: SnapshotPiece) -> None:
         """A piece of a snapshot file; the last one installs it."""
         s = self._s
+        self._promote(peer)
         if peer != self.source or m.index <= s.log.commit or m.offset + len(m.data) > m.nbytes:
             return
         self._heard_at = s.now

@@ -52,6 +52,7 @@ class Leadership:
     target: tuple[bytes, ...] | None = None
     heartbeat_at: float = 0.0
     check_at: float = 0.0
+    pulse_at: float = 0.0
     noop: int = -1
 
     def start(self) -> None:
@@ -85,6 +86,9 @@ class Leadership:
 
     def tick(self) -> None:
         s = self.state
+        if s.now >= self.pulse_at:
+            self.pulse_at = s.now + s.timeouts.feed_s / 2
+            s.felt((s.term, s.pulse[1] + 1 if s.pulse[0] == s.term else 1))
         if s.now >= self.heartbeat_at:
             self.heartbeat_at = s.now + s.timeouts.heartbeat_s
             self._follow_view()
@@ -160,6 +164,7 @@ class Leadership:
                     entries=batch,
                     certificate=certificate,
                     snapshot=snapshot if snapshot and snapshot.index > item.base else None,
+                    pulse=self.state.pulse,
                 ),
             )
             item.due = False

@@ -45,6 +45,8 @@ class LogState:
         self.leader: PeerId | None = None
         self.leader_term = 0
         self.leader_heard_at = float("-inf")
+        self.pulse = (0, 0)
+        self.pulse_at = now
         self.links: dict[PeerId, bool] = {}
         self.halted = False
         self.out: list[Effect] = []
@@ -70,9 +72,13 @@ class LogState:
 
     @property
     def votes(self) -> bool:
-        """True if this site is a voter of the newest set it knows of, certified or not."""
-        view = self.log.view
-        return view is not None and view.has_voter(self.me)
+        """True if this site votes in the newest set it knows of, or in the certified one.
+
+        A steward that a change leaves out is needed until that change is certified: nobody else may
+        hold enough of the log to be elected (Ongaro 2014, §4.2.2).
+        """
+        log = self.log
+        return any(v is not None and v.has_voter(self.me) for v in (log.view, log.committed_view))
 
     @property
     def alone(self) -> bool:
@@ -83,6 +89,11 @@ class LogState:
         """True if ``peer`` may lead: by the newest view or by the certified one."""
         log = self.log
         return any(v is not None and v.trusts(peer) for v in (log.view, log.committed_view))
+
+    def felt(self, pulse: tuple[int, int]) -> None:
+        """Remember the newest pulse of a leader, and when it was new here."""
+        if pulse > self.pulse:
+            self.pulse, self.pulse_at = pulse, self.now
 
     def set_leader(self, leader: PeerId | None, term: int) -> None:
         """Remember who leads, and tell if that is news."""

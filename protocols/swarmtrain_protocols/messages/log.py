@@ -15,6 +15,11 @@ _Leader = Annotated[bytes, Meta(max_length=32)]
 _OptionalSignature = Annotated[bytes, Meta(max_length=64)]
 
 
+Pulse = tuple[Count, Count]
+"""(term, number): a leader counts up while it has a majority. Whoever hears no newer one through its
+source, however chatty that source is, is not connected to the leader."""
+
+
 class WireEntry(msgspec.Struct, frozen=True, array_like=True):
     """One entry without its index, which its place in the message gives."""
 
@@ -106,6 +111,7 @@ class Append(msgspec.Struct, frozen=True, tag="append"):
     entries: WireEntries = ()
     certificate: Certificate | None = None
     snapshot: SnapshotCertificate | None = None
+    pulse: Pulse = (0, 0)
 
 
 class AppendReply(msgspec.Struct, frozen=True, tag="appended"):
@@ -157,11 +163,13 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
 
     ``length`` is the number of committed entries at the sender. With ``more`` the sender waits for
     the next ``Subscribe``. ``leader`` is empty if unknown and only a hint, as is ``leader_term``.
+    ``pulse`` is the newest (term, number) of a leader's pulse that reached the sender.
     """
 
     generation: Count
     leader_term: Count
     leader: _Leader
+    pulse: Pulse
     start: Count
     length: Count
     more: bool = False

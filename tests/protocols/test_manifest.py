@@ -72,8 +72,9 @@ def test_every_key_is_in_the_run_id() -> None:
         "inner_weight_decay": 0.2, "inner_clip": 2.0, "inner_warmup_steps": 1, "total_steps": 9,
         "inner_optimizer": "sgd", "outer_lr": 0.7, "outer_momentum": 0.9, "overlap": "eager",
         "codec_scatter": "int4", "codec_gather": "fp32", "fragments": 2, "delay": 3, "mix": 0.1,
-        "max_rounds": 5, "checkpoint_every_rounds": 3, "min_peers": 2, "grace_s": 1.0,
-        "round_timeout_s": 2.0, "max_base_age_rounds": 1, "max_extra_steps_factor": 1.0,
+        "max_rounds": 5, "checkpoint_every_rounds": 3, "min_peers": 2, "start_peers": 3,
+        "grace_s": 1.0, "round_timeout_s": 2.0, "max_base_age_rounds": 1,
+        "max_extra_steps_factor": 1.0,
     }  # fmt: skip
     assert tuple(other) == RunKeys.__struct_fields__
     ids = {manifest(**{key: value}).run_id for key, value in other.items()}

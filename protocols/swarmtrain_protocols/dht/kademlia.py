@@ -79,6 +79,7 @@ class DhtCore:
         self.searches = Searches(self)
         self._handles = 0
         self._housekeeping_at = now + limits.DHT_HOUSEKEEPING_S
+        self._refresh_at = now
         self._publisher = Publisher(self)
 
     # --- calls of the layer above ----------------------------------------------------------------
@@ -267,7 +268,7 @@ class DhtCore:
             slot = (message.record.key, message.record.publisher)
             answer = StoreReply(message.request, code, max(0, self.held.marks.sequence(slot)))
             if code in rec.FAULTS:
-                self.blame(PeerFault(f"dht_{code}", "a record that does not verify", peer))
+                self.blame(PeerFault(rec.FAULTS[code], "a DHT record that does not verify", peer))
             elif code != "ok":
                 self.count(f"dht_{code}")
                 self.emit(DhtRefused(peer, code))
@@ -310,9 +311,12 @@ class DhtCore:
             self.held.schedule(record, self.next_replication(now))
             for contact in self.table.closest(id_from_bytes(record.key), limits.DHT_K):
                 self.push(now, contact, record)
-        target = self.table.stalest(now, self.rng, limits.DHT_REFRESH_S)
-        if target is not None:
-            self.searches.start(now, Search(target, _nothing))
+        if now >= self._refresh_at:
+            target = self.table.stalest(now, self.rng, limits.DHT_REFRESH_S)
+            if target is None:
+                self._refresh_at = now + limits.DHT_REFRESH_S / 30
+            else:
+                self.searches.start(now, Search(target, _nothing))
 
     def next_replication(self, now: float) -> float:
         """Jittered, so that one holder is first and its copies put the others off."""

@@ -88,8 +88,8 @@ def refusal(keyring: Keyring, run: bytes, record: SignedRecord, wall_s: float) -
     return ""
 
 
-FAULTS = frozenset({"oversize", "malformed", "forged"})
-"""Refusals that an honest sender cannot cause, because it validates before it sends."""
+FAULTS = {"oversize": "oversize", "malformed": "malformed", "forged": "bad_signature"}
+"""Refusals that an honest sender cannot cause, as it validates before it sends, and their codes."""
 
 
 def rank(record: SignedRecord) -> tuple[int, int, bytes]:

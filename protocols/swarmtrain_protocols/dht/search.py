@@ -173,7 +173,7 @@ class Searches:
             why = refusal(core.keyring, core.run, record, core.wall(now))
             if why in FAULTS:
                 self._core.blame(
-                    PeerFault(f"dht_{why}", "a record that does not verify", contact.peer)
+                    PeerFault(FAULTS[why], "a DHT record that does not verify", contact.peer)
                 )
                 return False
             if not why and (held is None or rank(record) > rank(held)):

@@ -85,10 +85,33 @@ def test_values_are_messagepack_of_at_most_a_kilobyte() -> None:
         signed(value=big + b"x")
 
 
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.binary()
+    | st.text()
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(plain, st.binary(min_size=1, max_size=8))
+def test_what_another_library_packs_is_read_and_nothing_may_follow(
+    value: object, tail: bytes
+) -> None:
+    data = msgpack.packb(value)
+    assert is_messagepack(data)
+    assert decode_value(data) == value
+    assert not is_messagepack(data + tail)
+    assert not is_messagepack(data[:-1])
+
+
 @given(st.binary(max_size=1024))
-def test_what_passes_as_messagepack_can_be_read(data: bytes) -> None:
+def test_any_bytes_are_judged_without_an_exception(data: bytes) -> None:
     if is_messagepack(data):
-        decode_value(data)
+        assert repr(decode_value(data))
 
 
 def test_deep_nesting_is_refused_or_read_but_never_crashes() -> None:

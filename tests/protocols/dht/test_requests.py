@@ -28,7 +28,12 @@ class Bench:
         number = self.requests.next_number()
         message = FindNode(number, bytes(20))
         self.requests.ask(
-            now, contact, message, Nodes, lambda at, r: self.outcomes.append((at, r)), self.slow.append
+            now,
+            contact,
+            message,
+            Nodes,
+            lambda at, r: self.outcomes.append((at, r)),
+            self.slow.append,
         )
         return number
 
@@ -148,7 +153,9 @@ def test_the_pace_never_exceeds_what_the_other_side_serves() -> None:
         now = max(now, bench.requests.deadline()) if bench.requests.deadline() < math.inf else now
         bench.requests.tick(now)
     assert done == 200
-    assert now == pytest.approx((200 - limits.DHT_BURST_SENT) / limits.DHT_RATE_SENT_PER_S, rel=0.02)
+    assert now == pytest.approx(
+        (200 - limits.DHT_BURST_SENT) / limits.DHT_RATE_SENT_PER_S, rel=0.02
+    )
 
 
 def test_the_queue_is_bounded_and_overflow_fails() -> None:

@@ -36,7 +36,7 @@ def lie(change: object):
     return tamper
 
 
-@pytest.mark.parametrize(("change", "code"), [(forged, "dht_forged"), (other_key, "dht_page")])
+@pytest.mark.parametrize(("change", "code"), [(forged, "bad_signature"), (other_key, "dht_page")])
 def test_forged_records_are_refused_and_the_liar_is_named(change: object, code: str) -> None:
     network = Network(1)
     nodes = network.grow(6)

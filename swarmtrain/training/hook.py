@@ -1,398 +1,104 @@
-"""``Swarm``: what ``st.join`` returns, and the hook it puts on the real optimizer.
-
-The hook runs after each optimizer step, on the training thread. Network trouble never raises there:
-it is an event, and training goes on. Events are handed to callbacks on the training thread too,
-between two steps, so that user code needs no locks.
-"""
+"""``st.join``: put a training loop into a swarm, or let it run alone."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, TypeVar
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from swarmtrain.training.flat import Flat
-from swarmtrain.training.phase import NON_FINITE_MAX, Phase, Rules, first_boundary
-from swarmtrain.training.port import Control, Document, Port, Session
-from swarmtrain_peer import host
-from swarmtrain_peer.control import ControlClosed, ControlTimeout
+from swarmtrain.training.place import RunArgument, await_run_keys, check_given, ensure_peer, resolve
+from swarmtrain.training.port import Control, Document
+from swarmtrain.training.swarm import Swarm, SwarmState
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.errors import Diverged, QuorumLost, SwarmError
+from swarmtrain_protocols.errors import ConfigError
 
-Batch = TypeVar("Batch")
-Callback = Callable[[Document], None]
-F32 = NDArray[np.float32]
-
-EVENTS_KEPT_MAX = 1024
-CLOSE_FLUSH_S = 30.0
-"""How long ``close`` waits for the last round by default."""
+Outer = tuple[float, float] | Mapping[str, float] | None
 
 
-@dataclass(frozen=True, slots=True)
-class SwarmState:
-    """What is known here and now. ``members`` is 1 offline; ``loss`` is the mean of the phase."""
+def join(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    ticket: str | None = None,
+    run: RunArgument = None,
+    outer: Outer = None,
+    inner_steps: int | None = None,
+    overlap: str | None = None,
+    codec: str | None = None,
+    fragments: int | None = None,
+    state: Mapping[str, Any] | None = None,
+    on_event: Callable[[Document], None] | None = None,
+) -> Swarm:
+    """Hook ``optimizer`` so that the loop around it trains with the swarm.
 
-    round: int = 0
-    step: int = 0
-    members: int = 1
-    loss: float = math.nan
-    syncing: bool = False
-    state_hash: str = ""
+    Where: see ``place.py``; without ticket, site and run, or with ``SWARMTRAIN_OFFLINE=1``, the
+    loop simply trains. A peer process is started if none serves the run on this machine. Blocks
+    until the run's parameters are in ``model``, overwriting what was there unless this is the first
+    trainer of the run.
 
+    Args:
+        model: its trainable parameters, in its own order, are what is shared.
+        ticket: ``swarm://…``; default ``SWARMTRAIN_TICKET``.
+        run: run keys or a TOML file of a run to found; default ``run.toml`` if it is there.
+        outer: outer (learning rate, momentum), or a mapping with ``lr`` and ``momentum``.
+        inner_steps: optimizer steps between hand-overs.
+        overlap: ``off``, ``delayed``, ``eager`` or ``auto``.
+        codec: on the wire, both ways.
+        fragments: number of parts of the model that are shared in turn.
+        state: reserved; must be empty.
+        on_event: called with every event, on the training thread.
 
-class Swarm:
-    """A handle on the run. Use on the training thread, or as a context manager.
+    The arguments from ``outer`` to ``fragments`` are run keys: they found a run or must equal it.
 
-    Offline (no ``port``) every method works and nothing is shared.
+    Raises:
+        SwarmError: a bad argument, a refusal, nobody in reach. Later trouble is an event.
     """
+    if state:
+        raise ConfigError("st.join: state", "extra state is not shared by this version", "omit it")
+    given = _run_keys(outer, inner_steps, overlap, codec, fragments)
+    place = resolve(ticket, run, given, os.environ)
+    if place is None:
+        return Swarm(model, optimizer, fragments=fragments or 1, on_event=on_event)
+    owned = ensure_peer(place.site)
+    try:
+        keys = await_run_keys(place.site, limits.TRAINER_WAIT_S_MAX)
+        check_given(keys, place.given)
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        connect: Callable[[], Control] | None = None,
-        fragments: int = 1,
-        on_event: Callback | None = None,
-        on_close: Callable[[], None] | None = None,
-        wait_s_max: float = limits.TRAINER_WAIT_S_MAX,
-    ) -> None:
-        """Attach, take up θ, and hook the optimizer; ``connect=None`` is offline.
+        def connect() -> Control:
+            return place.site.connect()
 
-        Blocks until this site's state is synced, at most ``wait_s_max``.
+        return Swarm(
+            model,
+            optimizer,
+            connect=connect,
+            fragments=keys.fragments,
+            on_event=on_event,
+            on_close=owned.close if owned is not None else None,
+        )
+    except BaseException:
+        if owned is not None:
+            owned.close()
+        raise
 
-        Raises:
-            SwarmError: nobody answers, the run refuses this model, or no state arrives in time.
-        """
-        self.model = model
-        self.optimizer = optimizer
-        self.run: Document = {}
-        self.attached: Session | None = None
-        self._flat = Flat(model, fragments)
-        self._callbacks: dict[str, list[Callback]] = {}
-        self._any = on_event
-        self._on_close = on_close
-        self._events: deque[tuple[str, Document]] = deque(maxlen=EVENTS_KEPT_MAX)
-        self._state = SwarmState()
-        self._losses: list[float] = []
-        self._pending_samples = self._total_samples = 0.0
-        self._blocked_s = self._phase_blocked_s = 0.0
-        self._stop: str | None = None
-        self._closed = False
-        self.error: SwarmError | None = None
-        """Set when training diverged here; ``should_stop`` is true then."""
-        self._members: tuple[str, ...] = ()
-        self.next_position: int | None = None
-        self._port: Port | None = None
-        self._phases: list[Phase] = []
-        if connect is not None:
-            self._enter(connect, wait_s_max)
-        self._first_parameter = self._flat.places(self._flat.channels[0])[0].parameter
-        self._begin_s = self._phase_begin_s = host.mono_s()
-        self._handles: list[Any] = [
-            optimizer.register_step_post_hook(self._after_step),
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-        ]
 
-    # --- entering -------------------------------------------------------------------------------
+def _run_keys(
+    outer: Outer,
+    inner_steps: int | None,
+    overlap: str | None,
+    codec: str | None,
+    fragments: int | None,
+) -> dict[str, object]:
+    given: dict[str, object] = {}
+    if outer is not None:
+        pair = (outer["lr"], outer["momentum"]) if isinstance(outer, Mapping) else outer
+        given["outer_lr"], given["outer_momentum"] = pair
+    if codec is not None:
+        given["codec_scatter"] = given["codec_gather"] = codec
+    named = {"inner_steps": inner_steps, "overlap": overlap, "fragments": fragments}
+    given |= {name: value for name, value in named.items() if value is not None}
+    return given
 
-    def _enter(self, connect: Callable[[], Control], wait_s_max: float) -> None:
-        device = str(self._flat.places(self._flat.channels[0])[0].parameter.device)
-        port = self._port = Port(connect, self._flat, self._tell, self._in_flight, device=device)
-        deadline_s = host.mono_s() + wait_s_max
-        self._state = replace(self._state, syncing=True)
-        while True:
-            try:
-                session = port.attach()
-                if not self._phases:
-                    self._prepare(session, wait_s_max)
-                if self._sync(port, session, deadline_s):
-                    break
-            except (ControlClosed, ControlTimeout):
-                if self.attached is None or host.mono_s() > deadline_s:
-                    port.close()
-                    raise
-            except SwarmError:
-                port.close()
-                raise
-            if host.mono_s() > deadline_s:
-                port.close()
-                raise QuorumLost(
-                    "no state of the model arrived",
-                    f"waited {wait_s_max:g} s",
-                    "look at `swarmtrain status`: is a member with the state in reach?",
-                )
-        self._state = replace(self._state, syncing=False)
-        port.start()
 
-    def _prepare(self, session: Session, wait_s_max: float) -> None:
-        self.attached = session
-        self.run = session.attached.run
-        self.next_position = session.attached.next_position
-        rules = Rules.from_run(self.run, wait_s_max)
-        largest = max(n for _, n in self._flat.layout)
-        scratch = (np.empty(largest, np.float32), np.empty(largest, np.float32))
-        channels = self._flat.channels
-        self._phases = [
-            Phase(
-                name,
-                self._flat,
-                rules,
-                first_boundary(i, len(channels), rules.inner_steps),
-                scratch,
-            )
-            for i, name in enumerate(channels)
-        ]
-
-    def _sync(self, port: Port, session: Session, deadline_s: float) -> bool:
-        """Define the model if nobody has, then wait for θ; false if the peer process went away."""
-        if session.attached.need_theta0:
-            seqs = {phase.channel: phase.write_theta0(session) for phase in self._phases}
-            session.control.call("define", {"seqs": seqs}, limits.PORT_CALL_TIMEOUT_S)
-        side = session.side
-
-        def there() -> bool:
-            shown = all(side.published_round(p.channel) is not None for p in self._phases)
-            return shown or port.session is not session
-
-        left_s = max(0.0, deadline_s - host.mono_s())
-        port.wait_until(there, left_s)
-        self._members = session.attached.members
-        members = max(1, len(self._members))
-        self._state = replace(self._state, members=members)
-        return port.session is session and all(p.start(session, members) for p in self._phases)
-
-    # --- the hook -------------------------------------------------------------------------------
-
-    def _before_forward(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Count samples: the first dimension of the first tensor that goes into the model.
-
-        Gradients that are ``None`` mean that a new step begins, so the samples of a step that was
-        skipped (by a GradScaler) are not carried over into the next.
-        """
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        if self._first_parameter.grad is None:
-            self._pending_samples = 0.0
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                self._pending_samples += float(value.shape[0]) if value.dim() else 1.0
-                return
-
-    def _after_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
-    ) -> None:
-        began_s = host.mono_s()
-        samples = self._pending_samples or 1.0
-        self._pending_samples = 0.0
-        self._total_samples += samples
-        self._state = replace(self._state, step=self._state.step + 1)
-        if self._port is not None:
-            self._share(self._port, samples)
-        spent_s = host.mono_s() - began_s
-        self._blocked_s += spent_s
-        self._phase_blocked_s += spent_s
-        self._deliver()
-
-    def _share(self, port: Port, samples: float) -> None:
-        boundaries = sum(phase.boundaries for phase in self._phases)
-        extra = {
-            "loss": self._mean_loss(),
-            "phase_s": host.mono_s() - self._phase_begin_s,
-            "blocked_s": self._phase_blocked_s,
-            "next_position": self.next_position,
-        }
-        for phase in self._phases:
-            phase.after_step(port, self._tell, samples, extra)
-            if phase.non_finite >= NON_FINITE_MAX:
-                self.error = Diverged(
-                    "training diverged",
-                    f"{phase.non_finite} phases in a row ended in NaN or infinity",
-                    "lower the inner learning rate",
-                )
-        if sum(phase.boundaries for phase in self._phases) != boundaries:
-            loss = extra["loss"]
-            self._state = replace(self._state, loss=math.nan if loss is None else loss)
-            self._losses.clear()
-            self._phase_begin_s = host.mono_s()
-            self._phase_blocked_s = 0.0
-        session = port.session
-        if session is not None:
-            self._stop = session.side.should_stop() or self._stop
-            shown = [session.side.published_round(p.channel) for p in self._phases]
-            self._state = replace(self._state, round=min(r or 0 for r in shown))
-        failed = port.final or self.error
-        if failed is not None:
-            self._stop = str(failed)
-
-    def _mean_loss(self) -> float | None:
-        finite = [value for value in self._losses if math.isfinite(value)]
-        return sum(finite) / len(finite) if finite else None
-
-    def _in_flight(self) -> dict[str, int]:
-        flying = [(phase.channel, phase.in_flight) for phase in self._phases]
-        return {channel: it.seq for channel, it in flying if it is not None}
-
-    # --- events ---------------------------------------------------------------------------------
-
-    def _tell(self, name: str, fields: Document) -> None:
-        """From any thread: keep an event until the training thread comes by."""
-        self._events.append((name, fields))
-
-    def _deliver(self) -> None:
-        while self._events:
-            name, fields = self._events.popleft()
-            self._take_up(fields)
-            document = {"event": name, **fields}
-            if self._any is not None:
-                self._any(document)
-            for callback in self._callbacks.get(name, ()):
-                callback(document)
-
-    def _take_up(self, fields: Document) -> None:
-        members, state_hash = fields.get("members"), fields.get("state_hash")
-        if isinstance(members, list):
-            self._members = tuple(str(member) for member in members)
-            self._state = replace(self._state, members=max(1, len(members)))
-        if isinstance(state_hash, str):
-            self._state = replace(self._state, state_hash=state_hash)
-
-    # --- for users ------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> SwarmState:
-        """What is known here and now."""
-        return self._state
-
-    @property
-    def offline(self) -> bool:
-        """Whether nothing is shared at all."""
-        return self._port is None
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the run asks this trainer to end."""
-        return self._stop is not None
-
-    @property
-    def stop_reason(self) -> str | None:
-        return self._stop
-
-    @property
-    def compute_utilization(self) -> float:
-        """1 - (time the hook blocked the trainer) / wall time since ``join``."""
-        wall_s = host.mono_s() - self._begin_s
-        return 1.0 - self._blocked_s / wall_s if wall_s > 0 else 1.0
-
-    def on(self, name: str, callback: Callback) -> None:
-        """Call ``callback(event)`` between steps for each event of that name."""
-        self._callbacks.setdefault(name, []).append(callback)
-
-    def log(self, **scalars: float) -> None:
-        """Report numbers; ``loss`` is averaged over the phase and shown to the swarm."""
-        values = {name: float(value) for name, value in scalars.items()}
-        if "loss" in values:
-            self._losses.append(values["loss"])
-        session = self._port.session if self._port is not None else None
-        if self._port is not None and session is not None:
-            rest = {name: value for name, value in values.items() if name != "loss"}
-            if rest and self._port.room_for_scalars():
-                self._port.send(session, "scalars", {"values": rest, "step": self._state.step})
-
-    def evaluated(self, round: int, loss: float, tokens: int) -> None:
-        """Report the loss of θ of ``round`` on the held-out set, nats per token."""
-        session = self._port.session if self._port is not None else None
-        if self._port is not None and session is not None:
-            args = {"round": round, "loss": loss, "tokens": tokens}
-            self._port.send(session, "evaluated", args)
-
-    def data(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """This site's share of ``loader``: batch ``i`` goes to member ``i mod members``.
-
-        The deal follows the membership as it is when a batch is due. Every member must iterate in
-        the same order for shares to be disjoint. Offline: everything.
-        """
-        for index, batch in enumerate(loader):
-            if self.should_stop:
-                return
-            members = self._members
-            site = self.attached.attached.site if self.attached is not None else ""
-            if site in members and index % len(members) != members.index(site):
-                continue
-            yield batch
-
-    def theta(self) -> tuple[int, dict[str, F32]]:
-        """Round and canonical vectors f32[n] by channel; offline the model's own parameters.
-
-        The round is the lowest of the channels'.
-        """
-        vectors = {name: np.empty(n, np.float32) for name, n in self._flat.layout}
-        port = self._port
-        side = None if port is None or port.session is None else port.session.side
-        if side is None and self.attached is not None:
-            side = self.attached.side  # the peer process is away: what it showed last
-        rounds = [0]
-        if side is None:
-            for name, out in vectors.items():
-                self._flat.read(name, out)
-        else:
-            found = [side.theta(name, out) for name, out in vectors.items()]
-            rounds = [round_ for round_ in found if round_ is not None]
-        return min(rounds), vectors
-
-    def canonical(self) -> dict[str, torch.Tensor]:
-        """The trainable part of a state dict, of θ: CPU f32 tensors by parameter name.
-
-        This is the model of the run, equal on all members of a round. The model in the loop is this
-        trainer's private view of it.
-        """
-        return self._flat.state_dict(self.theta()[1])
-
-    def flush(self, timeout_s: float = CLOSE_FLUSH_S) -> bool:
-        """Wait until no hand-over is undecided; false if that took longer."""
-        port = self._port
-        if port is None:
-            return True
-
-        def settled() -> bool:
-            session = port.session
-            return all(session is None or phase.settled(session) for phase in self._phases)
-
-        done = port.wait_until(settled, timeout_s)
-        self._deliver()
-        return done and not self._in_flight()
-
-    def close(self, flush_timeout_s: float = CLOSE_FLUSH_S) -> None:
-        """Wait for the last round, say goodbye and leave the loop alone. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        for handle in self._handles:
-            handle.remove()
-        if self._port is not None:
-            if not self.should_stop:
-                self.flush(flush_timeout_s)
-            self._port.close()
-        self._deliver()
-        if self._on_close is not None:
-            self._on_close()
-
-    def __enter__(self) -> Swarm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(CLOSE_FLUSH_S if kind is None else 0.0)
+__all__ = ["Swarm", "SwarmState", "join"]

@@ -15,6 +15,7 @@ handover     channel, seq, samples, base_round, steps, age,    {}: repeats of on
              loss, phase_s, blocked_s, next_position
 scalars      values {name: number}, step                       {}
 evaluated    round, loss, tokens                               {}
+finished     (all planned steps are done; evaluating goes on)  {}
 detach       {}                                                {}
 ===========  ================================================  =====================================
 
@@ -145,6 +146,9 @@ class Port:
         self.final: SwarmError | None = None
         """A refusal that ends all attempts."""
         self.dropped_scalars = 0
+        self.on_idle: Callable[[], None] | None = None
+        """Called on the training thread whenever it waits."""
+        self._attaching: Control | None = None
 
     @property
     def session(self) -> Session | None:
@@ -152,13 +156,15 @@ class Port:
         found = self._session
         return None if found is None or found.control.closed else found
 
-    def attach(self) -> Session:
+    def attach(self, timeout_s: float = limits.TRAINER_WAIT_S_MAX) -> Session:
         """Connect and attach, on the calling thread.
+
+        The peer process answers once it is a member and has the state, which may take long.
 
         Raises:
             SwarmError: nobody answers, or the typed refusal of the peer process.
         """
-        control = self._connect()
+        control = self._attaching = self._connect()
         try:
             control.subscribe(self._pushed)
             args = {
@@ -172,11 +178,13 @@ class Port:
                 "again": self._sessions > 0,
                 "in_flight": self._in_flight(),
             }
-            answer = control.call("attach", args, limits.PORT_CALL_TIMEOUT_S)
+            answer = control.call("attach", args, timeout_s)
             session = self._open(control, answer)
         except BaseException:
             control.close()
             raise
+        finally:
+            self._attaching = None
         control.on_close(self._wake_thread)
         with self._changed:
             self._session = session
@@ -230,6 +238,8 @@ class Port:
         deadline_s = host.mono_s() + timeout_s
         pause_s = _WAIT_FIRST_S
         while not done():
+            if self.on_idle is not None:
+                self.on_idle()
             left_s = deadline_s - host.mono_s()
             if left_s <= 0 or self._closing.is_set():
                 return False
@@ -243,6 +253,9 @@ class Port:
         session = self.session
         self._closing.set()
         self._wake_thread()
+        attaching = self._attaching
+        if attaching is not None:
+            attaching.close()
         if self._thread is not None:
             self._thread.join(timeout=2 * limits.PORT_CALL_TIMEOUT_S)
         if session is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarmtrain.training.model import ByteGPT, Sizes
+from swarmtrain.training.model import ByteGPT, Sizes, loss_of
 from swarmtrain_protocols.errors import ConfigError
 
 PRESETS = {
@@ -26,22 +26,36 @@ class Preset:
 
     model: ByteGPT
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
+    lr: float
+    warmup: int
+    total: int
     clip: float
 
     @property
     def context(self) -> int:
         return self.model.sizes.context
 
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean nats per byte of a batch, int64 [batch, context] each."""
+        return loss_of(self.model, tokens, targets)
 
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then cosine to 10 % at ``total`` (0: no decay). ``step`` counts from 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if total <= warmup:
-        return 1.0
-    progress = min(1.0, (step - warmup) / (total - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    def set_lr(self, own_step: int, run_step: int) -> None:
+        """Learning rate of the next step: warm-up by own steps, decay by the run's."""
+        rate = self.lr * lr_factor(own_step, run_step, self.warmup, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def lr_factor(own_step: int, run_step: int, warmup: int, total: int) -> float:
+    """Linear warm-up over own steps; cosine to 10 % at the run's step ``total`` (0: no decay).
+
+    Steps count from 0. They differ for a newcomer, whose optimizer starts cold in mid-run.
+    """
+    rise = min(1.0, (own_step + 1) / warmup) if warmup else 1.0
+    if total <= warmup or run_step < warmup:
+        return rise
+    progress = min(1.0, (run_step - warmup) / (total - warmup))
+    return rise * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def build(keys: Mapping[str, Any], device: torch.device) -> Preset:
@@ -65,11 +79,9 @@ def build(keys: Mapping[str, Any], device: torch.device) -> Preset:
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
-    warmup, total = keys["inner_warmup_steps"], keys["total_steps"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, warmup, total)
+    return Preset(
+        model, optimizer, lr, keys["inner_warmup_steps"], keys["total_steps"], keys["inner_clip"]
     )
-    return Preset(model, optimizer, scheduler, keys["inner_clip"])
 
 
 def evaluate(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> float:

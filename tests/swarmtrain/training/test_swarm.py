@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from swarmtrain.training.hook import Swarm
+from swarmtrain.training.swarm import Swarm
 from swarmtrain_protocols.errors import ConfigError, QuorumLost
 from tests.swarmtrain.training.fake_peer import FakeRun
 

@@ -1,0 +1,182 @@
+"""The preset trainer: ``python -m swarmtrain.training.trainer SITE_DIR``.
+
+Trains what the run's manifest names (model, data, schedule), attached to the peer process that
+serves the site. It evaluates θ on the held-out set when told, and ends when the run does, after
+``--steps`` steps, or on SIGTERM or SIGINT. Errors are three lines on standard error and the error's
+exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from swarmtrain.training.data import Corpus, load_corpus, position_of
+from swarmtrain.training.place import await_run_keys
+from swarmtrain.training.port import Control, Document
+from swarmtrain.training.presets import Preset, build, evaluate
+from swarmtrain.training.swarm import Swarm
+from swarmtrain_peer.site import Site
+from swarmtrain_peer.spawn import watch_owner
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.errors import NoDevice, SwarmError
+from swarmtrain_protocols.manifest import RunKeys
+
+NICENESS = 10
+EVALUATION_WINDOWS = 128
+SIGNALLED_FLUSH_S = 5.0
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        NoDevice: a device that torch does not know or cannot use here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise NoDevice(f"device {name}", str(error).splitlines()[0], "use --device cpu") from None
+    return device
+
+
+class PresetTrainer:
+    """One trainer process, from the run keys to its last step."""
+
+    def __init__(self, site: Site, keys: RunKeys, device: torch.device) -> None:
+        """Load the corpus, build the model and attach.
+
+        Raises:
+            SwarmError: no corpus, no peer process, or a refusal.
+        """
+        self.keys = keys
+        self.device = device
+        self.stopped_by = 0
+        self.corpus: Corpus = load_corpus(keys.corpus, keys.corpus_hash, site.folder / "corpus")
+        fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
+        self.preset: Preset = build(fields, device)
+        self._judge = build(fields, device)  # θ goes in here, the trained model stays as it is
+        tokens, targets = self.corpus.evaluation(EVALUATION_WINDOWS, self.preset.context)
+        self._held_out = (torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
+
+        def connect() -> Control:
+            return site.connect()
+
+        self.swarm = Swarm(
+            self.preset.model, self.preset.optimizer, connect=connect, fragments=keys.fragments
+        )
+        self.swarm.on("evaluate", self._evaluate)
+        attached = self.swarm.attached
+        assert attached is not None, "it is not offline"
+        self._ordinal = attached.attached.ordinal
+        self._counter = attached.attached.next_position
+        # A newcomer's schedule is where the run's is; only the warm-up is its own.
+        self._run_step = min(attached.attached.rounds.values(), default=0) * keys.inner_steps
+
+    def train(self, steps: int) -> None:
+        """Train until the run ends, or for ``steps`` steps (0: no limit).
+
+        Raises:
+            Diverged: this trainer's progress was NaN or infinite several times in a row.
+        """
+        swarm = self.swarm
+        while not swarm.should_stop and not self.stopped_by:
+            if steps and swarm.state.step >= steps:
+                swarm.finish()
+                break
+            self._step()
+        if swarm.error is not None:
+            raise swarm.error
+
+    def _step(self) -> None:
+        preset, swarm = self.preset, self.swarm
+        position = position_of(self._ordinal, self._counter)
+        tokens, targets = self.corpus.batch(
+            self.keys.seed, position, self.keys.batch_size, preset.context
+        )
+        self._counter += 1
+        swarm.next_position = self._counter
+        preset.set_lr(swarm.state.step, self._run_step)
+        self._run_step += 1
+        loss = preset.loss(
+            torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device)
+        )
+        torch.autograd.backward(loss)
+        if preset.clip:
+            torch.nn.utils.clip_grad_norm_(preset.model.parameters(), preset.clip)
+        swarm.log(loss=loss.item())
+        preset.optimizer.step()
+        preset.optimizer.zero_grad()
+
+    def _evaluate(self, event: Document) -> None:
+        """Loss of the newest θ, reported under the round that it is of."""
+        round_, vectors = self.swarm.theta()
+        self._judge.model.load_state_dict(self.swarm.state_dict(vectors))
+        loss = evaluate(self._judge.model, *self._held_out)
+        self.swarm.evaluated(round_, loss, self._held_out[1].numel())
+
+
+def run(site: Site, device_name: str, steps: int, threads: int) -> int:
+    """Train at ``site``; returns the exit code.
+
+    Raises:
+        SwarmError: whatever keeps it from training.
+    """
+    device = choose_device(device_name)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    stop = threading.Event()
+    trainer: PresetTrainer | None = None
+    signals: list[int] = []
+
+    def stopped(number: int) -> None:
+        signals.append(number)
+        stop.set()
+        if trainer is not None:
+            trainer.stopped_by = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stopped(received))
+    watch_owner(lambda: stopped(signal.SIGTERM))
+    keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, stop)
+    trainer = PresetTrainer(site, keys, device)
+    trainer.stopped_by = signals[0] if signals else 0
+    sys.stderr.write(f"training {keys.preset} on {device}\n")
+    try:
+        trainer.train(steps)
+    finally:
+        # A second signal ends at once, whatever is still under way.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        trainer.swarm.close(SIGNALLED_FLUSH_S if trainer.stopped_by else None)
+    return 128 + trainer.stopped_by if trainer.stopped_by else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m swarmtrain.training.trainer")
+    parser.add_argument("site", type=Path, help="the site's folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--steps", type=int, default=0, help="inner steps; 0: until the run ends")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    given = parser.parse_args(arguments)
+    if os.nice(0) == 0:
+        os.nice(NICENESS)  # the peer process must get a processor when a message arrives
+    try:
+        return run(Site(given.site.resolve()), given.device, given.steps, given.threads)
+    except SwarmError as error:
+        sys.stderr.write(f"error: {error.what}\nwhy:   {error.why}\ndo:    {error.todo}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

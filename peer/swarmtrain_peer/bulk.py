@@ -46,7 +46,7 @@ class Sink(Protocol):
 class Job:
     """Chunks of one request to be sent; ``done`` is called on a pool thread."""
 
-    __slots__ = ("cancelled", "chunks", "done", "nbytes", "request", "started")
+    __slots__ = ("cancelled", "chunks", "conn", "done", "nbytes", "request", "started")
 
     def __init__(
         self, request: int, chunks: list[tuple[int, memoryview]], done: Callable[[Job], None]
@@ -55,6 +55,7 @@ class Job:
         self.chunks = deque(chunks)
         self.nbytes = sum(chunk.nbytes for _, chunk in chunks)
         self.done = done
+        self.conn: BulkConnection | None = None
         self.started = False
         self.cancelled = False
 
@@ -107,6 +108,7 @@ class BulkConnection:
         with self._lock:
             if self._dead or self._finished:
                 return False
+            job.conn = self
             self._jobs.append(job)
             self.queued_bytes += job.nbytes
             if self._writing or self._write_wanted:

@@ -22,6 +22,9 @@ from swarmtrain_protocols.messages.fetch import (
     FetchRequest,
 )
 
+_RUNNING_MAX = 2 * limits.FETCHES_IN_FLIGHT_PER_PEER_MAX
+"""The asker may hold all chunks, and ask for more, before this side has noted the last as sent."""
+
 
 class Serving:
     """Answers fetch requests.
@@ -45,6 +48,7 @@ class Serving:
         self._connections = connections
         self._jobs: dict[PeerId, dict[int, list[Job]]] = {}
         self._waiting: dict[PeerId, list[Job]] = {}
+        self._answered: dict[PeerId, dict[int, BulkConnection]] = {}
 
     def wants_bulk(self, peer: PeerId) -> bool:
         """Jobs for this peer wait for a bulk connection."""
@@ -86,6 +90,7 @@ class Serving:
     def peer_lost(self, peer: PeerId) -> None:
         """The control link is gone: nobody waits for an answer."""
         self._waiting.pop(peer, None)
+        self._answered.pop(peer, None)
         for jobs in self._jobs.pop(peer, {}).values():
             for job in jobs:
                 job.cancelled = True
@@ -95,7 +100,10 @@ class Serving:
     def _serve(self, peer: PeerId, request: FetchRequest) -> None:
         number, first, count = request.request, request.first, request.count
         running = self._jobs.get(peer, {})
-        if number in running or len(running) >= limits.FETCHES_IN_FLIGHT_PER_PEER_MAX:
+        answered = self._answered.get(peer, {}).get(number)
+        if number in running or (answered is not None and answered.alive):
+            return  # asked again after a lost connection, but this one was on another
+        if len(running) >= _RUNNING_MAX:
             self._refuse(peer, number, "busy")
             return
         blob = self._provide(request.root)
@@ -150,6 +158,11 @@ class Serving:
         jobs = running.get(job.request, [])
         if job in jobs:
             jobs.remove(job)
+            if job.conn is not None and not job.cancelled:
+                answered = self._answered.setdefault(peer, {})
+                answered[job.request] = job.conn
+                if len(answered) > limits.FETCHES_IN_FLIGHT_PER_PEER_MAX:
+                    del answered[next(iter(answered))]
             if not jobs:
                 del running[job.request]
         if not running:

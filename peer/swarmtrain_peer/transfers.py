@@ -30,6 +30,8 @@ from swarmtrain_protocols.messages.fetch import (
 
 _LEAVES_ON_LOOP_MAX = 64
 """More leaves than that are checked on a thread: the loop must not stall for a tree."""
+_ASK_MAX = 3
+"""Times a request is sent if bulk connections are lost before anything came over them."""
 
 
 class FetchHandler(Protocol):
@@ -59,7 +61,8 @@ class Fetch:
         self.ticket, self.request, self.peer, self.root = ticket, request, peer, root
         self.first, self.total, self.destinations = first, total, destinations
         self.uses_bulk = any(d.nbytes > limits.INLINE_CHUNK_BYTES_MAX for d in destinations)
-        self.sent = False
+        self.asked = 0
+        self.spoilt = False
         self.timer: asyncio.TimerHandle | None = None
         self.lock = threading.Condition()
         self.active = True
@@ -82,9 +85,13 @@ class Fetch:
                 return None
             self.touched = conn
             if not 0 <= index < len(self.destinations):
+                self.spoilt = True
                 raise PeerFault("malformed", f"chunk {header.chunk} was not asked for")
             destination = self.destinations[index]
-            if header.chunk_bytes != destination.nbytes or header.offset != self._filled[index]:
+            if header.chunk_bytes == destination.nbytes and header.offset < self._filled[index]:
+                return None  # sent twice: the other side could not know that it had arrived
+            if header.chunk_bytes != destination.nbytes or header.offset > self._filled[index]:
+                self.spoilt = True
                 raise PeerFault("malformed", f"chunk {header.chunk} of wrong size or order")
             self._writers += 1
             self._filled[index] += header.nbytes
@@ -98,12 +105,14 @@ class Fetch:
             return ok and self.active and header.offset + header.nbytes == header.chunk_bytes
 
     def put(self, index: int, payload: bytes) -> bool:
-        """Loop thread: a chunk from the control link; False if it is not the one asked for."""
-        if not 0 <= index < len(self.destinations) or self._filled[index]:
+        """Loop thread: a chunk from the control link; False if it is not one that was asked for."""
+        if not 0 <= index < len(self.destinations):
             return False
         destination = self.destinations[index]
         if destination.nbytes != len(payload):
             return False
+        if self._filled[index]:
+            return True  # sent twice, as in ``begin``
         destination[:] = payload
         self._filled[index] = len(payload)
         return True
@@ -167,6 +176,7 @@ class Fetches:
         self._by_ticket: dict[int, Fetch] = {}
         self._active: dict[PeerId, int] = {}
         self._queues: dict[PeerId, deque[Fetch]] = {}
+        self._bulk_was_lost: set[PeerId] = set()
 
     def fetch(
         self,
@@ -207,16 +217,27 @@ class Fetches:
 
     def wants_bulk(self, peer: PeerId) -> bool:
         """A fetch from this peer waits for chunks that need a bulk connection."""
-        return any(f.peer == peer and f.uses_bulk and f.sent for f in self._by_request.values())
+        return any(f.peer == peer and f.uses_bulk and f.asked for f in self._by_request.values())
+
+    def bulk_up(self, conn: BulkConnection) -> None:
+        """Ask again what may have been answered into a connection that was lost."""
+        if conn.peer not in self._bulk_was_lost:
+            return
+        for fetch in self._by_request.values():
+            waits = fetch.asked and fetch.uses_bulk and fetch.touched is None
+            if waits and fetch.peer == conn.peer:
+                self._ask(fetch, dial=False)
 
     def peer_lost(self, peer: PeerId) -> None:
         """The control link is gone, or never came about."""
+        self._bulk_was_lost.discard(peer)
         lost = [f for f in self._by_request.values() if f.peer == peer]
-        for fetch in sorted(lost, key=lambda f: f.sent):  # those that wait first: none may start
+        for fetch in sorted(lost, key=lambda f: f.asked):  # those that wait first: none may start
             self._fail(fetch, "disconnected")
 
     def bulk_lost(self, conn: BulkConnection, faulty: bool) -> None:
         """A bulk connection ended: what came over it in part is lost, the rest may still come."""
+        self._bulk_was_lost.add(conn.peer)
         for fetch in [f for f in self._by_request.values() if f.touched is conn]:
             self._fail(fetch, "corrupt" if faulty else "disconnected")
 
@@ -233,7 +254,7 @@ class Fetches:
                     self._accepted(fetch, message)
             case FetchRefused(request=request, code=code):
                 if fetch := self._of(peer, request):
-                    self._fail(fetch, f"refused:{code}")
+                    self._refused(fetch, code)
             case FetchChunk(request=request, index=index):
                 if fetch := self._of(peer, request):
                     self._inline(fetch, index - fetch.first, payload)
@@ -244,17 +265,31 @@ class Fetches:
         fetch = self._by_request.get(request)
         return fetch if fetch is not None and fetch.peer == peer else None
 
+    def _ask(self, fetch: Fetch, dial: bool) -> bool:
+        fetch.asked += 1
+        request = FetchRequest(
+            request=fetch.request,
+            root=fetch.root,
+            first=fetch.first,
+            count=len(fetch.destinations),
+        )
+        return self._send(fetch.peer, request, dial)
+
+    def _refused(self, fetch: Fetch, code: str) -> None:
+        if code != "lost":
+            self._fail(fetch, f"refused:{code}")
+        elif fetch.touched is None and fetch.asked < _ASK_MAX:
+            self._ask(fetch, dial=False)  # it was queued on a connection that was dying
+            self._need_bulk(fetch.peer)
+        else:
+            self._fail(fetch, "disconnected")
+
     def _start(self, peer: PeerId) -> None:
         queue = self._queues.get(peer)
         while queue and self._active.get(peer, 0) < limits.FETCHES_IN_FLIGHT_PER_PEER_MAX:
             fetch = queue.popleft()
-            count = len(fetch.destinations)
-            request = FetchRequest(
-                request=fetch.request, root=fetch.root, first=fetch.first, count=count
-            )
-            fetch.sent = True
             self._active[peer] = self._active.get(peer, 0) + 1
-            if not self._send(peer, request, True):
+            if not self._ask(fetch, dial=True):
                 self._loop.call_soon(self._fail, fetch, "disconnected")
             elif fetch.uses_bulk:
                 self._need_bulk(peer)
@@ -321,7 +356,7 @@ class Fetches:
     def _fail(self, fetch: Fetch, reason: str) -> None:
         if fetch.active:
             self._forget(fetch)
-            self._handler.fetch_failed(fetch.ticket, reason)
+            self._handler.fetch_failed(fetch.ticket, "corrupt" if fetch.spoilt else reason)
 
     def _forget(self, fetch: Fetch) -> None:
         complete = fetch.complete
@@ -330,7 +365,7 @@ class Fetches:
             fetch.timer.cancel()
         del self._by_request[fetch.request]
         del self._by_ticket[fetch.ticket]
-        if not fetch.sent:
+        if not fetch.asked:
             self._queues[fetch.peer].remove(fetch)
             return
         if not complete:

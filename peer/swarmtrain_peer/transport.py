@@ -109,6 +109,7 @@ class Transport:
         self._listener: Any = None
         self._closed = False
         self._counts: dict[str, int] = {}
+        self._live: dict[Link, PeerId] = {}
         self._past: dict[PeerId, tuple[int, int]] = {}
 
     async def start(self, listen_on: str) -> str:
@@ -215,7 +216,7 @@ class Transport:
     def stats(self) -> dict[str, Any]:
         """Bytes since the start, in total and per peer, control and bulk apart; counters."""
         control = dict(self._past)
-        for peer, link in self._table.links.items():
+        for link, peer in self._live.items():
             sent, received = control.get(peer, (0, 0))
             control[peer] = (sent + link.sent_bytes, received + link.received_bytes)
         bulk = self._bulk.byte_counts()
@@ -283,6 +284,12 @@ class Transport:
     def _count(self, name: str) -> None:
         self._counts[name] = self._counts.get(name, 0) + 1
 
+    def _count_bytes(self, link: Link) -> None:
+        """The last byte of a link is sent: keep its figures, let the link go."""
+        peer = self._live.pop(link)
+        sent, received = self._past.get(peer, (0, 0))
+        self._past[peer] = (sent + link.sent_bytes, received + link.received_bytes)
+
     def _spawn(self, work: Any) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -334,6 +341,7 @@ class Transport:
                     preface = await receive_exactly(self._loop, sock, PREFACE_BYTES)
                 if preface != bulklink.PREFACE:
                     tune(sock, bulk=False)
+                    link.received_bytes += len(preface)
                     link.session.receive_bytes(self._loop.time(), preface)
                     self._table.inbound += 1
                     await self._loop.connect_accepted_socket(lambda: link, sock)
@@ -406,6 +414,8 @@ class Transport:
 
     def link_opened(self, link: Link, peer: PeerId, hello: Hello) -> None:
         """See ``linktable.LinkUser``."""
+        self._live[link] = peer
+        link.gone.add_done_callback(lambda _: self._count_bytes(link))
         if link.initiator:
             self._dialler.learn(peer, [link.address])
         self._dialler.learn(peer, hello.listen)
@@ -418,8 +428,6 @@ class Transport:
 
     def link_closed(self, link: Link, peer: PeerId, event: Closed) -> None:
         """See ``linktable.LinkUser``."""
-        sent, received = self._past.get(peer, (0, 0))
-        self._past[peer] = (sent + link.sent_bytes, received + link.received_bytes)
         self._bulk.peer_lost(peer)
         self._serving.peer_lost(peer)
         self._fetches.peer_lost(peer)
@@ -438,6 +446,7 @@ class Transport:
     def bulk_up(self, conn: BulkConnection) -> None:
         """See ``bulklinks.BulkUsers``."""
         self._serving.bulk_up(conn)
+        self._fetches.bulk_up(conn)
 
     def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
         """See ``bulklinks.BulkUsers``."""

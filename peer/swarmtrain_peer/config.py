@@ -112,6 +112,7 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
     "run.seed": ("seed",),
     "run.max_rounds": ("max_rounds",),
     "run.min_peers": ("min_peers",),
+    "run.start_peers": ("start_peers",),
     "train.preset": ("preset",),
     "train.model": ("model",),
     "train.corpus": ("corpus",),

@@ -179,7 +179,7 @@ KINDS: dict[str, Kind] = {
             "round_figures",
             "info",
             "R330",
-            "What this site spent on a round; bytes are totals since the process started.",
+            "What this site spent on a round; bytes since its previous figures.",
             (
                 "bytes_sent",
                 "bytes_received",

@@ -12,7 +12,6 @@ import typer
 
 from swarmtrain.cli.options import CALL_TIMEOUT_S, Home, Json, SiteOption, connect, site_of
 from swarmtrain.cli.output import Output, human_bytes, table
-from swarmtrain_peer import host
 from swarmtrain_peer.config import Settings, load_settings
 from swarmtrain_protocols.errors import CheckpointError, ConfigError, UsageError
 from swarmtrain_protocols.manifest import PROTOCOL_VERSION
@@ -52,9 +51,7 @@ def ticket_create(
     """Make a ticket; works where the run was founded. Its text is a secret."""
     if role not in ROLES:
         raise UsageError(f"--role {role!r:.40}", "no such role", f"one of {', '.join(ROLES)}")
-    seconds = parse_duration(expires)
-    expires_s = int(host.wall_s()) + seconds if seconds else 0
-    arguments = {"role": role, "vote": vote, "expires_s": expires_s, "uses": uses}
+    arguments = {"role": role, "vote": vote, "expires_s": parse_duration(expires), "uses": uses}
     with connect(home, site) as client:
         answer = client.call("ticket", arguments, timeout_s=CALL_TIMEOUT_S)
     Output(as_json=as_json).result({"ok": True, **answer}, [str(answer["ticket"])])

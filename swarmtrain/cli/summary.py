@@ -27,7 +27,8 @@ class MemberLog:
 
 
 def read_member(records: Iterable[Record]) -> MemberLog:
-    """Fold one log. Byte counters start again at zero with every life of the process."""
+    """Fold one log. A life of the process that ended well says its total; of one that was killed
+    the figures after its rounds are known."""
     log = MemberLog()
     life_bytes = 0
     for record in records:
@@ -36,8 +37,10 @@ def read_member(records: Iterable[Record]) -> MemberLog:
         if name == "peer_started":
             log.bytes_sent += life_bytes
             life_bytes = 0
-        if isinstance(record.get("bytes_sent"), int):
-            life_bytes = max(life_bytes, record["bytes_sent"])
+        elif name == "round_figures":
+            life_bytes += int(record["bytes_sent"])
+        elif name == "peer_stopped":
+            life_bytes = int(record["bytes_sent"])
         if record.get("compute_utilization") is not None:
             log.compute_utilization = float(record["compute_utilization"])
         if name == "run_ended":

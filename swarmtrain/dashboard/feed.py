@@ -250,19 +250,20 @@ class Feed:
         """Figures by member and round, newest rounds last, with when the round was opened.
 
         Times in a row are seconds relative to ROUND_OPENED: the member handed over at
-        ``t_open_offset_s``, computed for ``compute_s`` before and waited ``wait_s`` after it.
+        ``t_open_offset_s``, computed for ``compute_s`` before and waited ``wait_s`` after it. A row
+        without ``send_s`` and ``receive_s`` is drawn as one exchange until ``decided_wall_s``.
         """
-        opened = {
-            (str(one.get("channel") or ""), int(one["round"])): one.get("opened_wall_s")
-            for one in self._rounds
+        rounds: dict[tuple[str, int], Document] = {
+            (str(one.get("channel") or ""), int(one["round"])): one
+            for one in self._rounds  # of several attempts the last, which decided
             if one.get("round") is not None and one.get("opened_wall_s") is not None
         }
-        by_round = {number: wall_s for (_, number), wall_s in opened.items()}
         rows = []
         for (_, channel, number), row in self._figures.items():
-            wall_s = opened.get((channel, number), by_round.get(number))
-            if wall_s is not None:
-                rows.append({**row, "opened_wall_s": wall_s})
+            one = rounds.get((channel, number))
+            if one is not None:
+                times = {key: one.get(key) for key in ("opened_wall_s", "decided_wall_s")}
+                rows.append({**row, **times})
         rows.sort(key=lambda row: (row["opened_wall_s"], str(row["id"])))
         return rows[-FIGURES_KEPT // 4 :]
 

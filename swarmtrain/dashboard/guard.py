@@ -171,8 +171,9 @@ class Guard:
             origin = headers.get("origin")
             if origin is not None and host_of(origin.partition("://")[2]) != name:
                 return PlainTextResponse("wrong origin\n", 403)
-            if int(headers.get("content-length") or BODY_BYTES_MAX + 1) > BODY_BYTES_MAX:
-                return PlainTextResponse("body too long\n", 413)
+            length = headers.get("content-length", "")
+            if not length.isdecimal() or int(length) > BODY_BYTES_MAX:
+                return PlainTextResponse("body too long, or of unknown length\n", 413)
         if scope["path"] in self._open_paths or self._sessions.admits(request):
             return None
         if scope["path"] == "/" and "text/html" in headers.get("accept", ""):

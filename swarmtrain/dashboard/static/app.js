@@ -54,7 +54,7 @@ function health() {
   if (run.paused) return ["stalled", `paused: ${run.paused}`];
   if (run.syncing) return ["degraded", "this site is catching up with the run's state"];
   const away = (run.members || 0) - (run.connected || 0) - 1;
-  if (away > 0) return ["degraded", `${away} of ${run.members} members have no link to this site`];
+  if (away > 0 && run.members <= 32) return ["degraded", `${away} of ${run.members} members have no link to this site`];
   return ["healthy", ""];
 }
 function lossTrend() {
@@ -144,7 +144,8 @@ function drawMembers() {
       cell("round", peer.round, "num"),
       cell("loss", Number.isFinite(figures.loss) ? figures.loss.toFixed(3) : "–", "num"),
       cell("computing", percent(figures.compute_utilization), "num"),
-      cell("up", bytes(figures.bytes_up), "num"), cell("down", bytes(figures.bytes_down), "num"),
+      cell("up", bytes(figures.bytes_sent ?? figures.bytes_up), "num"),
+      cell("down", bytes(figures.bytes_received ?? figures.bytes_down), "num"),
       cell("address", link || "–"),
       cell("seen", Number.isFinite(peer.last_report_age_s) ? `${seconds(peer.last_report_age_s)} ago` : "–", "num"),
     );
@@ -219,7 +220,17 @@ function slowest() {
   if (!Number.isFinite(every) || worst[2] < 0.1 * every) return "";
   return `${nameOf(names(), worst[0])} held round ${newest} by ${seconds(worst[2])}: its ${worst[1]} took ${seconds(worst[2] + worst[3])}, the others' ${seconds(worst[3])}`;
 }
+function drawLegend() {
+  const whole = state.timeline.some((row) => row.send_s === undefined);
+  const hidden = whole ? ["send", "receive", "apply"] : ["exchange"];
+  $("legend").replaceChildren(...PHASES.filter((phase) => !hidden.includes(phase)).map((phase) => {
+    const item = node("li");
+    item.append(node("span", phase), node("b", "", phase));
+    return item;
+  }));
+}
 function drawTimelinePanel() {
+  drawLegend();
   drawTimeline($("timeline"), state.timeline, names(), Number($("timeline-rounds").value));
   $("slow").textContent = clean(slowest());
 }
@@ -279,11 +290,6 @@ function listen() {
   });
 }
 
-$("legend").replaceChildren(...PHASES.map((phase) => {
-  const item = node("li");
-  item.append(node("span", phase), node("b", "", phase));
-  return item;
-}));
 $("timeline-rounds").addEventListener("change", drawTimelinePanel);
 $("events-level").addEventListener("change", drawEvents);
 addEventListener("resize", () => schedule(["losses", "timeline"]));

@@ -2,7 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const PHASES = ["compute", "wait", "encode", "send", "receive", "apply"];
+const PHASES = ["compute", "wait", "encode", "send", "receive", "apply", "exchange"];
 
 // Peers choose their names: control and direction characters are shown as what they are.
 function clean(text) {
@@ -84,6 +84,10 @@ function segmentsOf(row) {
     [0, "wait", handed, handed + value("wait_s")],
     [1, "encode", handed, handed + value("encode_s")],
   ];
+  if (row.send_s === undefined && row.receive_s === undefined && row.decided_wall_s) {
+    out.push([1, "exchange", Math.max(opened, handed), row.decided_wall_s]);
+    return out.filter((segment) => segment[3] > segment[2]);
+  }
   let at = Math.max(opened, handed + value("encode_s"));
   for (const phase of ["send", "receive", "apply"]) {
     const spent = value(`${phase}_s`);

@@ -1,0 +1,86 @@
+"""A site whose control socket answers from a made-up run; and the command line in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swarmtrain_peer.config import PeerConfig
+from swarmtrain_peer.control import ControlConnection, ControlServer
+from swarmtrain_peer.site import Site, found_site
+from swarmtrain_protocols.errors import NotAuthorised
+from swarmtrain_protocols.manifest import Capability, RunKeys, Ticket, sign_capability
+from tests.swarmtrain.fake_run import FakeClient, FakeRun
+
+T = TypeVar("T")
+
+
+class FakeBackend:
+    """Answers like a peer process; remembers what it was asked."""
+
+    def __init__(self, site: Site, run: FakeRun) -> None:
+        self.site = site
+        self.run = run
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.followers: list[ControlConnection] = []
+        self.followed = threading.Event()
+
+    async def call(
+        self, name: str, args: dict[str, Any], connection: ControlConnection
+    ) -> dict[str, Any]:
+        self.asked.append((name, args))
+        if name == "leave":
+            return {}
+        if name == "ticket":
+            if args["vote"] and args["uses"] == 99:
+                raise NotAuthorised("no vote for you", "the founder said so", "ask nicely")
+            founder = self.site.founder()
+            assert founder is not None
+            capability = Capability(
+                id=b"12345678", run=self.site.run_id, role=args["role"], vote=args["vote"]
+            )
+            secret = sign_capability(founder, capability)
+            return {"ticket": str(Ticket(("127.0.0.1:4000",), self.site.run_id, secret))}
+        answer = FakeClient(self.run).call(name, args)
+        if name == "events":
+            found = [r for r in answer["events"] if r["seq"] > args.get("since_seq", 0)]
+            last = args.get("last") or len(found)
+            if args.get("follow"):
+                self.followers.append(connection)
+                self.followed.set()
+            return {"events": found[-last:]}
+        return answer
+
+
+class Rig:
+    """One live site in ``home``."""
+
+    def __init__(self, home: Path, rounds: int = 24) -> None:
+        self.home = home
+        self.site = found_site(home, RunKeys(name="tiny-lm"), PeerConfig(name="anna-laptop"))
+        self.run = FakeRun(rounds)
+        self.backend = FakeBackend(self.site, self.run)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.server = ControlServer(self.site.control_path, self.backend)
+        self.do(self.server.start())
+
+    def do(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    def push(self, record: dict[str, Any]) -> None:
+        document = {"event": "event", "record": record}
+        self._loop.call_soon_threadsafe(self.server.push_all, document)
+
+    def stop_server(self) -> None:
+        self.do(self.server.close())
+
+    def close(self) -> None:
+        self.stop_server()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

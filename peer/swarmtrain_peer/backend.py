@@ -44,7 +44,7 @@ class Backend:
             "ticket": self._ticket,
             "checkpoints": self._checkpoints,
             "metrics": self._metrics,
-            "attach": lambda args, connection: desk.attach(args, connection),
+            "attach": desk.attach,
             "define": lambda args, _: desk.define(args),
             "handover": lambda args, _: desk.handover(args),
             "evaluated": lambda args, _: desk.evaluated(args),

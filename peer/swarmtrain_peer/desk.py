@@ -62,9 +62,9 @@ class TrainerDesk:
         self._next_position = self._load_position()
         self._connections: list[ControlConnection] = []
         self._flights: dict[str, _Flight] = {}
-        self._changed = asyncio.Event()
         self._ended = False
-        self._final_loss: float | None = None
+        self._schema_hash = b""
+        self._layout: list[tuple[str, int]] = []
         self._evaluated_rounds: dict[int, float] = {}
         self._bytes_before = (0, 0)
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,6 +101,7 @@ class TrainerDesk:
         layout = [(str(name), int(values)) for name, values in args["layout"]]
         await self._runtime.wait_member()
         self._check_model(schema_hash, layout)
+        self._schema_hash, self._layout = schema_hash, layout
         path = self._port.open(schema_hash, layout)
         for state in list(self._runtime.data.states.values()):
             self._port.publish(state.channel, state.round, state.theta)
@@ -140,17 +141,8 @@ class TrainerDesk:
         )
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        deadline = host.mono_s() + timeout_s
-        while not condition():
-            left = deadline - host.mono_s()
-            if left <= 0:
-                raise QuorumLost(what, f"waited {timeout_s:g} s", "is a state holder connected?")
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(min(left, 0.5)):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+        if not await self._runtime.until(condition, timeout_s):
+            raise QuorumLost(what, f"waited {timeout_s:g} s", "is a state holder connected?")
 
     def _attached(self, path: str, args: Document) -> Document:
         runtime, node = self._runtime, self._runtime.node
@@ -216,10 +208,10 @@ class TrainerDesk:
             self._port.release(channel)
             await loop.run_in_executor(runtime.pool, state.root)
             states.append(state)
-        order = {name: i for i, name in enumerate(self._port.side.places.channels)}
-        states.sort(key=lambda s: order[s.channel])
+        order = [name for name, _ in self._layout]
+        states.sort(key=lambda s: order.index(s.channel))
         body = e.ModelDefined(
-            bytes.fromhex(args["schema_hash"]) if "schema_hash" in args else self._port.schema_hash,
+            self._schema_hash,
             tuple(e.ChannelLayout(s.channel, s.theta.size) for s in states),
             tuple(s.root() for s in states),
             runtime.node.me,
@@ -245,16 +237,9 @@ class TrainerDesk:
         while node.ledger.model is None:
             if host.mono_s() > deadline:
                 raise QuorumLost("the model could not be logged", "no leader answers", "")
-            try:
+            if node.log.leader is not None:
                 self._runtime.driver.run(node.propose, body)
-            except LocalProtocolError:
-                pass  # no leader is known yet: the loop below waits for one
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(DEFINE_RETRY_S):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            await self._runtime.until(lambda: node.ledger.model is not None, DEFINE_RETRY_S)
 
     # -- hand-overs ---------------------------------------------------------------------------
 
@@ -337,7 +322,6 @@ class TrainerDesk:
                 if accepted and isinstance(body, e.RunEnded) and not self._ended:
                     self._ended = True
                     self._tasks.append(asyncio.ensure_future(self._end(body.reason)))
-        self._changed.set()
 
     def _decided(self, event: fx.ContributionDecided) -> None:
         flight = self._flights.get(event.channel)
@@ -447,7 +431,7 @@ class TrainerDesk:
         while len(self._evaluated_rounds) > 4096:
             del self._evaluated_rounds[next(iter(self._evaluated_rounds))]
         self._runtime.events.emit("evaluated", loss=loss, member=member.hex(), round=round_number)
-        self._changed.set()
+        self._runtime.changed()
 
     async def _end(self, reason: str) -> None:
         """The run is over: evaluate the last θ once, then let the trainers go."""

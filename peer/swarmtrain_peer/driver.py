@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swarmtrain_peer import host
+from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import limits
@@ -38,9 +39,6 @@ from swarmtrain_protocols.messages import Message, RoundKey
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
-
-if TYPE_CHECKING:
-    from swarmtrain_peer.recordfile import RecordFile
 
 INLINE_BYTES_MAX = 64 * 1024
 """Work on fewer bytes than this is done on the spot: a thread costs more."""

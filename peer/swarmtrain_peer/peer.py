@@ -121,7 +121,6 @@ class Peer:
         peer = cls()
         peer._weight = weight
         settings = peer._settings(ticket, listen, name, identity)
-        codecs.use_numba(True)
         started: Future[None] = Future()
         peer._thread = threading.Thread(
             target=peer._run_loop, args=(settings, started), name="swarmtrain-peer", daemon=True
@@ -145,7 +144,12 @@ class Peer:
         if ticket is not None:
             parsed = Ticket.parse(ticket)
             return PeerSettings(
-                keyring=keyring, run=parsed.run, name=label, listen=listen, ticket=parsed
+                keyring=keyring,
+                run=parsed.run,
+                name=label,
+                listen=listen,
+                ticket=parsed,
+                fast_kernels=True,
             )
         self._founder = Ed25519Keyring(host.entropy(32))
         manifest = make_manifest(RunKeys(name="group"), self._founder.peer_id, host.entropy(16))
@@ -156,6 +160,7 @@ class Peer:
             listen=listen,
             manifest=manifest,
             founder=self._founder,
+            fast_kernels=True,
         )
 
     # -- the thread -----------------------------------------------------------------------------
@@ -368,7 +373,7 @@ class Peer:
         finally:
             self._dht_waiting.pop(handle, None)
 
-    # -- the end ------------------------------------------------------------------------------------
+    # -- the end ------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Leave politely and stop. Safe to call twice."""

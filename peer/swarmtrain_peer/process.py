@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from swarmtrain_peer.backend import Backend
@@ -20,7 +21,6 @@ from swarmtrain_peer.loop import run
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
-from swarmtrain_protocols import codecs
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 
 LINGER_S = 3.0
@@ -52,6 +52,7 @@ def settings_of(site: Site) -> PeerSettings:
         records=site.log_path,
         state=site.state_path,
         save_manifest=site.save_manifest,
+        fast_kernels=config.trains,
     )
 
 
@@ -84,8 +85,6 @@ class PeerProcess:
         control: ControlServer | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
-            if settings.trains:
-                codecs.use_numba(True)
             await runtime.start()
             desk = TrainerDesk(runtime, site.folder)
             control = ControlServer(site.control_path, Backend(runtime, desk, self.stop))
@@ -109,10 +108,11 @@ class PeerProcess:
             events.close()
 
     async def _until_done(self, runtime: PeerRuntime) -> None:
-        stopped = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait([stopped, runtime.failure], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if runtime.failure.done() and not self._stop.is_set():
+        runtime.failure.add_done_callback(lambda _: self._stop.set())
+        await self._stop.wait()
+        if self._reason == "left":
+            return
+        if runtime.failure.done():
             error = runtime.failure.result()
             self._reason = str(error)
             raise error
@@ -132,7 +132,10 @@ class PeerProcess:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.stop, False)
         loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is the command line's affair
-        watch_owner(lambda: loop.call_soon_threadsafe(self.stop, False))
+        watch_owner(partial(self._owner_gone, loop))
+
+    def _owner_gone(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon_threadsafe(self.stop, False)
 
 
 def _refusal(code: str) -> SwarmError:

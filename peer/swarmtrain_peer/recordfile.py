@@ -47,7 +47,8 @@ class RecordFile:
         if end < len(data):
             if _more_behind(data, end):
                 raise CheckpointError(
-                    f"{self._path} is damaged", f"at byte {end}, with records behind it",
+                    f"{self._path} is damaged",
+                    f"at byte {end}, with records behind it",
                     "restore it from a backup, or leave and join again",
                 )
             with disk_errors("repair", self._path), open(self._path, "r+b") as file:

@@ -7,6 +7,7 @@ What serves a trainer is in ``desk.py``, what serves the control socket in ``bac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from swarmtrain_peer import host
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.narrator import Narrator
+from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
-from swarmtrain_protocols import PROTOCOL_VERSION, limits
+from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import (
@@ -45,7 +47,7 @@ from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, s
 MANIFEST_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 60.0
-BEAT_INTERVAL_S = 0.5
+RECHECK_S = 0.5
 
 
 @dataclass(kw_only=True)
@@ -68,6 +70,8 @@ class PeerSettings:
     events: Path | None = None
     save_manifest: Callable[[bytes], object] | None = None
     checkpoints_kept: int = 2
+    fast_kernels: bool = False
+    """Compile (or load) numba kernels in the background; the same bits, and more memory."""
     threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))
 
 
@@ -88,6 +92,7 @@ class PeerRuntime:
         self.failure: asyncio.Future[BaseException]
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
+        self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
         self._addresses: tuple[str, ...] = ()
         self._manifest_reply: asyncio.Future[bytes] | None = None
@@ -119,6 +124,8 @@ class PeerRuntime:
             handler=self,
             provide=self.provide,
         )
+        if s.fast_kernels:
+            self.disk_pool.submit(codecs.use_numba, True)
         if s.listen:
             bound = await self.transport.start(s.listen)
             self._addresses = s.announce or _announced(bound)
@@ -147,7 +154,7 @@ class PeerRuntime:
         self.data = DataPlane(
             outer_lr=self.outer[0], outer_momentum=self.outer[1], run=self.chunk_pool.map
         )
-        records = open_records(s.records) if s.records is not None else None
+        records = RecordFile(s.records) if s.records is not None else None
         old = list(records.load()) if records is not None else []
         genesis = None
         if s.founder is not None and not old:
@@ -168,7 +175,7 @@ class PeerRuntime:
             site=site,
             manifest=manifest,
             keyring=s.keyring,
-            rng=random.Random(host.entropy(16)),  # noqa: S311, choices of protocol, not secrets
+            rng=random.Random(host.entropy(16)),
             now=host.mono_s(),
             wall_s=host.wall_s(),
             records=old,
@@ -358,6 +365,7 @@ class PeerRuntime:
         if isinstance(event, BaseException):
             self._fail(event)
             return
+        self._changed.set()
         self.narrator.tell(self.node, event)
         for listener in list(self.listeners):
             listener(event)
@@ -427,27 +435,42 @@ class PeerRuntime:
         Raises:
             NotAuthorised: refused. NoPeerReachable: nobody answered in time.
         """
+        joiner = self.node.joiner
+        await self.until(
+            lambda: joiner.is_member or bool(joiner.refused) or self.failure.done(), timeout_s
+        )
+        if joiner.refused:
+            raise NotAuthorised("the run refuses this site", joiner.refused, "get a new ticket")
+        if self.failure.done():
+            raise self.failure.result()
+        if not joiner.is_member:
+            raise NoPeerReachable(
+                "joining took too long", f"no answer in {timeout_s:g} s", "is a steward up?"
+            )
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``condition`` holds; it is looked at after every event of the cores."""
         deadline = host.mono_s() + timeout_s
-        while not self.node.joiner.is_member:
-            if self.node.joiner.refused:
-                raise NotAuthorised("the run refuses this site", self.node.joiner.refused, "")
-            if self.failure.done():
-                raise self.failure.result()
-            if host.mono_s() > deadline:
-                raise NoPeerReachable(
-                    "joining took too long", f"no answer in {timeout_s:g} s", "is a steward up?"
-                )
-            await asyncio.sleep(0.01)
+        while not condition():
+            left = deadline - host.mono_s()
+            if left <= 0:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, RECHECK_S)):
+                    await self._changed.wait()
+        return True
+
+    def changed(self) -> None:
+        """Let ``until`` look again."""
+        self._changed.set()
 
     async def leave(self, reason: str, timeout_s: float) -> bool:
         """Ask the leader to be let go; True if the log says so in time."""
         if not self.node.joiner.is_member:
             return True
         self.driver.run(self.node.leave, reason)
-        deadline = host.mono_s() + timeout_s
-        while self.node.joiner.is_member and host.mono_s() < deadline:
-            await asyncio.sleep(0.02)
-        return not self.node.joiner.is_member
+        return await self.until(lambda: not self.node.joiner.is_member, timeout_s)
 
     async def close(self, reason: str = "closed") -> None:
         stats = self.transport.stats
@@ -473,16 +496,10 @@ def total_bytes(stats: dict[str, Any], way: str) -> int:
     return int(stats[f"control_{way}_bytes"]) + int(stats[f"bulk_{way}_bytes"])
 
 
-def open_records(path: Path) -> "RecordFile":
-    from swarmtrain_peer.recordfile import RecordFile
-
-    return RecordFile(path)
-
-
 def _announced(bound: str) -> tuple[str, ...]:
     """Where others can dial a listener: itself, or this machine's outward address."""
     host_part, _, port = bound.rpartition(":")
-    if host_part not in ("0.0.0.0", "[::]"):  # noqa: S104, compared, not bound
+    if host_part not in ("0.0.0.0", "[::]"):
         return (bound,)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send
+from swarmtrain_protocols.dht.events import DhtFailed, DhtFound
 from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.finder import Finder
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.ledger import Ledger, load_snapshot
 from swarmtrain_protocols.log.core import LogCore
@@ -30,8 +32,9 @@ from swarmtrain_protocols.messages import rounds as rm
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import CatchUp
 from swarmtrain_protocols.rounds.fetches import Fetches
-from swarmtrain_protocols.rounds.leader import RoundLeader, RoundPolicy
+from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.member import Offer, RoundMember
+from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_of
 from swarmtrain_protocols.tickets import Capability, parse_capability
 
 PUMP_MAX = 10_000
@@ -93,17 +96,7 @@ class NodeCore:
         self._changed = False
         self._finished = False
         self._leader: PeerId | None = None
-        self.policy = policy or RoundPolicy(
-            scatter_codec=keys.codec_scatter,
-            gather_codec=keys.codec_gather,
-            min_peers=keys.min_peers,
-            start_peers=keys.start_peers,
-            grace_s=keys.grace_s,
-            round_timeout_s=keys.round_timeout_s,
-            max_rounds=keys.max_rounds,
-            max_base_age_rounds=keys.max_base_age_rounds,
-            chunk_values=chunk_values,
-        )
+        self.policy = policy or policy_of(keys, chunk_values)
         self.fetches = Fetches(self._raw)
         self.member = RoundMember(
             keyring=keyring,
@@ -152,6 +145,7 @@ class NodeCore:
             addresses=site.addresses,
             run=self.run,
         )
+        self._finder = Finder(self.me, site.addresses, self.dht, self._raw)
         self.log = LogCore(
             run=self.run,
             founder=manifest.founder,
@@ -436,6 +430,11 @@ class NodeCore:
             self._loopback.append(effect.message)
         elif isinstance(effect, Connect) and effect.peer == self.me:
             return
+        elif isinstance(effect, Connect) and self._is_unknown(effect):
+            self._finder.look_up(now, effect.peer)
+        elif isinstance(effect, Emit) and isinstance(effect.event, DhtFound | DhtFailed):
+            if not self._finder.answered(effect.event):
+                self._ready.append(effect)
         elif isinstance(effect, Emit) and isinstance(effect.event, Committed):
             self._committed(now, effect.event)
         elif isinstance(effect, Emit) and isinstance(effect.event, SnapshotLoaded):
@@ -464,6 +463,14 @@ class NodeCore:
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
 
+    def _is_unknown(self, effect: Connect) -> bool:
+        """Neither the log nor the caller says where that peer is."""
+        return (
+            not effect.addresses
+            and effect.peer not in self._linked
+            and effect.peer not in self.ledger.members
+        )
+
     def _learn_members(self) -> None:
         for member in self.ledger.ordered_members():
             if member.id != self.me:
@@ -475,6 +482,8 @@ class NodeCore:
         self.leader.reconcile(now)
         self.shepherd.step(now)
         self.joiner.step(now, self.linked())
+        if self.joiner.is_member:
+            self._finder.publish(now)
         stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
         self.log.set_stewards_known(now, stewards)
         for steward in stewards:

@@ -22,27 +22,9 @@ from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
+from swarmtrain_protocols.rounds.policy import RoundPolicy
 
 RECHECK_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class RoundPolicy:
-    """Run keys that the leader goes by. Zero means: derived from what is measured."""
-
-    scatter_codec: str = "int8"
-    gather_codec: str = "int8"
-    min_peers: int = 1
-    start_peers: int = 1
-    grace_s: float = 0.0
-    round_timeout_s: float = 0.0
-    max_rounds: int = 0
-    max_base_age_rounds: int = 2
-    group_grace_s: float = 2.0
-    expect_grace_s: float = 30.0
-    """For group calls that say how many they expect."""
-    lost_grace_s: float = 1.0
-    chunk_values: int = limits.CHUNK_VALUES
 
 
 @dataclass(slots=True)
@@ -300,9 +282,10 @@ class RoundLeader:
             past = {member for item in channel.history for member, _, _ in item.contributors}
             return [k for k in present if k in past or k in lobby.ready], 1
         trainers = [
-            k for k in present if self.ledger.members[k].trains and self._in_step(lobby, k, number)
+            k for k in present if self.ledger.members[k].trains and self._at_work(lobby, k, number)
         ]
-        return trainers, max(self.policy.min_peers, 1)
+        first = self.policy.start_peers if number == 0 else 1
+        return trainers, max(self.policy.min_peers, first)
 
     def _at_work(self, lobby: _Lobby, member: bytes, number: int) -> bool:
         report = lobby.reports.get(member)

@@ -7,6 +7,7 @@ import pytest
 from swarmtrain_protocols import limits, messages
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound, DhtStored
 from swarmtrain_protocols.dht.ids import id_bytes, key_id
+from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.dht.records import decode_value, encode_value, sign_record
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.messages.dht import StoreReply
@@ -27,8 +28,8 @@ def test_the_copies_lie_on_the_k_nearest() -> None:
     assert holders == set(network.nearest(key_id(b"k"), limits.DHT_K))
 
 
-def value_at(network: Network, reader: object) -> list[object]:
-    found = network.settle(reader, reader.get(network.now, "k"))  # type: ignore[arg-type, attr-defined]
+def value_at(network: Network, reader: DhtCore) -> list[object]:
+    found = network.settle(reader, reader.get(network.now, "k"))
     assert isinstance(found, DhtFound)
     return [decode_value(record.value) for record in found.records]
 

@@ -148,7 +148,8 @@ def test_the_pace_never_exceeds_what_the_other_side_serves() -> None:
     while bench.requests.deadline() < math.inf:
         for send in bench.sends()[done:]:
             assert served.take(now)
-            bench.requests.answer(ANN.peer, Nodes(send.message.request, ()), now)  # type: ignore[attr-defined]
+            assert isinstance(send.message, FindNode)
+            bench.requests.answer(ANN.peer, Nodes(send.message.request, ()), now)
             done += 1
         now = max(now, bench.requests.deadline()) if bench.requests.deadline() < math.inf else now
         bench.requests.tick(now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -12,7 +14,7 @@ from swarmtrain_protocols.dht.ids import id_bytes, key_id
 from swarmtrain_protocols.dht.records import decode_value, encode_value, sign_record
 from swarmtrain_protocols.messages.dht import FindValue, NodeInfo, Nodes, SignedRecord, Values
 from swarmtrain_protocols.testing.keyring import FakeKeyring
-from tests.protocols.dht.network import RUN, WALL_S, Network
+from tests.protocols.dht.network import RUN, WALL_S, Network, Tamper
 
 KEY = id_bytes(key_id(b"k"))
 replace = msgspec.structs.replace
@@ -27,17 +29,19 @@ def other_key(record: SignedRecord) -> SignedRecord:
     return sign_record(keyring, RUN, id_bytes(5), 1, record.expires_s, record.value)
 
 
-def lie(change: object):
+def lie(change: Callable[[SignedRecord], SignedRecord]) -> Tamper:
     def tamper(message: messages.Message) -> messages.Message:
         if isinstance(message, Values) and message.records:
-            return replace(message, records=tuple(change(r) for r in message.records))  # type: ignore[operator]
+            return replace(message, records=tuple(change(r) for r in message.records))
         return message
 
     return tamper
 
 
 @pytest.mark.parametrize(("change", "code"), [(forged, "bad_signature"), (other_key, "dht_page")])
-def test_forged_records_are_refused_and_the_liar_is_named(change: object, code: str) -> None:
+def test_forged_records_are_refused_and_the_liar_is_named(
+    change: Callable[[SignedRecord], SignedRecord], code: str
+) -> None:
     network = Network(1)
     nodes = network.grow(6)
     stored = network.settle(nodes[0], nodes[0].store(network.now, "k", encode_value("true"), 300.0))

@@ -75,8 +75,10 @@ class Acceptor:
             s.try_commit(peer, m.certificate)
         for item in m.entries:
             index += 1
-            if index <= log.commit or self._same(index, item):
+            if self._same(index, item):
                 continue
+            if index <= log.commit:
+                return None  # never from a leader of this term: it holds all that is certified
             if not self._take(peer, index, item):
                 index -= 1
                 break
@@ -88,6 +90,8 @@ class Acceptor:
         log = self._s.log
         if index > log.last_index:
             return False
+        if index <= log.base.index:
+            return True
         held = log.entry(index)
         return held.term == item.term and held.data == item.body
 

@@ -337,6 +337,7 @@ class Follower:
         if snapshot.body.index <= s.log.commit:
             return
         s.log.install(snapshot)
+        s.learn_term(snapshot.body.term)
         s.save_snapshot(snapshot)
         self._snapshots.installed()
         self._forget_pending()

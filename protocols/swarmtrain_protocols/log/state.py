@@ -109,6 +109,13 @@ class LogState:
         self.term, self.voted_for = term, voted_for
         self.persist_vote()
 
+    def learn_term(self, term: int) -> None:
+        """Something certified is of a newer term: no leader of an older one is heard any more."""
+        if term > self.term:
+            assert self.role != LEADER
+            self.role = FOLLOWER
+            self.adopt_term(term)
+
     def persist_vote(self) -> None:
         self.out.append(Persist(encode_record(VoteRecord(self.term, self.voted_for))))
 
@@ -132,6 +139,7 @@ class LogState:
         """Move the certified prefix; remember which certificates the disk must not miss."""
         known = len(self.log.links)
         self.log.commit_to(certificate)
+        self.learn_term(certificate.term)
         if len(self.log.links) > known:
             self._unsaved_links.append(certificate)
 

@@ -65,6 +65,16 @@ class Dialler:
         merged = list(dict.fromkeys([*good, *target.addresses]))
         target.addresses = merged[: limits.ADDRESSES_PER_PEER_MAX]
 
+    def addresses(self, peer: PeerId) -> list[str]:
+        """Known addresses, best first."""
+        target = self._targets.get(peer)
+        return list(target.addresses) if target else []
+
+    def pause_s(self, peer: PeerId) -> float:
+        """Seconds until the next dial may start; 0 if it may now."""
+        target = self._targets.get(peer)
+        return max(0.0, target.not_before - self._loop.time()) if target else 0.0
+
     def want(self, peer: PeerId) -> bool:
         """Dial now, or when the pause is over; False if no address is known."""
         target = self._targets.get(peer)

@@ -60,3 +60,11 @@ async def listen(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socke
 def address_of(sock_address: tuple[object, ...]) -> str:
     """``host:port`` of what ``getsockname`` and ``getpeername`` give."""
     return join_address(str(sock_address[0]), int(str(sock_address[1])))
+
+
+def fill_host(address: str, seen: str) -> str:
+    """``address`` with ``seen`` in place of a host that means "all interfaces"."""
+    for wildcard in ("0.0.0.0:", "[::]:"):
+        if seen and address.startswith(wildcard) and address[len(wildcard) :].isdigit():
+            return join_address(seen, int(address[len(wildcard) :]))
+    return address

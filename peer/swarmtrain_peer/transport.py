@@ -18,7 +18,7 @@ from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
-from swarmtrain_peer.sockets import address_of, listen, receive_exactly, tune
+from swarmtrain_peer.sockets import address_of, fill_host, listen, receive_exactly, tune
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import Header
@@ -418,7 +418,9 @@ class Transport:
         link.gone.add_done_callback(lambda _: self._count_bytes(link))
         if link.initiator:
             self._dialler.learn(peer, [link.address])
-        self._dialler.learn(peer, hello.listen)
+        # Whoever listens on all interfaces is reached where it was just seen.
+        seen = str(link.remote[0]) if link.remote else ""
+        self._dialler.learn(peer, [fill_host(address, seen) for address in hello.listen])
         secret = link.session.bulk_secret
         assert secret is not None
         self._bulk.peer_up(peer, secret, link.remote if link.initiator else None)

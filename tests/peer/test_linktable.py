@@ -21,7 +21,7 @@ def test_simultaneous_dials_settle_on_one_link(seed: int) -> None:
                     a.transport.connect_address(b.address, WAIT_S),
                     b.transport.connect_address(a.address, WAIT_S),
                 )
-                assert got == [b.id, a.id]
+                assert list(got) == [b.id, a.id]
                 (_, _, out_a, _) = await a.until("connected", b.id)
                 (_, _, out_b, _) = await b.until("connected", a.id)
                 assert out_a != out_b  # the same link

@@ -109,6 +109,7 @@ def test_refusals() -> None:
             views = [memoryview(bytearray(20))]
             a.transport.fetch(2, b.id, blob.root, 2, 3, views, 5.0)  # b knows of two chunks
             await a.until("failed", 2, "refused:range")
+            assert not a.saw("fault") and not b.saw("fault")
 
     go(main())
 

@@ -1,4 +1,4 @@
-"""Fetching chunks of a blob that is named by its Merkle root: one way for contributions, results, states."""
+"""Fetching chunks of a blob by its Merkle root: one way for contributions, results, states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from swarmtrain_protocols.messages.common import Count, Hash, Hashes, Name
 
 
 class FetchRequest(msgspec.Struct, frozen=True, tag="fetch?"):
-    """Asks for chunks ``first … first+count-1`` of blob ``root``; ``request`` is the asker's number."""
+    """Asks for chunks ``first … first+count-1`` of blob ``root``.
+
+    ``request`` is the asker's number, fresh for each fetch of a link; the same number again asks
+    again for what may have been lost with a bulk connection.
+    """
 
     request: Count
     root: Hash
@@ -29,7 +33,7 @@ class FetchAccepted(msgspec.Struct, frozen=True, tag="fetch"):
 
 
 class FetchRefused(msgspec.Struct, frozen=True, tag="fetch-refused"):
-    """unknown (no such blob here), busy, range."""
+    """unknown (no such blob here), busy, range, lost (with a bulk connection)."""
 
     request: Count
     code: Name

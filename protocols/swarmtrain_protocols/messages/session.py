@@ -29,7 +29,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """Why the link is closed: wrong_run, version, expired, not_authorised, banned, duplicate, busy."""
+    """Why the link is closed.
+
+    wrong_run, version, expired, not_authorised, banned, duplicate or what a policy adds.
+    """
 
     code: Name
     reason: Reason

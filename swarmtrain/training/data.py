@@ -13,6 +13,7 @@ copies of one file are always on the same side.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,12 +120,16 @@ def _windows(text: U8, starts: I64, context: int) -> tuple[I64, I64]:
     return taken[:, :-1], taken[:, 1:]
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> Iterable[Path]:
-    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
-        inside = path.relative_to(folder).parts[:-1]
-        wanted = path.suffix in suffixes and not any(part in skipped for part in inside)
-        if wanted and path.is_file() and not path.is_symlink():
-            yield path
+def _files(folder: Path, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> list[Path]:
+    """Files below ``folder`` by relative path; links are not followed, ``skipped`` not entered."""
+    found: list[tuple[str, Path]] = []
+    for parent, below, names in os.walk(folder):
+        below[:] = [name for name in below if name not in skipped]
+        for name in names:
+            path = Path(parent, name)
+            if name.endswith(suffixes) and path.is_file() and not path.is_symlink():
+                found.append((path.relative_to(folder).as_posix(), path))
+    return [path for _, path in sorted(found)]
 
 
 def _read(paths: Iterable[Path], what: str) -> Corpus:

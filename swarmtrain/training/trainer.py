@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def choose_device(name: str) -> torch.device:
 class PresetTrainer:
     """One trainer process, from the run keys to its last step."""
 
-    def __init__(self, site: Site, keys: RunKeys, device: torch.device) -> None:
+    def __init__(self, site: Site, keys: RunKeys, device: torch.device, signals: Signals) -> None:
         """Load the corpus, build the model and attach.
 
         Raises:
@@ -60,7 +61,7 @@ class PresetTrainer:
         """
         self.keys = keys
         self.device = device
-        self.stopped_by = 0
+        self._signals = signals
         self.corpus: Corpus = load_corpus(keys.corpus, keys.corpus_hash, site.folder / "corpus")
         fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
         self.preset: Preset = build(fields, device)
@@ -89,7 +90,7 @@ class PresetTrainer:
             Diverged: this trainer's progress was NaN or infinite several times in a row.
         """
         swarm = self.swarm
-        while not swarm.should_stop and not self.stopped_by:
+        while not swarm.should_stop and not self._signals.received:
             if steps and swarm.state.step >= steps:
                 swarm.finish()
                 break
@@ -125,8 +126,33 @@ class PresetTrainer:
         self.swarm.evaluated(round_, loss, self._held_out[1].numel())
 
 
+class Signals:
+    """SIGTERM and SIGINT end training politely; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.event = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def stop(self, number: int) -> None:
+        """As if signal ``number`` had arrived."""
+        self.received = number
+        self.event.set()
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, lambda got, _: self.stop(got))
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 def run(site: Site, device_name: str, steps: int, threads: int) -> int:
-    """Train at ``site``; returns the exit code.
+    """Train at ``site``, on the main thread; returns the exit code.
 
     Raises:
         SwarmError: whatever keeps it from training.
@@ -134,31 +160,16 @@ def run(site: Site, device_name: str, steps: int, threads: int) -> int:
     device = choose_device(device_name)
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    stop = threading.Event()
-    trainer: PresetTrainer | None = None
-    signals: list[int] = []
-
-    def stopped(number: int) -> None:
-        signals.append(number)
-        stop.set()
-        if trainer is not None:
-            trainer.stopped_by = number
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stopped(received))
-    watch_owner(lambda: stopped(signal.SIGTERM))
-    keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, stop)
-    trainer = PresetTrainer(site, keys, device)
-    trainer.stopped_by = signals[0] if signals else 0
-    sys.stderr.write(f"training {keys.preset} on {device}\n")
-    try:
-        trainer.train(steps)
-    finally:
-        # A second signal ends at once, whatever is still under way.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        trainer.swarm.close(SIGNALLED_FLUSH_S if trainer.stopped_by else None)
-    return 128 + trainer.stopped_by if trainer.stopped_by else 0
+    with Signals() as signals:
+        watch_owner(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, signals.event)
+        trainer = PresetTrainer(site, keys, device, signals)
+        sys.stderr.write(f"training {keys.preset} on {device}\n")
+        try:
+            trainer.train(steps)
+        finally:
+            trainer.swarm.close(SIGNALLED_FLUSH_S if signals.received else None)
+        return 128 + signals.received if signals.received else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,8 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0, help="inner steps; 0: until the run ends")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     given = parser.parse_args(arguments)
-    if os.nice(0) == 0:
-        os.nice(NICENESS)  # the peer process must get a processor when a message arrives
     try:
         return run(Site(given.site.resolve()), given.device, given.steps, given.threads)
     except SwarmError as error:
@@ -179,4 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if os.nice(0) == 0:
+        os.nice(NICENESS)  # the peer process must get a processor when a message arrives
     sys.exit(main())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
@@ -125,6 +128,19 @@ def test_blob_is_the_same_tree() -> None:
     again = Blob([memoryview(c) for c in chunks], leaves)
     assert again.root == blob.root
     assert [bytes(c) for c in again.chunks] == chunks
+
+
+def test_vectors() -> None:
+    path = Path(__file__).parents[2] / "protocols" / "vectors" / "merkle.json"
+    for vector in json.loads(path.read_text())["vectors"]:
+        chunks = [bytes.fromhex(chunk) for chunk in vector["chunks"]]
+        leaves = [bytes.fromhex(leaf) for leaf in vector["leaves"]]
+        root, first, count = bytes.fromhex(vector["root"]), vector["first"], vector["count"]
+        proof = [bytes.fromhex(value) for value in vector["proof"]]
+        assert [blake3(b"\0" + chunk).digest() for chunk in chunks] == leaves
+        assert _oracle(leaves) == root == Blob.of(chunks).root
+        assert list(range_proof(leaves, first, count)) == proof
+        assert verify_range(root, len(leaves), first, leaves[first : first + count], proof)
 
 
 def test_pinned_root() -> None:

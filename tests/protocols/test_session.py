@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.bulklink import PREFACE, BulkKeys, link_tag, parse_header
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -96,6 +99,37 @@ def test_both_sides_open_and_share_the_bulk_secret(suite: Suite) -> None:
     assert a.bulk_secret == b.bulk_secret is not None
     other = Pair(make(0, suite=suite, ephemeral_key=b"9" * 32)).run()
     assert other.cores[0].bulk_secret != a.bulk_secret
+
+
+def test_vectors() -> None:
+    path = Path(__file__).parents[2] / "protocols" / "vectors" / "session.json"
+    for vector in json.loads(path.read_text())["vectors"]:
+        cores = [
+            make(
+                side,
+                keyring=Ed25519Keyring(bytes.fromhex(vector["identity_seeds"][side])),
+                static_key=bytes.fromhex(vector["static_keys"][side]),
+                ephemeral_key=bytes.fromhex(vector["ephemeral_keys"][side]),
+                suite=vector["suite"],
+            )
+            for side in (0, 1)
+        ]
+        for i, flight in enumerate(vector["flights"]):
+            if i == 4:
+                cores[0].send(ASK)
+            assert cores[i % 2].data_to_send().hex() == flight
+            cores[1 - i % 2].receive_bytes(0.0, bytes.fromhex(flight))
+        assert cores[1].events()[-1] == Received(ASK, b"")
+        secret = cores[0].bulk_secret
+        assert secret is not None and secret.hex() == vector["bulk_secret"]
+        i_nonce, r_nonce = (bytes.fromhex(nonce) for nonce in vector["bulk_nonces"])
+        assert vector["bulk_opening"] == (PREFACE + link_tag(secret) + i_nonce).hex()
+        initiator = BulkKeys(secret, i_nonce, r_nonce, True)
+        initiator.check(bytes.fromhex(vector["bulk_answer"])[16:])
+        assert initiator.prove().hex() == vector["bulk_proof"]
+        frame, plain = bytes.fromhex(vector["bulk_frame"]), bytearray(5)
+        initiator.receiver.open(memoryview(frame)[32:], frame[:32], memoryview(plain))
+        assert parse_header(frame[:32]) == (5, 0, 5, 1, 0) and plain == b"chunk"
 
 
 def test_two_round_trips_open_a_link() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import tracemalloc
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -42,6 +44,20 @@ def test_layout_is_pinned_and_readable_by_another_messagepack() -> None:
     assert length == len(data) - 4
     assert msgpack.unpackb(data[6 : 6 + header]) == {"type": "ping", "nonce": 7}
     assert data[6 + header :] == b"tail"
+
+
+def test_vectors() -> None:
+    path = Path(__file__).parents[2] / "protocols" / "vectors" / "frame.json"
+    for vector in json.loads(path.read_text())["vectors"]:
+        raw, header = bytes.fromhex(vector["frame"]), bytes.fromhex(vector["header"])
+        payload = bytes.fromhex(vector["payload"])
+        assert raw == struct.pack("<IH", 2 + len(header) + len(payload), len(header)) + (
+            header + payload
+        )
+        assert msgpack.unpackb(header)["type"] == vector["type"]
+        (frame,) = FrameParser(LIMIT).feed(raw)
+        assert isinstance(frame, Frame) and frame.payload == payload
+        assert b"".join(encode_frame(frame.message, payload)) == raw
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,8 +2,8 @@
 
 N homes in a temporary folder, each with one peer process and one trainer. The first founds the
 run; the others enter with a ticket, as they would from another continent. This process and the
-dashboard are not members. ``--chaos`` kills a member at a third of the rounds and the leader at
-two thirds; both come back.
+dashboard are not members. ``--chaos`` kills a member at a quarter of the rounds and the leader at
+half of them; both come back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from swarmtrain.cli.session import TrainerCommand, preset_trainer
 from swarmtrain.cli.summary import summarize, summary_lines
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig
-from swarmtrain_peer.control import ControlClient
+from swarmtrain_peer.control import ControlClient, error_to_dict
 from swarmtrain_peer.events import Record, read_events
 from swarmtrain_peer.site import Site, enter_site, found_site
 from swarmtrain_peer.spawn import (
@@ -44,7 +44,7 @@ from swarmtrain_peer.spawn import (
     start_process,
     stop_process,
 )
-from swarmtrain_protocols.errors import QuorumLost, SwarmError, UsageError
+from swarmtrain_protocols.errors import QuorumLost, SwarmError
 from swarmtrain_protocols.manifest import RunKeys, Ticket
 
 INNER_STEPS = 20
@@ -52,7 +52,12 @@ VOTERS = 3
 POLL_S = 0.1
 STALL_S = 120.0
 """Without a commit for this long (and the time of the first), the demo gives up."""
-DRAIN_S = 30.0
+DASHBOARD_START_S = 30.0
+END_S = 60.0
+"""How long trainers may take to end after the run has."""
+STEPS = 400
+STEPS_CHAOS = 2000
+"""More, because a killed process needs seconds to come back."""
 LEAVE_S = 15.0
 WARM_KERNELS = "from swarmtrain_protocols.codecs import kernels; kernels.use_numba(True)"
 ONE_THREAD = dict.fromkeys(
@@ -65,7 +70,7 @@ class DemoOptions:
     """``steps``: inner steps per trainer; a round is INNER_STEPS of them."""
 
     peers: int = 3
-    steps: int = 200
+    steps: int = STEPS
     overlap: str = "auto"
     codec: str = "int8"
     chaos: bool = False
@@ -108,12 +113,14 @@ class Demo:
         self._clients: dict[int, ControlClient] = {}
         self._records: queue.SimpleQueue[tuple[int, Record]] = queue.SimpleQueue()
         self._commits: set[tuple[Any, ...]] = set()
+        self._end_by_s: float | None = None
+        self.error: SwarmError | None = None
         self._last_progress_s = host.mono_s()
         self._chaos_done = 0
         self._stop = threading.Event()
 
     def run(self) -> dict[str, Any]:
-        """Everything: found, join, train, end, count."""
+        """Everything: found, join, train, end, count. ``error`` says what went wrong, if it did."""
         finished = False
         try:
             with self._signal_handlers():
@@ -128,6 +135,8 @@ class Demo:
                 self._start_trainers()
                 self._watch()
                 finished = self._finish()
+        except SwarmError as error:
+            self.error = error
         finally:
             self.close()
         logs = [list(read_events(site.events_path)) for site in self.sites]
@@ -188,7 +197,7 @@ class Demo:
         arguments = [sys.executable, "-m", "swarmtrain.dashboard", "--site", str(site.folder)]
         arguments += ["--bind", "127.0.0.1:0", "--ready-file", str(ready)]
         self._viewer = start_process(arguments, self.folder / "dashboard.log", nice=10)
-        deadline_s = host.mono_s() + DRAIN_S
+        deadline_s = host.mono_s() + DASHBOARD_START_S
         while host.mono_s() < deadline_s and self._viewer.poll() is None:
             if ready.exists():
                 self.dashboard_url = str(msgspec.json.decode(ready.read_bytes())["url"])
@@ -231,6 +240,8 @@ class Demo:
                 self._commits.add(key)
                 self._last_progress_s = host.mono_s()
                 self._progress(f"round {len(self._commits)} of {self.options.rounds} committed")
+        elif name == "run_ended":
+            self._end_by_s = self._end_by_s or host.mono_s() + END_S
         elif name == "evaluated":
             self._progress(f"loss {record['loss']:.3f} after round {record['round']}")
         elif record["severity"] != "info" and not self.output.as_json:
@@ -239,7 +250,7 @@ class Demo:
     def _watch(self) -> None:
         """Until every trainer has ended: they do when the run has."""
         trainers = [f"trainer-{number}" for number in range(self.options.peers)]
-        while any(self._supervisor.processes[name].exit_code is None for name in trainers):
+        while any(self._is_running(name) for name in trainers):
             self._turn()
             self._chaos()
             failed = [
@@ -253,12 +264,24 @@ class Demo:
                     self._last_words(failed[0].name),
                     f"see {self.folder}, kept with --keep",
                 )
-            if host.mono_s() - self._last_progress_s > STALL_S:
-                raise QuorumLost(
-                    "the demo stands still",
-                    f"no commit for {STALL_S:g} s, {len(self._commits)} so far",
-                    "run it again with --keep and look at the logs",
-                )
+            self._check_progress([name for name in trainers if self._is_running(name)])
+
+    def _is_running(self, name: str) -> bool:
+        return self._supervisor.processes[name].exit_code is None
+
+    def _check_progress(self, running: list[str]) -> None:
+        """The watchdog of ``_watch``.
+
+        Raises:
+            QuorumLost: no commit for too long, or trainers go on long after the end of the run.
+        """
+        now, todo = host.mono_s(), "run it again with --keep and look at the logs"
+        if self._end_by_s is not None and now > self._end_by_s and running:
+            why = f"{', '.join(running)} still running {END_S:g} s later"
+            raise QuorumLost("the run ended but not every member did", why, todo)
+        if self._end_by_s is None and now - self._last_progress_s > STALL_S:
+            why = f"no commit for {STALL_S:g} s, {len(self._commits)} so far"
+            raise QuorumLost("the demo stands still", why, todo)
 
     def _last_words(self, name: str) -> str:
         kind, _, number = name.partition("-")
@@ -280,10 +303,10 @@ class Demo:
         return all(peer.process.poll() == 0 for peer in peers)
 
     def _chaos(self) -> None:
-        """Kill at a third and at two thirds of the rounds, by what the members say."""
+        """Kill at a quarter and at half of the rounds, by what the members say."""
         if not self.options.chaos or self._chaos_done >= 2 or self.options.peers < 2:
             return
-        if len(self._commits) * 3 < self.options.rounds * (self._chaos_done + 1):
+        if len(self._commits) * 4 < self.options.rounds * (self._chaos_done + 1):
             return
         leader = self._leader()
         if leader is None:
@@ -323,7 +346,14 @@ def _ticket(vote: bool) -> dict[str, Any]:
 
 def demo(
     peers: Annotated[int, typer.Option("--peers", min=1, max=64)] = 3,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Inner steps per peer.")] = 200,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            min=INNER_STEPS,
+            help=f"Inner steps per peer.  [default: {STEPS}; {STEPS_CHAOS} with --chaos]",
+        ),
+    ] = None,
     overlap: Annotated[str, typer.Option("--overlap", help="auto, off, delayed, eager.")] = "auto",
     codec: Annotated[str, typer.Option("--codec", help="fp32, bf16, int8, int4, ...")] = "int8",
     chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
@@ -335,16 +365,14 @@ def demo(
 
     Needs no network, no GPU and no account. Each peer is a real process that joins by ticket.
     """
-    if steps < INNER_STEPS:
-        raise UsageError(
-            f"--steps {steps}", f"a round is {INNER_STEPS} steps", f"at least {INNER_STEPS}"
-        )
     output = Output(as_json=as_json)
+    steps = steps or (STEPS_CHAOS if chaos else STEPS)
     options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard)
     folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
     started_s = host.mono_s()
     try:
-        summary = Demo(options, output, folder).run()
+        one = Demo(options, output, folder)
+        summary = one.run()
     except Interrupted:
         output.note("demo: interrupted")
         raise typer.Exit(EXIT_SIGINT) from None
@@ -353,7 +381,10 @@ def demo(
             output.note(f"kept: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    if one.error is not None:
+        Output().error(one.error)
+        summary["error"] = error_to_dict(one.error)
     output.result(summary, summary_lines(summary, host.mono_s() - started_s))
     if not summary["ok"]:
-        raise typer.Exit(1)
+        raise typer.Exit(one.error.exit_code if one.error is not None else 1)
     output.text("your own swarm: `swarmtrain up`, then `swarmtrain join TICKET` elsewhere")

@@ -83,7 +83,6 @@ def test_unknown_commands_and_options_are_usage_errors() -> None:
         (("join",), 2, "no ticket"),
         (("join", "swarm://h:1/abc#x"), 3, "malformed ticket"),
         (("join", "--ticket-file", "/nonexistent/ticket"), 2, "No such file"),
-        (("demo", "--steps", "3"), 2, "a round is 20 steps"),
         (("config", "check", "/nonexistent/run.toml"), 3, "No such file"),
         (("ticket", "create", "--role", "king"), 2, "no such role"),
         (("ticket", "create", "--expires", "soon"), 2, "not a duration"),

@@ -48,7 +48,7 @@ soak: $(STAMP)   ## a long demo with peers killed and links squeezed
 bench: $(STAMP)  ## all-reduce against gloo, in one run; results in benchmarks/results
 	$(BIN)/python benchmarks/allreduce.py
 
-spec: $(STAMP)   ## rewrite the table of limits in protocols/spec/00-conventions.md
+spec: $(STAMP)   ## rewrite the tables of limits and specifications in protocols/
 	$(BIN)/python protocols/spec/update.py
 
 wheel: $(STAMP)  ## build the wheel into dist/

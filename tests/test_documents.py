@@ -58,7 +58,7 @@ def complaint(line: str) -> str:
     if words[:1] == ["make"]:
         wrong = [word for word in words[1:] if "=" not in word and word not in TARGETS]
         return f"{line!r}: no target {wrong[0]}" if wrong else ""
-    if words[:1] != ["swarmtrain"] or words[1:2] == ["…"]:
+    if words[:1] != ["swarmtrain"] or words[1:2] in (["…"], ["COMMAND"]):
         return ""
     command: Any = typer.main.get_command(app)  # typer may bring its own copy of click
     rest = words[1:]

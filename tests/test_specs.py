@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_a_badly_shaped_specification_is_noticed() -> None:
     assert complaints(good.replace("none", "`no_such.json`")) == ["no vectors no_such.json"]
     assert complaints(good.replace("## 2. Theory\n", "")) == ["no part Theory"]
     assert complaints(good.replace("# 01 Name", "# Name"))
+
+
+def test_the_generated_tables_are_up_to_date() -> None:
+    location = importlib.util.spec_from_file_location("update", PROTOCOLS / "spec" / "update.py")
+    assert location is not None and location.loader is not None
+    update = importlib.util.module_from_spec(location)
+    location.loader.exec_module(update)
+    for path, text in update.pages().items():
+        assert path.read_text(encoding="utf-8") == text, "run `make spec`"
 
 
 def test_the_table_lists_every_specification() -> None:

@@ -1,4 +1,8 @@
-"""Writes the table of limits in 00-conventions.md from limits.py: `make spec`."""
+"""Writes the two tables that follow from other files: `make spec`.
+
+The limits in 00-conventions.md come from limits.py, the list of specifications in ../README.md from
+the status lines of the specifications themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,15 @@ from pathlib import Path
 
 from swarmtrain_protocols import limits
 
-CONVENTIONS = Path(__file__).with_name("00-conventions.md")
-START, END = "<!-- limits -->\n", "<!-- end -->"
+SPEC = Path(__file__).resolve().parent
+ROOT = SPEC.parent.parent
+CONVENTIONS = SPEC / "00-conventions.md"
+README = SPEC.parent / "README.md"
+STATUS = re.compile(
+    r"^Status: (?P<status>Draft|Stable|Retired) · Revision: \d+ · Date: \d{4}-\d\d-\d\d ·\s"
+    r"Modules: (?P<modules>.*?) ·\sVectors: (?P<vectors>.*?)\n\n",
+    re.DOTALL,
+)
 
 
 def spelled(name: str, value: float) -> str:
@@ -24,7 +35,7 @@ def spelled(name: str, value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(source: str) -> str:
+def limits_table(source: str) -> str:
     """Markdown rows of every constant in the source of limits.py, by its sections."""
     rows = ["| name | value | section |\n|---|---|---|\n"]
     section = ""
@@ -37,19 +48,69 @@ def table(source: str) -> str:
     return "".join(rows)
 
 
-def updated(text: str, source: str) -> str:
-    """The conventions with a fresh table."""
-    before, rest = text.split(START)
-    _, after = rest.split(END, 1)
-    return before + START + table(source) + END + after
+def tests_of(modules: list[str]) -> list[str]:
+    """Names of the test files and folders that cover the modules of a specification."""
+    found: list[str] = []
+    tests = ROOT / "tests"
+    for module in modules:
+        stem = module.rstrip("/").removesuffix(".py").split("/")[-1]
+        if module.endswith("/"):
+            names = [f"{path.name}/" for path in sorted(tests.glob(f"*/{stem}")) if path.is_dir()]
+            if any(tests.rglob(f"test_{stem}_*.py")):
+                names.append(f"test_{stem}_*")
+        else:
+            names = []
+        names += sorted({path.stem for path in tests.rglob(f"test_{stem}.py")})
+        found += [name for name in names if name not in found]
+    return found
+
+
+def spec_table(specs: list[Path]) -> str:
+    """Markdown rows of the specifications, from their status lines."""
+    rows = ["| spec | modules | vectors | tests | status |\n|---|---|---|---|---|\n"]
+    for path in specs:
+        text = path.read_text(encoding="utf-8").split("\n", 2)[2]
+        match = STATUS.match(text)
+        if match is None:
+            raise SystemExit(f"{path.name}: no status line in the form of 00-conventions")
+        modules = re.findall(r"`([^`]+)`", match["modules"])
+        vectors = re.findall(r"`([^`]+\.json)`", match["vectors"])
+        cells = [
+            f"[{path.stem}](spec/{path.name})",
+            ", ".join(f"`{name}`" for name in modules),
+            ", ".join(f"[`{name}`](vectors/{name})" for name in vectors) or "-",
+            ", ".join(f"`{name}`" for name in tests_of(modules)) or "-",
+            match["status"],
+        ]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def replaced(text: str, marker: str, table: str) -> str:
+    """``text`` with ``table`` between the comments `marker` and `end`."""
+    start, end = f"<!-- {marker} -->\n", "<!-- end -->"
+    before, rest = text.split(start)
+    _, after = rest.split(end, 1)
+    return before + start + table + end + after
+
+
+def pages() -> dict[Path, str]:
+    """The two pages as they should read."""
+    source = Path(limits.__file__).read_text(encoding="utf-8")
+    conventions = CONVENTIONS.read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    specs = sorted(SPEC.glob("[0-9][0-9]-*.md"))
+    return {
+        CONVENTIONS: replaced(conventions, "limits", limits_table(source)),
+        README: replaced(readme, "specs", spec_table(specs)),
+    }
 
 
 def main() -> None:
-    """Rewrite the table in place."""
-    source = Path(limits.__file__).read_text(encoding="utf-8")
-    text = CONVENTIONS.read_text(encoding="utf-8")
-    CONVENTIONS.write_text(updated(text, source), encoding="utf-8")
-    sys.stdout.write(f"{CONVENTIONS.name}: written\n")
+    """Rewrite the tables in place."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{path.name}: written\n")
 
 
 if __name__ == "__main__":

@@ -269,11 +269,13 @@ class Backend:
         return {"ticket": str(Ticket(self._runtime.addresses, settings.run, secret))}
 
     async def _checkpoints(self, args: Document, connection: ControlConnection) -> Document:
-        store = self._runtime.store
-        if store is None:
+        keeper = self._runtime.keeper
+        if keeper is None:
             return {"checkpoints": [], "refused": []}
         loop = asyncio.get_running_loop()
-        found, broken = await loop.run_in_executor(self._runtime.disk_pool, store.checkpoints)
+        found, broken = await loop.run_in_executor(
+            self._runtime.disk_pool, keeper.store.checkpoints
+        )
         return {
             "checkpoints": [
                 {

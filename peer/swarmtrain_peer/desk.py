@@ -25,7 +25,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
 from swarmtrain_protocols.merkle import Blob
-from swarmtrain_protocols.node import LedgerChanged
+from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
 from swarmtrain_protocols.state import CanonicalState
@@ -223,8 +223,8 @@ class TrainerDesk:
             for state in states:
                 if state.channel not in runtime.data.states:
                     runtime.data.states[state.channel] = state
-                    if runtime.store is not None:
-                        runtime.save_checkpoint(state.copy())
+                    if runtime.keeper is not None:
+                        runtime.keeper.advanced(state)
                     self._on_state(state)
                     runtime.driver.run(runtime.node.restore, state.channel, 0, state.root())
         self._check_model(body.schema_hash, [(i.channel, i.values) for i in body.layout])

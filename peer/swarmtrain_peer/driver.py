@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
+from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.recordfile import RecordFile
-from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import (
@@ -60,21 +60,19 @@ class Driver:
         transport: Transport,
         data: DataPlane,
         records: RecordFile | None,
-        store: StateStore | None,
+        keeper: Keeper | None,
         pool: Executor,
         on_event: Callable[[object], None],
         on_state: Callable[[str], None],
-        on_result: Callable[[str, int, Blob], None],
     ) -> None:
         self.node = node
         self.data = data
         self._transport = transport
         self._records = records
-        self._store = store
+        self._keeper = keeper
         self._pool = pool
         self._on_event = on_event
         self._on_state = on_state
-        self._on_result = on_result
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -328,17 +326,17 @@ class Driver:
         )
 
     def _to_disk(self, channel: str, round_number: int, blob: Blob) -> bool:
-        if self._store is None or not channel.startswith("train/"):
+        if self._keeper is None or not channel.startswith("train/"):
             return False
         codec = self.data.result_codec(blob.root)
         try:
-            self._store.store_result(channel, round_number, blob.root, codec, blob.chunks)
+            self._keeper.store.store_result(channel, round_number, blob.root, codec, blob.chunks)
         except (DiskFull, SwarmError) as error:
             name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
             notice = fx.Notice(name, {"reason": str(error), "path": channel})
             self._loop.call_soon_threadsafe(self._on_event, notice)
             return False
-        self._loop.call_soon_threadsafe(self._on_result, channel, round_number, blob)
+        self._loop.call_soon_threadsafe(self._keeper.keep_result, channel, round_number, blob)
         return True
 
     def _complete(self, result: fx.WholeResult) -> None:

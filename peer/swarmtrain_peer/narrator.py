@@ -5,7 +5,8 @@ from __future__ import annotations
 from swarmtrain_peer.events import EventLog
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.log.events import Conflict, LeaderChanged
-from swarmtrain_protocols.node import JoinFailed, LedgerChanged, NodeCore
+from swarmtrain_protocols.node import NodeCore
+from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 
 

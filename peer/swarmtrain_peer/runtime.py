@@ -19,15 +19,15 @@ from typing import Any
 from swarmtrain_peer import host
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
 from swarmtrain_peer.recordfile import RecordFile
-from swarmtrain_peer.store import StateStore
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dataplane import DataPlane
+from swarmtrain_protocols.entries import Rewound
 from swarmtrain_protocols.errors import (
-    DiskFull,
     NoPeerReachable,
     NotAuthorised,
     SwarmError,
@@ -40,6 +40,7 @@ from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages.session import Hello, Refused
 from swarmtrain_protocols.node import NodeCore
+from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.outer import auto_outer
 from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
@@ -84,7 +85,7 @@ class PeerRuntime:
         self.node: NodeCore
         self.driver: Driver
         self.data: DataPlane
-        self.store: StateStore | None = None
+        self.keeper: Keeper | None = None
         self.manifest: Manifest
         self.listeners: list[Callable[[object], None]] = []
         self.state_hooks: list[Callable[[CanonicalState], None]] = []
@@ -96,7 +97,6 @@ class PeerRuntime:
         self._static_key = host.entropy(32)
         self._addresses: tuple[str, ...] = ()
         self._manifest_reply: asyncio.Future[bytes] | None = None
-        self._kept_results: dict[bytes, tuple[str, int, tuple[bytes, ...]]] = {}
         self._dials: list[asyncio.Future[None]] = []
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
@@ -132,7 +132,8 @@ class PeerRuntime:
         manifest = s.manifest or await self._fetch_manifest()
         self.manifest = manifest
         self._make_node(manifest)
-        await self._recover()
+        if self.keeper is not None:
+            await self.keeper.recover(self._restored)
         self._started = True
         for name, args in self._early:
             getattr(self.driver, name)(*args)
@@ -159,8 +160,6 @@ class PeerRuntime:
         genesis = None
         if s.founder is not None and not old:
             genesis = make_genesis(s.founder, s.run, s.keyring.peer_id)
-        if s.state is not None and s.holds_state:
-            self.store = StateStore(s.state)
         site = SiteConfig(
             name=s.name,
             addresses=self._addresses,
@@ -181,38 +180,26 @@ class PeerRuntime:
             records=old,
             genesis=genesis,
         )
+        if s.state is not None and s.holds_state:
+            self.keeper = Keeper(
+                s.state,
+                data=self.data,
+                snapshots=self.node.catchup.snapshots,
+                events=self.events,
+                disk=self.disk_pool,
+                every_rounds=keys.checkpoint_every_rounds,
+                kept=s.checkpoints_kept,
+            )
         self.driver = Driver(
             node=self.node,
             transport=self.transport,
             data=self.data,
             records=records,
-            store=self.store,
+            keeper=self.keeper,
             pool=self.pool,
             on_event=self._on_event,
             on_state=self._on_state,
-            on_result=self.keep_result,
         )
-
-    async def _recover(self) -> None:
-        """Load checkpoints, replay what follows them, and tell the node where it stands."""
-        if self.store is None:
-            return
-        loop = asyncio.get_running_loop()
-        loaded = await loop.run_in_executor(self.disk_pool, self.store.load)
-        for refused in loaded.refused:
-            self.events.emit("checkpoint_refused", reason=str(refused))
-        for channel in sorted(loaded.channels):
-            found = loaded.channels[channel]
-            state = found.state
-            for item in found.results:
-                self.keep_result(channel, item.round, item.blob)
-            snapshot = await loop.run_in_executor(
-                self.disk_pool, self.store.checkpoint, channel, state.round
-            )
-            self._serve_snapshot(channel, state.round, snapshot)
-            await loop.run_in_executor(self.pool, self.data.replay, state, found.results)
-            self._on_state(channel)
-            self.driver.run(self.node.restore, channel, state.round, state.root())
 
     def capability(self) -> bytes:
         """The bearer's right to be a member: from the ticket, or the founder's own."""
@@ -295,25 +282,11 @@ class PeerRuntime:
         return None
 
     def provide(self, root: bytes) -> Blob | None:
-        """Any blob this peer can serve: in memory, or a mapped result file. Never hashes."""
+        """Any blob this peer can serve: in memory, or a mapped result file."""
         if not self._started:
             return None
         blob = self.data.provide(root)
-        kept = self._kept_results.get(root)
-        if blob is not None or kept is None or self.store is None:
-            return blob
-        channel, round_number, leaves = kept
-        try:
-            return self.store.mapped_result(channel, round_number, leaves)
-        except SwarmError as error:
-            self.events.emit("checkpoint_refused", reason=str(error))
-            return None
-
-    def keep_result(self, channel: str, round_number: int, blob: Blob) -> None:
-        """The result is on disk: serve it from there when memory lets go of it."""
-        self._kept_results[blob.root] = (channel, round_number, blob.leaves)
-        while len(self._kept_results) > limits.HISTORY_ROUNDS * limits.CHANNELS_SERVED_MAX:
-            del self._kept_results[next(iter(self._kept_results))]
+        return blob if blob is not None or self.keeper is None else self.keeper.provide(root)
 
     # -- what the transport calls ---------------------------------------------------------------
 
@@ -366,6 +339,10 @@ class PeerRuntime:
             self._fail(event)
             return
         self._changed.set()
+        if isinstance(event, LedgerChanged):
+            for _, body, accepted in event.entries:
+                if accepted and isinstance(body, Rewound) and self.keeper is not None:
+                    self.keeper.rewound(body)
         self.narrator.tell(self.node, event)
         for listener in list(self.listeners):
             listener(event)
@@ -379,47 +356,13 @@ class PeerRuntime:
         state = self.data.states[channel]
         for hook in self.state_hooks:
             hook(state)
-        every = self.manifest.keys.checkpoint_every_rounds
-        if self.store is not None and every and state.round % every == 0:
-            self.save_checkpoint(state.copy())
+        if self.keeper is not None:
+            self.keeper.advanced(state)
 
-    def save_checkpoint(self, state: CanonicalState) -> None:
-        """Write ``state``, which must hold still, in the background; then serve it to joiners."""
-        loop = self._loop
-
-        def work() -> None:
-            assert self.store is not None
-            started = host.mono_s()
-            try:
-                self.store.save([state])
-                self.store.prune(self.settings.checkpoints_kept)
-                blob = self.store.checkpoint(state.channel, state.round)
-            except SwarmError as error:
-                name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
-                self.events.emit(name, reason=str(error), path=str(self.settings.state))
-                return
-            self.events.emit(
-                "checkpoint_saved",
-                state_hash=state.root().hex(),
-                channel=state.channel,
-                round=state.round,
-                bytes=state.theta.nbytes * 2,
-                save_s=round(host.mono_s() - started, 6),
-            )
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._serve_snapshot, state.channel, state.round, blob)
-
-        self.disk_pool.submit(work)
-
-    def _serve_snapshot(self, channel: str, round_number: int, blob: Blob) -> None:
-        """Offer a checkpoint to joiners, by its mapped file; the oldest offer goes."""
-        have = self.node.catchup.snapshots.setdefault(channel, [])
-        if (round_number, blob.root) in have:
-            return
-        have.append((round_number, blob.root))
-        self.data.register(blob)
-        while len(have) > self.settings.checkpoints_kept:
-            self.data.drop(have.pop(0)[1])
+    def _restored(self, state: CanonicalState) -> None:
+        for hook in self.state_hooks:
+            hook(state)
+        self.driver.run(self.node.restore, state.channel, state.round, state.root())
 
     def send_metrics(self, body: bytes) -> None:
         """Tell every linked member this site's figures; at most 4 kB."""

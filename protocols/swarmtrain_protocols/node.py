@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
@@ -29,6 +28,7 @@ from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import log as lm
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages import rounds as rm
+from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import CatchUp
 from swarmtrain_protocols.rounds.fetches import Fetches
@@ -40,21 +40,6 @@ from swarmtrain_protocols.tickets import Capability, parse_capability
 PUMP_MAX = 10_000
 
 _FOR_LEADER = (rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, mm.StateReport)
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerChanged:
-    """Event: these entries were applied (index, body, accepted)."""
-
-    entries: tuple[tuple[int, e.EntryBody, bool], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class JoinFailed:
-    """Event: the leader refuses this node for good."""
-
-    code: str
-    reason: str
 
 
 class NodeCore:
@@ -154,7 +139,7 @@ class NodeCore:
             now=now,
             records=records,
             genesis=genesis,
-            snapshot_of=self._snapshot,
+            snapshot_of=lambda: self.ledger.snapshot(),  # noqa: PLW0108, the ledger is replaced
         )
         self._pump(now)
 
@@ -319,9 +304,6 @@ class NodeCore:
             verify=self._keyring.verify,
         )
 
-    def _snapshot(self) -> bytes:
-        return self.ledger.snapshot()
-
     def _propose(self, now: float, body: e.EntryBody) -> None:
         if not self.log.is_leader:
             return
@@ -460,6 +442,9 @@ class NodeCore:
                 self._ready.append(Learn(PeerId(body.member), body.addresses))
             elif isinstance(body, e.MemberLeft | e.MemberBanned) and accepted:
                 self.dht.forget(now, PeerId(body.member))
+            elif isinstance(body, e.Rewound) and accepted:
+                self.member.rewound(now)
+                self.catchup.rewound()
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
 

@@ -93,6 +93,16 @@ class CatchUp:
             and track.round == self.ledger.channels[channel].round
         )
 
+    def rewound(self) -> None:
+        """A new generation began: what was verified before must be verified again."""
+        for track in self.tracks.values():
+            track.verified = -1
+            track.download = None
+        for name, have in self.snapshots.items():
+            channel = self.ledger.channels.get(name)
+            if channel is not None:
+                have[:] = [item for item in have if item[0] <= channel.round]
+
     # -- following the ledger --------------------------------------------------------------
 
     def reconcile(self, now: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 
@@ -82,6 +83,7 @@ class RoundLeader:
         self._phases: dict[str, _Phase] = {}
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
+        self._loss = LossWatch()
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
@@ -89,6 +91,7 @@ class RoundLeader:
         self._lobbies.clear()
         self._phases.clear()
         self._leaving.clear()
+        self._loss = LossWatch()
         if active:
             self.reconcile(now)
 
@@ -232,6 +235,16 @@ class RoundLeader:
                 self._maybe_open(now, name)
         for phase in list(self._phases.values()):
             self._push(now, phase)
+        rewind = self._loss.check(now, self.ledger, self._present_reports())
+        if rewind is not None:
+            self._propose(now, rewind)
+
+    def _present_reports(self) -> dict[str, Iterable[StateReport]]:
+        present = self.present()
+        return {
+            name: [lobby.reports[k] for k in present if k in lobby.reports]
+            for name, lobby in self._lobbies.items()
+        }
 
     def _maybe_open(self, now: float, name: str) -> None:
         lobby = self._lobbies[name]
@@ -460,7 +473,8 @@ class RoundLeader:
     def deadline(self) -> float:
         if not self.active:
             return math.inf
-        times = [
+        times = [self._loss.deadline()]
+        times += [
             lobby.first_ready + self._grace(name, lobby)
             for name, lobby in self._lobbies.items()
             if lobby.ready and name not in self._phases and lobby.proposed_open is None

@@ -130,6 +130,16 @@ class RoundMember:
             for attempt in self._attempts.values():
                 attempt.reports(self.leader, everything=True)
 
+    def rewound(self, now: float) -> None:
+        """A new generation began: what was offered in the old one is returned as aborted."""
+        for channel, offer in list(self._offers.items()):
+            if channel.startswith("train/"):
+                key = offer.bound or RoundKey(self.ledger.generation - 1, channel, 0, 0)
+                self._close_offer(offer, "aborted", 0.0, key)
+        for slot in [s for s in self.in_place if s[0] in self.ledger.channels]:
+            if slot[1] >= self.ledger.channels[slot[0]].round:
+                del self.in_place[slot]
+
     # -- following the ledger --------------------------------------------------------------
 
     def reconcile(self, now: float) -> None:

@@ -17,7 +17,7 @@ from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.merkle import leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import RoundKey
-from swarmtrain_protocols.node import LedgerChanged
+from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.state import header_chunk
 from swarmtrain_protocols.testing.checkers import Checker

@@ -71,8 +71,8 @@ class Chaos:
 
     def _states(self) -> list[str]:
         return [
-            f"{s.name}: term {s.core.term} {s.core._s.role} commit {s.core.commit_index} "
-            f"last {s.core.last_index} shown {s.shown.index} source {s.core.source and self.world.by_id[s.core.source].name} votes {s.core._s.votes}"
+            f"{s.name}: {s.core._s.role} of term {s.core.term}, commit {s.core.commit_index} "
+            f"of {s.core.last_index}, shown {s.shown.index}"
             for s in self.world.sites.values()
             if s.core is not None
         ]

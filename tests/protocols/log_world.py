@@ -32,7 +32,7 @@ from swarmtrain_protocols.log.events import (
     SnapshotLoaded,
 )
 from swarmtrain_protocols.manifest import make_genesis
-from swarmtrain_protocols.messages import decode, encode
+from swarmtrain_protocols.messages import Message, decode, encode
 
 RUN = b"R" * 32
 TIMEOUTS = LogTimeouts(election_s=1.0, heartbeat_s=0.25)
@@ -168,7 +168,7 @@ class Site:
             now=w.now,
             records=list(self.disk),
             genesis=self.genesis,
-            snapshot_of=lambda: self.ledger.snapshot(),
+            snapshot_of=self.ledger.snapshot,
             timeouts=TIMEOUTS,
             compact_every=w.compact_every,
         )
@@ -239,7 +239,7 @@ class Site:
                 return
             self.queue.pop(0)
             if isinstance(effect, Send):
-                w.send(self, effect.peer, encode(effect.message))
+                w.send(self, effect.peer, effect.message)
             else:
                 self.show(effect.event)
 
@@ -328,11 +328,12 @@ class World:
     def disk_s(self) -> float:
         return self.rng.random() * self.disk_max_s
 
-    def send(self, source: Site, to: PeerId, data: bytes) -> None:
+    def send(self, source: Site, to: PeerId, message: Message) -> None:
         target = self.by_id[to]
-        self.sent[type(decode(data)).__name__] += 1
+        self.sent[type(message).__name__] += 1
         if (source.name, target.name) in self.cut or self.rng.random() < self.drop:
             return
+        data = encode(message)
         for _ in range(2 if self.rng.random() < self.double else 1):
             delay = 0.001 + self.rng.random() * self.latency_s
             self.at(self.now + delay, self._deliver, source, target, target.life, data)
@@ -382,7 +383,7 @@ class World:
     def set_in_force(self, names: str) -> bool:
         wanted = tuple(sorted(self.sites[name].id for name in names))
         live = [s.core for s in self.sites.values() if s.core is not None]
-        return all(core.voters == wanted and not core._s.log.view.joint for core in live)
+        return all(core.voters == wanted and not core._s.log.committed_view.joint for core in live)
 
     def caught_up(self) -> bool:
         """Every running site shows everything that anybody ever showed."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.entries import EntryBody
+from swarmtrain_protocols.log.view import chained
 from swarmtrain_protocols.messages.log import Certificate, WireEntry
 
 
@@ -47,14 +48,30 @@ class LeaderChanged:
 class ConflictProof:
     """Both certificates carry a majority, yet their logs differ: somebody signed a lie.
 
-    Hash ``entries`` (ours, after ``theirs.index``) onto the hash ``ours_at_theirs`` to arrive at
-    ``ours.chain_hash``, while ``theirs.chain_hash`` names something else at ``theirs.index``.
+    At ``index`` the two logs have different chain hashes, ``ours_at`` and ``theirs_at``; each leads
+    to its certificate by the entries that follow it.
     """
 
+    index: int
     ours: Certificate
+    ours_at: bytes
+    ours_after: tuple[WireEntry, ...]
     theirs: Certificate
-    ours_at_theirs: bytes
-    entries: tuple[WireEntry, ...]
+    theirs_at: bytes
+    theirs_after: tuple[WireEntry, ...]
+
+    def adds_up(self) -> bool:
+        """True if the hashes prove the conflict, given that both certificates are valid."""
+        sides = (
+            (self.ours, self.ours_at, self.ours_after),
+            (self.theirs, self.theirs_at, self.theirs_after),
+        )
+        for certificate, chain_hash, entries in sides:
+            for index, item in enumerate(entries, self.index + 1):
+                chain_hash = chained(chain_hash, index, item.term, item.body)
+            if chain_hash != certificate.chain_hash:
+                return False
+        return self.ours_at != self.theirs_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,14 @@ from swarmtrain_protocols.messages.log import (
 
 @dataclass(slots=True)
 class Subscriber:
-    """``next``: first index to send. ``verified``: entries below it are proven over there."""
+    """``next``: first index to send. ``verified``: up to where it is proven over there.
+
+    ``told``: index of the newest snapshot certificate sent.
+    """
 
     next: int
     verified: int
+    told: int
     live: bool
     sent_at: float
     expires_at: float
@@ -76,6 +80,7 @@ class Feed:
         item = Subscriber(
             next=m.start,
             verified=min(m.verified, m.start) - 1,
+            told=0,
             live=True,
             sent_at=s.now,
             expires_at=s.now + s.timeouts.lease_s,
@@ -97,6 +102,8 @@ class Feed:
         for peer, item in self.subscribers.items():
             if item.live:
                 self._push(peer, item, shared)
+                if item.told < self._snapshots.index:
+                    self._idle(peer, item)
 
     def _push(self, peer: PeerId, item: Subscriber, shared: Shared) -> bool:
         """Send at most one pull's worth; False if there was nothing to send."""
@@ -162,6 +169,7 @@ class Feed:
         """A sign of life, which also carries the snapshot that others may compact to."""
         self._s.send(peer, self._message(item.next, snapshot=self._snapshots.certificate))
         item.sent_at = self._s.now
+        item.told = self._snapshots.index
 
     def _pieces(self, peer: PeerId, index: int, offset: int) -> None:
         """Send a window of the snapshot file; another file than asked starts from its beginning."""

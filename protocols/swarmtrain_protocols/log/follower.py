@@ -13,7 +13,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.log.certificate import Snapshot
-from swarmtrain_protocols.log.entrylog import Entry
+from swarmtrain_protocols.log.entrylog import Entry, Position
 from swarmtrain_protocols.log.events import SnapshotLoaded
 from swarmtrain_protocols.log.snapshots import Snapshots
 from swarmtrain_protocols.log.state import LEADER, LogState
@@ -46,10 +46,11 @@ class Follower:
         self._known: tuple[PeerId, ...] = ()
         self._turn = 0
         self._pending: list[WireEntry] = []
-        self._pending_bytes = 0
+        self._pending_at = 0
         self._pending_from: PeerId | None = None
         self._file = bytearray()
         self._file_index = -1
+        self._file_upto = 0
         self._file_at = float("inf")
         self.loaded: Snapshot | None = None
         """An installed snapshot that the core has yet to tell the layer above."""
@@ -133,7 +134,19 @@ class Follower:
         self._file, self._file_index, self._file_at = bytearray(), -1, float("inf")
 
     def _forget_pending(self) -> None:
-        self._pending, self._pending_bytes, self._pending_from = [], 0, None
+        self._pending, self._pending_at, self._pending_from = [], self._s.log.commit + 1, None
+
+    def _distrust(self, peer: PeerId, fault: PeerFault) -> None:
+        """Tell of a fault, and look for another source."""
+        self._drop()
+        self._s.fault(peer, fault)
+
+    def _align(self) -> list[WireEntry]:
+        """Entries that follow the certified ones, which may have grown by other messages."""
+        start = self._s.log.commit + 1
+        del self._pending[: start - self._pending_at]
+        self._pending_at = start
+        return self._pending
 
     def _ask(self, peer: PeerId) -> None:
         """Subscribe, renew, or ask for more."""
@@ -145,7 +158,7 @@ class Follower:
         self._asked_at = s.now
         self._renew_at = s.now + s.timeouts.lease_s / 3
         verified = s.log.commit + 1
-        s.send(peer, Subscribe(s.log.generation, verified + len(self._pending), verified))
+        s.send(peer, Subscribe(s.log.generation, verified + len(self._align()), verified))
 
     def connected(self, peer: PeerId) -> None:
         if peer == self.source:
@@ -199,13 +212,13 @@ class Follower:
         self._heard_at = s.now
         self._hint(m)
         self._collect(peer, m)
-        if s.halted:
+        if s.halted or peer != self.source:
             return
         if s.log.commit + 1 >= m.length:
             s.felt(m.pulse)  # a pulse is passed on only with the news that came before it
         if m.snapshot is not None:
             self._snapshots.on_certificate(peer, m.snapshot)
-        have = s.log.commit + 1 + len(self._pending)
+        have = s.log.commit + 1 + len(self._align())
         if m.more:
             self._ask(peer)
         elif m.start > have or (not m.entries and have < m.length):
@@ -214,7 +227,9 @@ class Follower:
             self.prefer_leader()
 
     def _ask_again(self) -> None:
-        """Something was lost. Ask again, at most once per heartbeat."""
+        """Something was lost. Ask again, at most once per heartbeat, unless a file is coming."""
+        if self._file_index >= 0:
+            return
         again = self._asked_at + self._s.timeouts.heartbeat_s
         self._renew_at = min(self._renew_at, again)
 
@@ -228,25 +243,64 @@ class Follower:
             self.prefer_leader()
 
     def _collect(self, peer: PeerId, m: Update) -> None:
-        s, log = self._s, self._s.log
         if peer != self._pending_from:
             self._forget_pending()
             self._pending_from = peer
-        offset = m.start - (log.commit + 1)
-        if m.entries and offset <= len(self._pending):
+        if self._contradicts(peer, m):
+            return
+        pending = self._align()
+        offset = m.start - self._pending_at
+        if offset <= len(pending) < offset + len(m.entries):
             fresh = m.entries[max(0, -offset) :]
-            del self._pending[max(0, offset) :]
-            self._pending.extend(fresh)
-            self._pending_bytes = sum(len(item.body) for item in self._pending)
+            del pending[max(0, offset) :]
+            pending.extend(fresh)
+            nbytes = sum(len(item.body) for item in pending)
             if (
-                len(self._pending) > limits.LOG_UNVERIFIED_ENTRIES_MAX
-                or self._pending_bytes > limits.LOG_UNVERIFIED_BYTES_MAX
+                len(pending) > limits.LOG_UNVERIFIED_ENTRIES_MAX
+                or nbytes > limits.LOG_UNVERIFIED_BYTES_MAX
             ):
-                self._forget_pending()
-                s.fault(peer, PeerFault("flood", "entries without a certificate"))
+                self._distrust(peer, PeerFault("flood", "entries without a certificate"))
                 return
         if m.certificate is not None:
             self._prove(peer, m.certificate)
+
+    def _contradicts(self, peer: PeerId, m: Update) -> bool:
+        """Compare what is verified here with what comes again; a difference is somebody's lie."""
+        log = self._s.log
+        for offset, item in enumerate(m.entries):
+            index = m.start + offset
+            if not log.first <= index <= log.commit:
+                continue
+            held = log.entry(index)
+            if (held.term, held.data) == (item.term, item.body):
+                continue
+            try:
+                self._judge(index, m.entries[offset:], m.certificate)
+            except PeerFault as fault:
+                self._distrust(peer, fault)
+            else:
+                self._distrust(peer, PeerFault("bad_certificate", f"another entry {index}"))
+            return True
+        return False
+
+    def _judge(
+        self, index: int, items: tuple[WireEntry, ...], certificate: Certificate | None
+    ) -> None:
+        """Halt if a majority signed the log in which entry ``index`` is the first of ``items``."""
+        log = self._s.log
+        position: Position = log.at(index - 1)
+        entries: list[Entry] = []
+        for item in items:
+            position = log.follow(position, item)
+            entries.append(position)
+        for entry in entries:
+            if certificate is None or certificate.index != entry.index:
+                continue
+            if certificate.chain_hash == entry.chain_hash and log.trust.certifies(
+                entry.view, certificate
+            ):
+                after = tuple(e.wire for e in entries if index < e.index <= entry.index)
+                self._s.halt(index, certificate, entries[0].chain_hash, after)
 
     def _prove(self, peer: PeerId, certificate: Certificate) -> None:
         """Adopt the pending entries that a certificate covers."""
@@ -256,22 +310,18 @@ class Follower:
             log.holds(certificate.index)
             and log.at(certificate.index).chain_hash == certificate.chain_hash
         ):
-            before = log.commit
             s.try_commit(peer, certificate)
-            del self._pending[: log.commit - before]
             return
         if count > len(self._pending):
             return
         try:
             entries = self._verified(self._pending[:count], certificate)
         except PeerFault as fault:
-            self._forget_pending()
-            s.fault(peer, fault)
+            self._distrust(peer, fault)
             return
         if not entries:  # the certificate of the change before was lost on the way
             self._ask_again()
             return
-        del self._pending[:count]
         for entry in entries:
             if entry.index <= log.last_index:
                 if log.at(entry.index).chain_hash == entry.chain_hash:
@@ -309,20 +359,21 @@ class Follower:
         if m.index != self._file_index:
             if m.offset != 0:
                 return
-            self._file, self._file_index = bytearray(), m.index
+            self._file, self._file_index, self._file_upto = bytearray(), m.index, _WINDOW_BYTES
         if m.offset != len(self._file):
             return
         self._file += m.data
         self._file_at = s.now + 2 * s.timeouts.heartbeat_s
         if len(self._file) == m.nbytes:
             self._install(peer, bytes(self._file))
-        elif len(self._file) % _WINDOW_BYTES == 0:
+        elif len(self._file) >= self._file_upto:
             self._want_file()
 
     def _want_file(self) -> None:
         s = self._s
         assert self.source is not None
         self._file_at = s.now + 2 * s.timeouts.heartbeat_s
+        self._file_upto = len(self._file) + _WINDOW_BYTES
         s.send(self.source, SnapshotWanted(self._file_index, len(self._file)))
 
     def _install(self, peer: PeerId, data: bytes) -> None:
@@ -331,8 +382,7 @@ class Follower:
         try:
             snapshot = s.trust.snapshot(data)
         except PeerFault as fault:
-            s.fault(peer, fault)
-            self._drop()
+            self._distrust(peer, fault)
             return
         if snapshot.body.index <= s.log.commit:
             return

@@ -248,13 +248,22 @@ class LogState:
         return True
 
     def _check_conflict(self, theirs: Certificate) -> None:
-        log, ours = self.log, self.log.latest
-        if ours is None or not log.first <= theirs.index <= log.commit:
+        log = self.log
+        if not log.first <= theirs.index <= log.commit:
             return
         held = log.entry(theirs.index)
-        same_set = held.view
-        if held.chain_hash == theirs.chain_hash or not self.trust.certifies(same_set, theirs):
-            return
-        after = tuple(log.entry(i).wire for i in range(theirs.index + 1, ours.index + 1))
+        if held.chain_hash != theirs.chain_hash and self.trust.certifies(held.view, theirs):
+            self.halt(theirs.index, theirs, theirs.chain_hash, ())
+
+    def halt(
+        self, index: int, theirs: Certificate, theirs_at: bytes, after: tuple[WireEntry, ...]
+    ) -> None:
+        """Stop for good: a majority signed another log than the one certified here."""
+        log, ours = self.log, self.log.latest
+        if ours is None or ours.index < index:
+            return  # known from a snapshot alone; its certificate names no log to compare
+        mine = tuple(log.entry(i).wire for i in range(index + 1, ours.index + 1))
+        proof = ConflictProof(index, ours, log.at(index).chain_hash, mine, theirs, theirs_at, after)
+        assert proof.adds_up()
         self.halted = True
-        self.emit(Conflict(ConflictProof(ours, theirs, held.chain_hash, after)))
+        self.emit(Conflict(proof))

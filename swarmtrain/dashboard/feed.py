@@ -29,7 +29,17 @@ FIGURES_KEPT = 2048
 ROUNDS_KEPT = 200
 SUBSCRIBERS_MAX = 100
 DELTAS_QUEUED_MAX = 64
-NOISY = ("peer_connected", "contribution_ready", "round_set", "part_reduced", "result_held")
+NOISY = (
+    "peer_connected",
+    "contribution_ready",
+    "round_opened",
+    "round_set",
+    "part_reduced",
+    "result_held",
+    "round_figures",
+    "state_applied",
+    "handover",
+)
 """Kinds of events that are asked for with ``/api/v1/events`` but not shown by default."""
 
 

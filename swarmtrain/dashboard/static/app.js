@@ -182,7 +182,10 @@ function eventDetail(record) {
   const parts = record.round === null || record.round === undefined ? [] : [`${record.channel || "round"} #${record.round}`];
   for (const [key, value] of Object.entries(record)) {
     if (HEAD.has(key) || value === null) continue;
-    let text = typeof value === "object" ? JSON.stringify(value) : String(value);
+    let text = String(value);
+    if (Array.isArray(value) && value.length > 3) text = `${value.length} of them`;
+    else if (Array.isArray(value)) text = value.map((one) => nameOf(names(), one)).join(", ");
+    else if (typeof value === "object") text = JSON.stringify(value);
     if (/^[0-9a-f]{32,}$/.test(text)) text = nameOf(names(), text);
     else if (typeof value === "number" && !Number.isInteger(value)) text = value.toPrecision(4);
     parts.push(`${key} ${text.slice(0, 160)}`);

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from swarmtrain.training.place import RunArgument, await_run_keys, check_given, ensure_peer, resolve
+from swarmtrain.training.place import (
+    RunArgument,
+    await_run_keys,
+    check_given,
+    ensure_peer,
+    resolve,
+    show_ticket,
+)
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.swarm import Swarm, SwarmState
 from swarmtrain_protocols import limits
@@ -63,6 +70,8 @@ def join(
         return Swarm(model, optimizer, fragments=fragments or 1, on_event=on_event)
     owned = ensure_peer(place.site)
     try:
+        if place.founded:
+            show_ticket(place.site)
         keys = await_run_keys(place.site, limits.TRAINER_WAIT_S_MAX)
         check_given(keys, place.given)
 

@@ -24,6 +24,7 @@ from swarmtrain_protocols.tickets import Ticket
 
 RUN_FILE = Path("run.toml")
 WATCH_INTERVAL_S = 0.5
+TICKET_TIMEOUT_S = 30.0
 RunArgument = str | os.PathLike[str] | Mapping[str, object] | None
 
 
@@ -33,6 +34,7 @@ class Place:
 
     site: Site
     given: dict[str, object]
+    founded: bool = False
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:
@@ -76,7 +78,8 @@ def resolve(
         find_site(home)  # raises and lists them
     if run is None and file is None:
         return None
-    return Place(found_site(home, run_keys_from_mapping(keys), settings.peer), keys)
+    site = found_site(home, run_keys_from_mapping(keys), settings.peer)
+    return Place(site, keys, founded=True)
 
 
 def _with_vote(peer: PeerConfig, ticket: Ticket) -> PeerConfig:
@@ -128,6 +131,14 @@ def ensure_peer(site: Site) -> OwnedPeer | None:
         return None
     sys.stderr.write(f"swarmtrain: starting a peer process for {site.folder}\n")
     return OwnedPeer(site)
+
+
+def show_ticket(site: Site) -> None:
+    """Print a ticket for others to a run that was just founded."""
+    args = {"role": "trainer", "vote": False, "expires_s": 0, "uses": 0}
+    with site.connect() as client:
+        ticket = client.call("ticket", args, TICKET_TIMEOUT_S)["ticket"]
+    sys.stderr.write(f"swarmtrain: founded run {site.folder.name}; others join with\n  {ticket}\n")
 
 
 def await_run_keys(site: Site, timeout_s: float, stop: threading.Event | None = None) -> RunKeys:

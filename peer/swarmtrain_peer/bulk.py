@@ -1,7 +1,7 @@
 """Bulk connections: non-blocking sockets served by one fixed pool of threads.
 
-Threads share one epoll instance in one-shot mode, so each readiness goes to exactly one thread and
-a connection needs no thread of its own. Bytes are received into a frame buffer and decrypted
+Threads share one poller in one-shot mode, so each readiness goes to exactly one thread and a
+connection needs no thread of its own. Bytes are received into a frame buffer and decrypted
 straight into the destination; system calls, AES and hashes release the interpreter lock. The event
 loop sees only whole chunks.
 
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from swarmtrain_peer.poller import Poller, make_poller
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
 from swarmtrain_protocols.core import PeerId, short_id
@@ -270,13 +270,15 @@ class BulkConnection:
 class BulkPool:
     """A fixed number of threads for all bulk connections and for hashing."""
 
-    def __init__(self, threads: int) -> None:
-        self._epoll = select.epoll()
+    def __init__(self, threads: int, poller: Poller | None = None) -> None:
+        self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}
         self._tasks: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._wake_read, self._wake_write = socket.socketpair()
-        self._epoll.register(self._wake_read, select.EPOLLIN | select.EPOLLONESHOT)
+        self._wake_fd = self._wake_read.fileno()
+        self._poller.add(self._wake_fd)
+        self._poller.arm(self._wake_fd, write=False)
         self._threads = [
             threading.Thread(target=self._work, name=f"bulk-{i}", daemon=True)
             for i in range(threads)
@@ -287,10 +289,10 @@ class BulkPool:
     def add(self, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink) -> BulkConnection:
         """Serve an established connection from now on."""
         conn = BulkConnection(self, sock, peer, keys, sink)
-        self._connections[conn.read_fd] = conn
-        self._connections[conn.write_fd] = conn
-        self._epoll.register(conn.write_fd, select.EPOLLONESHOT)
-        self._epoll.register(conn.read_fd, select.EPOLLIN | select.EPOLLONESHOT)
+        for fd in (conn.read_fd, conn.write_fd):
+            self._connections[fd] = conn
+            self._poller.add(fd)
+        self._poller.arm(conn.read_fd, write=False)
         return conn
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -298,24 +300,21 @@ class BulkPool:
         self._tasks.append(task)
         self._wake_write.send(b"x")
 
+    # Called under the connection's lock before it is finished: the descriptor is still its own.
+
     def arm_read(self, conn: BulkConnection) -> None:
         """Have ``on_readable`` called once."""
-        self._arm(conn.read_fd, select.EPOLLIN)
+        self._poller.arm(conn.read_fd, write=False)
 
     def arm_write(self, conn: BulkConnection) -> None:
         """Have ``on_writable`` called once."""
-        self._arm(conn.write_fd, select.EPOLLOUT)
-
-    def _arm(self, fd: int, events: int) -> None:
-        # Called under the connection's lock and before it is finished: the number is still its own.
-        self._epoll.modify(fd, events | select.EPOLLONESHOT)
+        self._poller.arm(conn.write_fd, write=True)
 
     def forget(self, conn: BulkConnection) -> None:
         """Take a connection out before its descriptors are closed."""
         for fd in (conn.read_fd, conn.write_fd):
-            if self._connections.get(fd) is conn:
-                del self._connections[fd]
-                self._epoll.unregister(fd)
+            del self._connections[fd]
+            self._poller.remove(fd)
 
     def close(self) -> None:
         """End all connections and threads; blocks until the threads have ended."""
@@ -327,27 +326,28 @@ class BulkPool:
             thread.join()
         for conn in list(self._connections.values()):
             conn.on_readable()
-        self._epoll.close()
+        self._poller.close()
         self._wake_read.close()
         self._wake_write.close()
 
     def _work(self) -> None:
-        wake = self._wake_read.fileno()
         while not self._stopping:
-            for fd, _ in self._epoll.poll(maxevents=1):
-                if fd == wake:
-                    self._run_task(wake)
-                    continue
-                conn = self._connections.get(fd)
-                if conn is None:
-                    continue
-                if fd == conn.read_fd:
-                    conn.on_readable()
-                else:
-                    conn.on_writable()
+            fd = self._poller.wait()
+            if fd is None:
+                continue
+            if fd == self._wake_fd:
+                self._run_task()
+                continue
+            conn = self._connections.get(fd)
+            if conn is None:
+                continue  # finished by another thread in this moment
+            if fd == conn.read_fd:
+                conn.on_readable()
+            else:
+                conn.on_writable()
 
-    def _run_task(self, wake: int) -> None:
+    def _run_task(self) -> None:
         self._wake_read.recv(1)  # one byte per task: there is always one here
-        self._epoll.modify(wake, select.EPOLLIN | select.EPOLLONESHOT)
+        self._poller.arm(self._wake_fd, write=False)
         if not self._stopping:
             self._tasks.popleft()()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from swarmtrain_peer.bulk import BulkConnection, BulkPool, Job
+from swarmtrain_peer.poller import SelectorPoller, make_poller
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header, pack_header
 from swarmtrain_protocols.core import PeerId
@@ -63,9 +64,9 @@ def _keys(initiator: bool) -> BulkKeys:
     return BulkKeys(b"s" * 32, b"i" * 16, b"r" * 16, initiator)
 
 
-@pytest.fixture
-def pool() -> Iterator[BulkPool]:
-    pool = BulkPool(2)
+@pytest.fixture(params=[make_poller, SelectorPoller])
+def pool(request: pytest.FixtureRequest) -> Iterator[BulkPool]:
+    pool = BulkPool(2, request.param())
     yield pool
     pool.close()
 

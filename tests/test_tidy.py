@@ -24,6 +24,7 @@ LINES_PER_FILE_MAX = 500
 LINES_PER_FUNCTION_MAX = 60
 COLUMNS_MAX = 100
 LONG = re.compile(r"#\s*tidy: long because \S+")
+PRAGMA = re.compile(r"\s*#\s*(type: ignore|noqa).*$")
 ALLOWED = re.compile(r"tidy: allowed because \S+")
 TEXT_SUFFIXES = (".py", ".md", ".toml", ".yml", ".yaml", ".js", ".css", ".html", ".service", ".sh")
 # Core modules without a test of their own name, and what covers them instead.
@@ -71,8 +72,9 @@ def dotted(node: ast.expr) -> str:
 def rule_lengths(path: str, text: str) -> Iterator[str]:
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
-        if len(line) > COLUMNS_MAX:
-            yield f"{path}:{number}: {len(line)} columns, at most {COLUMNS_MAX}"
+        columns = len(PRAGMA.sub("", line))  # a pragma cannot be wrapped
+        if columns > COLUMNS_MAX:
+            yield f"{path}:{number}: {columns} columns, at most {COLUMNS_MAX}"
     if LONG.search("\n".join(lines[:10])):
         return
     if len(lines) > LINES_PER_FILE_MAX:

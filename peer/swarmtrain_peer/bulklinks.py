@@ -31,6 +31,8 @@ class BulkUsers(Protocol):
 
     def wants_bulk(self, peer: PeerId) -> bool: ...
 
+    def rtt_s(self, peer: PeerId) -> float | None: ...
+
     def bulk_up(self, conn: BulkConnection) -> None: ...
 
     def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None: ...
@@ -100,12 +102,19 @@ class BulkLinks:
             self._used_at[conn] = self._loop.time()
         return alive
 
+    def _streams(self, peer: PeerId) -> int:
+        """Loss on a long path halves one connection's rate for many round trips, not all four."""
+        rtt_s = self._users.rtt_s(peer)
+        if rtt_s is None or rtt_s < limits.LONG_PATH_RTT_S:
+            return limits.BULK_STREAMS_PER_PEER
+        return limits.BULK_STREAMS_LONG_PATH
+
     def need(self, peer: PeerId) -> None:
-        """Make a connection if there are too few and this side is the one to dial."""
+        """Make connections if there are too few and this side is the one to dial."""
         pair = self._pairs.get(peer)
         if pair is None or pair.dial_to is None or pair.task is not None:
             return
-        if len(self.connections(peer)) < limits.BULK_STREAMS_PER_PEER:
+        if len(self.connections(peer)) < self._streams(peer):
             pair.task = self._loop.create_task(self._dial(peer, pair))
 
     def byte_counts(self) -> dict[PeerId, tuple[int, int]]:
@@ -133,7 +142,7 @@ class BulkLinks:
     async def _dial(self, peer: PeerId, pair: _Pair) -> None:
         failures = 0
         while self._users.wants_bulk(peer) and self._pairs.get(peer) is pair:
-            if len(self.connections(peer)) >= limits.BULK_STREAMS_PER_PEER:
+            if len(self.connections(peer)) >= self._streams(peer):
                 break
             if not self._make_room():
                 await asyncio.sleep(_DIAL_PAUSE_S)  # all are busy: wait for one to become idle

@@ -132,7 +132,7 @@ class Serving:
             self._queue(peer, number, large)
 
     def _queue(self, peer: PeerId, number: int, large: list[tuple[int, memoryview]]) -> None:
-        streams = min(limits.BULK_STREAMS_PER_PEER, len(large))
+        streams = max(1, min(len(self._connections(peer)), len(large)))
         jobs = [
             Job(number, large[i::streams], lambda job: self._done_later(peer, job))
             for i in range(streams)

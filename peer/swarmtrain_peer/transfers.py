@@ -66,7 +66,7 @@ class Fetch:
         self.timer: asyncio.TimerHandle | None = None
         self.lock = threading.Condition()
         self.active = True
-        self.touched: BulkConnection | None = None
+        self.touched: list[BulkConnection] = []
         self._writers = 0
         self._filled = [0] * count
         self._hashes: list[bytes | None] = [None] * count
@@ -83,7 +83,8 @@ class Fetch:
         with self.lock:
             if not self.active:
                 return None
-            self.touched = conn
+            if conn not in self.touched:
+                self.touched.append(conn)
             if not 0 <= index < len(self.destinations):
                 self.spoilt = True
                 raise PeerFault("malformed", f"chunk {header.chunk} was not asked for")
@@ -224,7 +225,7 @@ class Fetches:
         if conn.peer not in self._bulk_was_lost:
             return
         for fetch in self._by_request.values():
-            waits = fetch.asked and fetch.uses_bulk and fetch.touched is None
+            waits = fetch.asked and fetch.uses_bulk and not fetch.touched
             if waits and fetch.peer == conn.peer:
                 self._ask(fetch, dial=False)
 
@@ -238,7 +239,7 @@ class Fetches:
     def bulk_lost(self, conn: BulkConnection, faulty: bool) -> None:
         """A bulk connection ended: what came over it in part is lost, the rest may still come."""
         self._bulk_was_lost.add(conn.peer)
-        for fetch in [f for f in self._by_request.values() if f.touched is conn]:
+        for fetch in [f for f in self._by_request.values() if conn in f.touched]:
             self._fail(fetch, "corrupt" if faulty else "disconnected")
 
     def no_bulk(self, peer: PeerId) -> None:
@@ -278,7 +279,7 @@ class Fetches:
     def _refused(self, fetch: Fetch, code: str) -> None:
         if code != "lost":
             self._fail(fetch, f"refused:{code}")
-        elif fetch.touched is None and fetch.asked < _ASK_MAX:
+        elif not fetch.touched and fetch.asked < _ASK_MAX:
             self._ask(fetch, dial=False)  # it was queued on a connection that was dying
             self._need_bulk(fetch.peer)
         else:

@@ -182,7 +182,7 @@ class Transport:
         return sorted(self._table.links)
 
     def rtt_s(self, peer: PeerId) -> float | None:
-        """Last measured round trip, seconds."""
+        """Shortest measured round trip of the link, seconds."""
         link = self._table.links.get(peer)
         return link.session.rtt_s if link else None
 
@@ -276,6 +276,8 @@ class Transport:
         return sent
 
     def _send_for_fetch(self, peer: PeerId, message: Message, dial: bool) -> bool:
+        if not dial and peer not in self._table.links:
+            return False  # a cancellation that nobody waits for: not a loss
         return self._send(peer, message, b"", dial)
 
     def _send_open(self, peer: PeerId, message: Message, payload: bytes | memoryview) -> bool:
@@ -424,6 +426,7 @@ class Transport:
         secret = link.session.bulk_secret
         assert secret is not None
         self._bulk.peer_up(peer, secret, link.remote if link.initiator else None)
+        link.session.probe(self._loop.time())  # the round trip decides on the number of streams
         self._handler.connected(peer, hello, link.initiator)
         for message in self._dialler.opened(peer):
             self._send(peer, message, b"", dial=False)

@@ -99,7 +99,7 @@ class SessionCore:
         self.peer: PeerId | None = None
         self.remote_hello: Hello | None = None
         self.bulk_secret: bytes | None = None
-        self.rtt_s: float | None = None
+        self.rtt_s: float | None = None  # the shortest so far: of the path, not of our load
         self._keyring = keyring
         self._keys = (static_key, ephemeral_key)
         self._hello = hello
@@ -458,8 +458,9 @@ class SessionCore:
             case Pong(nonce=nonce):
                 sent_at = self._pings.pop(nonce, None)
                 if sent_at is not None:  # else older than those we remember
-                    self.rtt_s = self._now - sent_at
-                    self._events.append(Ponged(nonce, self.rtt_s))
+                    rtt_s = self._now - sent_at
+                    self.rtt_s = rtt_s if self.rtt_s is None else min(rtt_s, self.rtt_s)
+                    self._events.append(Ponged(nonce, rtt_s))
             case Credit(nbytes=nbytes):
                 self._credit += nbytes
                 if self._credit > limits.CREDIT_WINDOW_BYTES:

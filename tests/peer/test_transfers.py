@@ -50,7 +50,9 @@ def test_every_size_arrives(sizes: tuple[int, ...], asker_dialled: bool) -> None
     go(main())
 
 
-def test_both_directions_at_once_over_one_connection() -> None:
+def test_both_directions_at_once_over_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LONG_PATH_RTT_S", 1e9)
+
     async def main() -> None:
         async with Node(1) as a, Node(2) as b:
             await a.join(b)
@@ -65,6 +67,26 @@ def test_both_directions_at_once_over_one_connection() -> None:
             assert stats["bulk_received_bytes"] >= 24 * FRAME
             assert stats["peers"][b.id]["bulk_sent_bytes"] >= 24 * FRAME
             assert sum(stats["bulk_congestion"].values()) == limits.BULK_STREAMS_PER_PEER
+
+    go(main())
+
+
+def test_a_long_path_is_striped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LONG_PATH_RTT_S", 0.0)
+
+    async def main() -> None:
+        async with Node(1) as a, Node(2) as b:
+            await a.join(b)
+            for asker, other in ((a, b), (b, a)):
+                blob = other.hold(blob_of(*[300_000] * 64))
+                for ticket in range(3):
+                    buffers = asker.fetch(ticket, other, blob)
+                    await asker.until("fetched", ticket)
+                    assert same(buffers, blob)
+            conns = a.transport._bulk.connections(b.id)
+            assert len(conns) == limits.BULK_STREAMS_LONG_PATH
+            assert all(conn.received_bytes > 1_000_000 for conn in conns)
+            assert all(conn.sent_bytes > 1_000_000 for conn in conns)
 
     go(main())
 

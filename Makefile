@@ -37,9 +37,11 @@ test: check      ## check, then the tests (minutes)
 test-full: check ## also the tests marked slow
 	$(PYTEST) -q -m 'slow or not slow'
 
-SIM_SEEDS ?= 2000
-sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints the seed that fails
-	SWARMTRAIN_SIM_SEEDS=$(SIM_SEEDS) $(PYTEST) -q -m 'slow or not slow' --timeout 0 tests/sim
+SIM_SCHEDULES ?= 10000
+NIGHTLY := $(BIN)/python -m swarmtrain_protocols.testing.nightly --shrink --schedules $(SIM_SCHEDULES)
+sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds that fail, shrunk
+	$(NIGHTLY) --shard 0/2 & other=$$!; $(NIGHTLY) --shard 1/2; here=$$?; \
+		wait $$other && exit $$here
 
 SOAK_STEPS ?= 20000
 soak: $(STAMP)   ## a long demo with peers killed and links squeezed

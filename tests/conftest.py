@@ -10,8 +10,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 # A user's own settings must not reach the tests.
 for _name in [name for name in os.environ if name.startswith("SWARMTRAIN_")]:
-    if not _name.startswith("SWARMTRAIN_SIM_"):
-        del os.environ[_name]
+    del os.environ[_name]
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

@@ -13,9 +13,11 @@ import typer
 from swarmtrain.cli.options import Home, Json, SiteOption, home_of, read_ticket_text
 from swarmtrain.cli.output import Output
 from swarmtrain.cli.session import MemberSession, TrainerCommand, preset_trainer
+from swarmtrain.dashboard.bind import is_loopback, split_bind
+from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig, Settings, load_settings
 from swarmtrain_peer.events import escape_text
-from swarmtrain_peer.site import Site, enter_site, found_site, list_sites, site_at
+from swarmtrain_peer.site import Site, enter_site, found_site, list_sites, site_at, write_private
 from swarmtrain_peer.spawn import start_process, stop_process
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, UsageError
 from swarmtrain_protocols.manifest import Ticket
@@ -209,7 +211,7 @@ def up(
             "ticket", {"role": "trainer", "vote": False, "expires_s": 0, "uses": 0}
         )
         if settings.peer.dashboard:
-            viewer = start_dashboard(place, settings.peer)
+            viewer = start_dashboard(place, settings.peer, output)
         print_founded(output, place, answer, settings.peer, old=old)
         exit_code = session.run()
     finally:
@@ -247,10 +249,19 @@ def open_or_found(
     return found_site(home, settings.run, settings.peer), False
 
 
-def start_dashboard(site: Site, config: PeerConfig) -> subprocess.Popen[bytes]:
-    """The dashboard in its own process; what it prints goes to ``dashboard.log``."""
+def start_dashboard(site: Site, config: PeerConfig, output: Output) -> subprocess.Popen[bytes]:
+    """The dashboard in its own process; what it prints goes to ``dashboard.log``.
+
+    Beyond loopback it wants a token: one is made and kept beside the site's keys.
+    """
     arguments = [sys.executable, "-m", "swarmtrain.dashboard", "--site", str(site.folder)]
     arguments += ["--bind", config.dashboard]
+    if not is_loopback(split_bind(config.dashboard)[0]):
+        token_file = site.folder / "dashboard.token"
+        if not token_file.exists():
+            write_private(token_file, host.entropy(24).hex().encode())
+        arguments += ["--token-file", str(token_file)]
+        output.note(f"the dashboard asks for the token in {token_file}")
     return start_process(arguments, site.folder / "dashboard.log", nice=5)
 
 

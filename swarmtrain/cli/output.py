@@ -56,7 +56,9 @@ class Output:
             print(json.dumps(record), flush=True)
             return
         line = event_line(record)
-        if record.get("severity") != "info":
+        if record.get("name") in ROUTINE_TROUBLE:
+            self.progress(line)
+        elif record.get("severity") != "info":
             self.note(line)
         elif record.get("name") in NEWS:
             self.progress(line)
@@ -87,6 +89,8 @@ NEWS = (
     "run_ended",
     "resumed",
 )
+ROUTINE_TROUBLE = ("link_refused", "peer_unreachable", "trainer_lost")
+"""Warnings that come with every leaver; they are in the log, and on a terminal."""
 _HIDDEN = ("v", "seq", "wall_s", "mono_s", "site", "name", "severity", "code", "suppressed")
 
 
@@ -96,7 +100,7 @@ def event_line(record: Record) -> str:
     if record.get("round") is not None:
         attempt = record.get("attempt")
         tail = f".{attempt}" if attempt else ""
-        parts.append(f"{record.get('channel')}#{record['round']}{tail}")
+        parts.append(f"{record.get('channel') or ''}#{record['round']}{tail}")
     for key, value in record.items():
         if key in _HIDDEN or key in ("generation", "channel", "round", "attempt"):
             continue

@@ -10,15 +10,14 @@ import hashlib
 import hmac
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from swarmtrain.dashboard.bind import is_loopback
 from swarmtrain_peer import host
-from swarmtrain_protocols.errors import ConfigError
 
 COOKIE = "swarmtrain_session"
 SESSION_S = 12 * 3600.0
@@ -26,7 +25,6 @@ SESSIONS_MAX = 256
 LOGINS_PER_MINUTE_MAX = 5
 LOGIN_CLIENTS_MAX = 1024
 BODY_BYTES_MAX = 64 * 1024
-TOKEN_CHARS_MIN = 32
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; "
@@ -46,36 +44,6 @@ def host_of(header: str) -> str:
     if name.startswith("["):
         return name[1:].partition("]")[0]
     return name.rpartition(":")[0] if name.count(":") == 1 else name
-
-
-def is_loopback(name: str) -> bool:
-    """True for ``localhost`` and loopback addresses."""
-    if name == "localhost":
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def check_bind(bind_host: str, token: str | None) -> None:
-    """Refuse to show the dashboard to a network without a token.
-
-    Raises:
-        ConfigError: a public address without a token, or a token that can be guessed.
-    """
-    if token is not None and len(token) < TOKEN_CHARS_MIN:
-        raise ConfigError(
-            "the dashboard's token is too short",
-            f"{len(token)} characters, at least {TOKEN_CHARS_MIN}",
-            "make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
-        )
-    if token is None and not is_loopback(bind_host):
-        raise ConfigError(
-            f"the dashboard will not listen on {bind_host} without a token",
-            "anybody who can reach this address could read it",
-            "give --token-file, or bind to 127.0.0.1 and use an SSH tunnel",
-        )
 
 
 class Sessions:

@@ -11,24 +11,12 @@ from pathlib import Path
 import uvicorn
 
 from swarmtrain.dashboard.app import build_app
+from swarmtrain.dashboard.bind import check_bind, is_loopback, split_bind
 from swarmtrain.dashboard.feed import Feed
-from swarmtrain.dashboard.guard import check_bind, is_loopback
 from swarmtrain_peer.site import Site, write_private
 from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_protocols.addresses import join_address
 from swarmtrain_protocols.errors import ConfigError
-
-
-def split_bind(bind: str) -> tuple[str, int]:
-    """(host, port) of ``host:port``; port 0 means any free one.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    name, colon, port = bind.rpartition(":")
-    if not colon or not name or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"dashboard address {bind!r:.80}", "not host:port", "127.0.0.1:8470")
-    return name.strip("[]"), int(port)
 
 
 def open_socket(bind_host: str, port: int) -> socket.socket:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 from swarmtrain.cli import join as joins
 from swarmtrain.cli.join import open_or_found, split_command
 from swarmtrain.cli.main import app
-from swarmtrain_peer.config import load_settings
+from swarmtrain.cli.output import Output
+from swarmtrain_peer.config import PeerConfig, load_settings
 from swarmtrain_peer.site import Site, list_sites
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, UsageError
 from swarmtrain_protocols.manifest import Capability, Ticket, sign_capability
@@ -132,3 +133,21 @@ def test_a_run_is_gone_on_with_when_its_keys_are_the_same(tmp_path: Path) -> Non
     first.founder_path.unlink()
     with pytest.raises(UsageError, match="not founded here"):
         open_or_found(tmp_path, str(first.folder), settings, new=False)
+
+
+def test_a_public_dashboard_gets_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        joins, "start_process", lambda arguments, output, **keys: started.append(arguments)
+    )
+    site, _ = open_or_found(tmp_path, None, load_settings(), new=False)
+    joins.start_dashboard(site, PeerConfig(dashboard="127.0.0.1:1"), Output())
+    assert "--token-file" not in started[0]
+    joins.start_dashboard(site, PeerConfig(dashboard="0.0.0.0:1"), Output())
+    file = site.folder / "dashboard.token"
+    assert started[1][-2:] == ["--token-file", str(file)]
+    assert len(file.read_text()) == 48
+    assert file.stat().st_mode & 0o077 == 0
+    assert file.read_text() not in capsys.readouterr().err

@@ -6,8 +6,9 @@ import pytest
 from starlette.requests import Request
 
 from swarmtrain.dashboard import guard
-from swarmtrain.dashboard.guard import COOKIE, Sessions, check_bind, host_of, is_loopback
-from swarmtrain.dashboard.server import open_socket, split_bind
+from swarmtrain.dashboard.bind import check_bind, is_loopback, split_bind
+from swarmtrain.dashboard.guard import COOKIE, Sessions, host_of
+from swarmtrain.dashboard.server import open_socket
 from swarmtrain_protocols.errors import ConfigError
 
 TOKEN = "k" * 43

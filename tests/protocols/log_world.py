@@ -393,7 +393,8 @@ class World:
     def check(self) -> None:
         for site in self.sites.values():
             if site.core is not None:
-                self.oracle.matches(site.core._s.log)
+                if not site.queue:  # what waits for the disk may still be as if it never was
+                    self.oracle.matches(site.core._s.log)
                 if site.shown.index >= 0:
                     assert site.shown.digest == self.oracle.digests[site.shown.index]
 
@@ -405,3 +406,10 @@ class World:
             self.vote_with(names)
         assert self.run(10.0, lambda: self.set_in_force(names) and self.caught_up()), "settle"
         return self
+
+
+def instant(names: str = "a", *, compact_every: int = 16) -> World:
+    """A world whose disks take no time: effects of a turn are carried out within it."""
+    world = World(1, names, compact_every=compact_every)
+    world.disk_max_s = 0.0
+    return world

@@ -174,10 +174,12 @@ class EntryLog:
 
     def certificate_for(self, verified: int, upto: int) -> Certificate | None:
         """The newest certificate in ``(verified, upto]`` that a site verified so far can use."""
+        if self.latest is None or upto <= verified:
+            return None
         changes = [link.index for link in self.links if link.index > verified]
         if len(changes) > 1:
             upto = min(upto, changes[1] - 1)
-        if self.latest is not None and verified < self.latest.index <= upto:
+        if verified < self.latest.index <= upto:
             return self.latest
         best: Certificate | None = None
         linked = {link.certificate.index: link.certificate for link in self.links}

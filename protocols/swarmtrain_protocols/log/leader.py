@@ -232,11 +232,9 @@ class Leadership:
         """Make the certificate for the newest index that a majority signed."""
         s = self.state
         log = s.log
-        if not log.holds(log.last_index) or log.last.term != s.term:
+        if log.last_index == log.commit:
             return False
-        candidates = {i for i in self.signatures if log.commit < i <= log.last_index}
-        if log.last_index > log.commit:
-            candidates.add(log.last_index)
+        candidates = {log.last_index, *(i for i in self.signatures if i > log.commit)}
         for index in sorted(candidates, reverse=True):
             entry = log.entry(index)
             signed = self.signatures.get(index, {})

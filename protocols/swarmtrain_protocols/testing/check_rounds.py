@@ -35,6 +35,7 @@ class _Reference:
     theta: F32
     momentum: F32
     state_hash: bytes
+    raw: bytes
 
 
 class LogIsOne(Checker):
@@ -206,8 +207,9 @@ class RoundsAreRight(LogIsOne):
         if len(states) != key.round + 1:
             world.violation("OS2", f"{key} committed after {len(states) - 1} rounds")
         before = states[-1]
-        momentum = self.beta * before.momentum + mean
-        theta = before.theta - self.lr * (mean + self.beta * momentum)
+        momentum: F32 = np.asarray(self.beta * before.momentum + mean, np.float32)
+        step = self.lr * (mean + self.beta * momentum)
+        theta: F32 = np.asarray(before.theta - step, np.float32)
         states.append(self._reference(key.channel, key.round + 1, theta, momentum))
 
     def _reference(self, channel: str, round_number: int, theta: F32, momentum: F32) -> _Reference:
@@ -215,7 +217,8 @@ class RoundsAreRight(LogIsOne):
         for first in range(0, theta.size, self.chunk_values):
             part = slice(first, first + self.chunk_values)
             leaves.append(leaf_hash(theta[part].tobytes() + momentum[part].tobytes()))
-        return _Reference(theta, momentum, merkle_root(leaves))
+        raw = theta.tobytes() + momentum.tobytes()
+        return _Reference(theta, momentum, merkle_root(leaves), raw)
 
     # --- events of sites -------------------------------------------------------------------------
 
@@ -278,8 +281,6 @@ class RoundsAreRight(LogIsOne):
             if state.round >= len(known):
                 continue  # its commit is applied here before anybody has emitted it
             right = known[state.round]
-            same = np.array_equal(state.theta, right.theta) and np.array_equal(
-                state.momentum, right.momentum
-            )
+            same = right.raw == state.theta.tobytes() + state.momentum.tobytes()
             if not same and node.core.catchup.tracks[channel].state_hash is not None:
                 world.violation("AR6", f"{host.name} changed its state of round {state.round}")

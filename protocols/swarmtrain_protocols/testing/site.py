@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Completion, Context
 
 SNAPSHOTS_KEPT = 3
-RESULTS_KEPT = 4
 REDIAL_S = 2.0
 
 
@@ -58,6 +57,7 @@ class SwarmSpec:
     outer_momentum: float
     phase_s: tuple[float, float]
     work_s: tuple[float, float]
+    checkpoint_every: int = 1
     group_every_s: float = 0.0
     group_callers: int = 0
     group_values: int = 24
@@ -107,7 +107,7 @@ class Site:
         self._numbers = np.random.default_rng(ctx.rng.getrandbits(60))
         self._extra: list[Effect] = []
         self._snapshots: dict[str, list[bytes]] = {}
-        self._synced: dict[str, int] = {}
+        self._checkpoints: dict[str, int] = {}
         self._links = 0
         self._redial_at = ctx.now
         self._model_at = math.inf
@@ -164,21 +164,30 @@ class Site:
                 )
                 for index, chunk in enumerate(saved.chunks):
                     state.load_chunk(index, chunk)
-                self._synced[saved.channel] = saved.round
+                self._checkpoints[saved.channel] = saved.round
                 self._adopt(now, state)
-        for name in sorted(files):
-            if name.startswith("result/"):
-                result = msgspec.msgpack.decode(files[name], type=_SavedResult)
-                if result.channel in self.plane.states:
-                    self._restore_result(now, result)
+                self._feed(now, saved.channel)
 
-    def _restore_result(self, now: float, saved: _SavedResult) -> None:
+    def _feed(self, now: float, channel: str) -> None:
+        """Offer the result that follows the own state from the disk, if it is there.
+
+        It may be of an attempt that was aborted: the core applies it only if the log has committed
+        this very root.
+        """
+        saved = self._saved_result(channel, self.plane.states[channel].round)
+        track = self.core.catchup.tracks[channel]
+        if saved is None or track.busy or track.download is not None:
+            return
         purpose = fx.WholeResult(saved.channel, saved.round, saved.root, saved.values, saved.codec)
         places = self.plane.destinations(purpose, 0, len(saved.chunks))
         for place, chunk in zip(places, saved.chunks, strict=True):
             place[:] = chunk
         self.plane.complete(purpose)
         self.core.completed(now, purpose)
+
+    def _saved_result(self, channel: str, round_number: int) -> _SavedResult | None:
+        data = self.ctx.disk.read(f"result/{channel}/{round_number}")
+        return None if data is None else msgspec.msgpack.decode(data, type=_SavedResult)
 
     def _adopt(self, now: float, state: CanonicalState) -> None:
         """A state that was loaded or made here, not computed from results."""
@@ -210,7 +219,7 @@ class Site:
         self.core.tick(now)
         if now >= self._redial_at:
             self._redial_at = now + REDIAL_S
-            if not self._links and self.ctx.name != self.spec.founder_site:
+            if not self.core.joiner.is_member or self.core.log.leader is None:
                 self._dial_ticket()
         if now >= self._model_at:
             self._model_at = now + 1.0
@@ -322,7 +331,15 @@ class Site:
     # --- data plane ------------------------------------------------------------------------------
 
     def provide(self, root: bytes) -> Blob | None:
-        return self.plane.provide(root)
+        found = self.plane.provide(root)
+        if found is not None:
+            return found
+        for name in sorted(self.ctx.disk.files):
+            if name.startswith("result/"):
+                saved = msgspec.msgpack.decode(self.ctx.disk.files[name], type=_SavedResult)
+                if saved.root == root:
+                    return Blob.of(saved.chunks)
+        return None
 
     def accept(self, purpose: object, first: int, chunks: list[bytes]) -> None:
         try:
@@ -388,13 +405,13 @@ class Site:
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)
         codec = self.plane.result_codec(blob.root)
         saved = _SavedResult(channel, round_number, blob.root, values, codec, chunks)
-        name = f"result/{channel}/{round_number % RESULTS_KEPT}"
+        name = f"result/{channel}/{round_number}"
         self.ctx.disk.write(name, msgspec.msgpack.encode(saved))
         self.ctx.disk.sync_file(name)
 
     def _apply(self, now: float, effect: fx.ApplyResult) -> None:
         round_number, state_hash = self.plane.apply(effect.channel, effect.round, effect.root)
-        self._moved(now, effect.channel, round_number, state_hash)
+        self._moved(now, effect.channel, round_number, state_hash, False)
 
     def _install(self, now: float, effect: fx.InstallSnapshot) -> None:
         channel = effect.snapshot.channel
@@ -403,17 +420,28 @@ class Site:
         except PeerFault as fault:
             self.core.install_failed(now, channel, str(fault))
             return
-        self._moved(now, channel, round_number, state_hash)
+        self._moved(now, channel, round_number, state_hash, True)
 
-    def _moved(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
-        self._save_state(self.plane.states[channel])
-        behind = round_number - self._synced.get(channel, 0)
-        if behind >= RESULTS_KEPT - 1 or self._luck.chance(0.5):
-            # After a crash the checkpoint may be old, but the results since then are on disk.
-            self.ctx.disk.sync_file("state/" + channel)
-            self._synced[channel] = round_number
+    def _moved(
+        self, now: float, channel: str, round_number: int, state_hash: bytes, installed: bool
+    ) -> None:
+        due = self._checkpoints.get(channel, -self.spec.checkpoint_every)
+        if installed or round_number >= due + self.spec.checkpoint_every:
+            self._checkpoint(channel)
         self._serve_snapshot(channel)
         self.core.applied(now, channel, round_number, state_hash)
+        self._feed(now, channel)
+
+    def _checkpoint(self, channel: str) -> None:
+        """Save the state; results before the last checkpoint are not needed any more."""
+        state = self.plane.states[channel]
+        oldest = self._checkpoints.get(channel, 0)
+        self._save_state(state)
+        if self._luck.chance(0.7):  # else a crash may find the older one
+            self.ctx.disk.sync_file("state/" + channel)
+            self._checkpoints[channel] = state.round
+            for round_number in range(max(0, oldest - 16), oldest):
+                self.ctx.disk.write(f"result/{channel}/{round_number}", None)
 
     def _save_state(self, state: CanonicalState) -> None:
         chunks = tuple(bytes(chunk) for chunk in state.blob().chunks)

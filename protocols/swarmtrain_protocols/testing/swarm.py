@@ -109,6 +109,7 @@ def spec_of(seed: int) -> tuple[SwarmSpec, tuple[SitePart, ...]]:
         outer_momentum=pick(0.0, 0.9),
         phase_s=(0.5, pick(1.0, 2.5)),
         work_s=(0.001, pick(0.005, 0.1)),
+        checkpoint_every=1 + luck.integer(6),
         group_every_s=3.0 if groups else 0.0,
         group_callers=0,
     )

@@ -1,0 +1,136 @@
+"""Many schedules in a row: ``python -m swarmtrain_protocols.testing.nightly --schedules N``.
+
+Prints every violation with its seed, its shrunk schedule and the last events, then the counters.
+Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
+``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain_protocols.testing.checkers import missing
+from swarmtrain_protocols.testing.faults import Fault, shrink, to_text
+from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
+
+SHRINK_RUNS_MAX = 80
+
+SOMETIMES = (
+    *("fault:crash", "fault:pause", "fault:cut", "fault:cut1", "fault:isolate", "fault:split"),
+    *("fault:slow", "fault:lossy", "fault:duplicate", "fault:slowdisk", "fault:vanish"),
+    *("fault:aim-crash", "fault:aim-cut", "fault:aim-pause"),
+    *("net:lost", "net:reset", "net:doubled", "net:dial-failed", "net:lost-in-cut"),
+    *("disk:lost", "disk:torn", "disk:file-lost"),
+    *("fetch:done", "fetch:disconnected", "fetch:corrupt", "fetch:refused:unknown"),
+    *("round:train", "round:group", "round:partial", "round:later-attempt", "group:done"),
+    *("decided:committed", "decided:excluded", "decided:aborted"),
+    *("abort:contributions did not arrive", "abort:holders did not report in time"),
+    *("abort:too many holders lost", "notice:fallback:deputy"),
+    *("notice:fallback:result by committed root", "resync:nobody serves the result of round"),
+    *("entry:MemberJoined", "entry:StewardsChanged", "entry:RoundAborted"),
+    *("send:vote", "send:takeover", "send:round?", "send:redirect", "send:withdraw"),
+    *("send:state-snapshot", "aim:send:holding", "aim:do:ReducePart", "aim:do:StoreResult"),
+)
+"""Points that must fire in at least one of a hundred schedules, or too little is tested."""
+
+
+@dataclass
+class Report:
+    """Sums over many schedules."""
+
+    schedules: int = 0
+    committed: int = 0
+    aborted: int = 0
+    simulated_s: float = 0.0
+    recovery_s_max: float = 0.0
+    failures: list[Outcome] = field(default_factory=list)
+    seen: list[dict[str, int]] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.schedules += 1
+        self.committed += outcome.committed
+        self.aborted += outcome.aborted
+        self.simulated_s += outcome.simulated_s
+        self.recovery_s_max = max(self.recovery_s_max, outcome.recovery_s)
+        self.seen.append(dict.fromkeys(sorted(outcome.seen), 1))
+        if outcome.violation:
+            self.failures.append(outcome)
+
+    def missing(self) -> list[str]:
+        return missing(self.seen, SOMETIMES)
+
+    def counters(self) -> list[tuple[str, int]]:
+        total: Counter[str] = Counter()
+        for names in self.seen:
+            total.update(names)
+        return sorted(total.items())
+
+    def summary(self) -> str:
+        return (
+            f"schedules={self.schedules} violations={len(self.failures)} "
+            f"committed={self.committed} aborted={self.aborted} "
+            f"simulated_s={self.simulated_s:.0f} recovery_s_max={self.recovery_s_max:.1f}"
+        )
+
+
+def run_many(
+    seeds: Iterable[int], tell: Callable[[str], None] = lambda text: None, *, shrunk: bool = False
+) -> Report:
+    """Run the schedule of each seed; ``tell`` gets a line of text per violation."""
+    report = Report()
+    for seed in seeds:
+        outcome = run_swarm(seed)
+        report.add(outcome)
+        if outcome.violation:
+            tell(explain(outcome, shrunk=shrunk))
+    return report
+
+
+def explain(outcome: Outcome, *, shrunk: bool = False) -> str:
+    """All that is needed to replay and to understand a violation."""
+    schedule = outcome.schedule
+    note = f"{len(schedule)} faults"
+    if shrunk:
+
+        def run(faults: list[Fault]) -> str | None:
+            return run_swarm(outcome.seed, faults).violation or None
+
+        schedule, runs = shrink(run, schedule, SHRINK_RUNS_MAX)
+        note += f", shrunk to {len(schedule)} in {runs} runs"
+    return (
+        f"seed {outcome.seed}: {outcome.text}\n{note}; replay with\n"
+        f"run_swarm({outcome.seed}, {to_text(schedule)})\nlast events:\n" + "\n".join(outcome.tail)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="nightly", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0, help="first seed")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th seed, from the I-th")
+    parser.add_argument("--shrink", action="store_true", help="shrink what fails")
+    given = parser.parse_args(argv)
+    index, count = (int(part) for part in given.shard.split("/"))
+    seeds = range(given.seed + index, given.seed + given.schedules, count)
+
+    def tell(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    report = run_many(seeds, tell, shrunk=given.shrink)
+    for name, fired in report.counters():
+        tell(f"{fired:7} {name}")
+    rare = report.missing()
+    for line in rare:
+        tell(f"too rare: {line}")
+    tell(report.summary())
+    return 1 if report.failures or rare else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from swarmtrain.training.place import (
+    Place,
     RunArgument,
     await_run_keys,
     check_given,
@@ -68,6 +69,15 @@ def join(
     place = resolve(ticket, run, given, os.environ)
     if place is None:
         return Swarm(model, optimizer, fragments=fragments or 1, on_event=on_event)
+    return _join_at(place, model, optimizer, on_event)
+
+
+def _join_at(
+    place: Place,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    on_event: Callable[[Document], None] | None,
+) -> Swarm:
     owned = ensure_peer(place.site)
     try:
         if place.founded:

@@ -165,8 +165,7 @@ def test_the_example_founds_a_run_with_a_peer_process_of_its_own(home):
     done = run_example(home, "30", "--found", SWARMTRAIN_NET__LISTEN="127.0.0.1:0")
     assert done.returncode == 0, done.stderr
     assert "starting a peer process" in done.stderr and "swarm://127.0.0.1:" in done.stderr
-    found = re.match(r"step 30, round (\d), loss 0\.", done.stdout)
-    assert found and int(found.group(1)) >= 1
+    assert re.match(r"step 30, round \d, loss 0\.", done.stdout)
     (site,) = (home / "runs").iterdir()
     assert not (site / "control.sock").exists(), "the peer process left with the script"
     names = re.findall(r'"name":"(\w+)"', (site / "events.jsonl").read_text())

@@ -14,6 +14,7 @@ from torch import nn
 from swarmtrain.training.swarm import Swarm
 from swarmtrain_protocols.errors import ConfigError, QuorumLost
 from tests.swarmtrain.training.fake_peer import FakeRun
+from tests.swarmtrain.training.loops import Trainer, batch, make_model, train_step, vector
 
 CHANNEL = "train/0/0"
 
@@ -24,60 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_model(seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    for p in model.parameters():
-        nn.init.normal_(p, generator=generator)
-    return model
-
-
-def batch(site: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * site + step)
-    return (torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator))
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: Any) -> float:
-    x, y = data
-    loss = (model(x) - y).square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def vector(model: nn.Module) -> np.ndarray:
-    return np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
-
-
-class Trainer:
-    """A model that trains with SGD at one fake site, on the thread that makes it."""
-
-    def __init__(self, run: FakeRun, site: int, lr: float = 0.05, **arguments: Any) -> None:
-        self.run, self.site = run, site
-        self.model = make_model(seed=site)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
-        self.events: list[dict[str, Any]] = []
-        arguments.setdefault("wait_s_max", 20.0)
-        self.swarm = Swarm(
-            self.model,
-            self.optimizer,
-            connect=run.sites[f"site{site}"].connect,
-            fragments=run.keys.fragments,
-            on_event=self.events.append,
-            **arguments,
-        )
-        self.steps = 0
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            train_step(self.model, self.optimizer, batch(self.site, self.steps))
-            self.steps += 1
-
-    def names(self) -> list[str]:
-        return [event["event"] for event in self.events]
 
 
 def together(*jobs: Callable[[], None]) -> None:
@@ -349,7 +296,6 @@ def test_a_dropped_connection_keeps_what_is_in_flight(tmp_path):
     assert "handover_requeued" not in trainer.names()
     seqs = [args["seq"] for name, args in site.calls if name == "handover"]
     assert seqs[:2] == [2, 2]
-    site.withheld = False
     assert port.wait_until(lambda: len(run.waiting) == 1, 10.0)
     run.decide(CHANNEL)
     assert trainer.swarm.flush(10.0) and run.rounds[CHANNEL] == 2

@@ -148,12 +148,15 @@ class EventLog:
         self._subscribers: list[Callable[[Record], None]] = []
         self._limit = RateLimit()
         self.file_errors = 0
-        for record in read_events(path):
+        damaged: list[Path] = []
+        for record in read_events(path, damaged.append):
             self._ring.append(record)
         self._seq = int(self._ring[-1]["seq"]) if self._ring else 0
         _drop_torn_line(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         self._nbytes = self._file.tell()
+        if damaged:
+            self.emit("fallback", what=f"event log {damaged[0].name}", why="lines are damaged")
 
     @property
     def last_seq(self) -> int:
@@ -290,16 +293,29 @@ def _drop_torn_line(path: Path) -> None:
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def read_events(path: Path) -> Iterator[Record]:
-    """All records of a log, rotated files first, oldest first; a torn last line is left out."""
+def read_events(
+    path: Path, on_damage: Callable[[Path], None] = lambda file: None
+) -> Iterator[Record]:
+    """All records of a log, rotated files first, oldest first.
+
+    A torn last line is left out; any other line that is no record is too, and ``on_damage`` is
+    told in which file it stands.
+    """
     older = [_rotated(path, number) for number in range(limits.EVENT_FILES_KEPT, 0, -1)]
     for file in (*older, path):
         if not file.exists():
             continue
         with open(file, "rb") as stream:
             for line in stream:
-                if line.endswith(b"\n"):
-                    yield msgspec.json.decode(line, type=Record)
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    record = msgspec.json.decode(line, type=Record)
+                    int(record["seq"])
+                except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+                    on_damage(file)
+                else:
+                    yield record
 
 
 def events_markdown() -> str:

@@ -146,8 +146,19 @@ class Site:
 
     @property
     def run_id(self) -> bytes:
-        """The run's 32-byte id, from the ``run`` file."""
-        return bytes.fromhex((self.folder / "run").read_text().strip())
+        """The run's 32-byte id, from the ``run`` file.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.folder / "run"
+        try:
+            run = bytes.fromhex(path.read_text("ascii").strip())
+        except ValueError:
+            run = b""
+        if len(run) != 32:
+            raise ConfigError(f"{path}", "not the 64 hex digits of a run id", "enter the run again")
+        return run
 
     @property
     def is_founder(self) -> bool:
@@ -195,9 +206,13 @@ class Site:
         return manifest
 
     def ticket(self) -> Ticket | None:
-        """The ticket this site entered with; None on the founder's site."""
+        """The ticket this site entered with; None on the founder's site.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
         try:
-            return Ticket.parse(self.ticket_path.read_text())
+            return Ticket.parse(self.ticket_path.read_text("ascii", "replace"))
         except FileNotFoundError:
             return None
 
@@ -211,7 +226,7 @@ class Site:
             return msgspec.json.decode(self.config_path.read_bytes(), type=PeerConfig)
         except FileNotFoundError:
             return PeerConfig()
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.config_path}", str(error), "remove it") from None
 
     def save_config(self, config: PeerConfig) -> None:

@@ -148,6 +148,23 @@ def test_sequence_and_memory_go_on_after_a_restart_with_a_torn_line(tmp_path: Pa
     assert log.query(name="paused") == []
 
 
+def test_damaged_lines_are_left_out_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = make(path)
+    for number in range(3):
+        log.emit("run_ended", reason=str(number))
+    log.close()
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"seq":2') + 3] = 0xFF
+    path.write_bytes(data)
+    log = make(path)
+    assert [(record["seq"], record["name"]) for record in log.query()] == [
+        (1, "run_ended"),
+        (3, "run_ended"),
+        (4, "fallback"),
+    ]
+
+
 def test_files_rotate_at_a_bound_and_reading_spans_them(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = make(path, file_bytes_max=1000)

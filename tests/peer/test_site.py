@@ -107,6 +107,19 @@ def test_a_damaged_peer_file_names_itself(tmp_path: Path) -> None:
         site.config()
 
 
+@pytest.mark.parametrize("damage", [b"", b"zz", b"\xff\xfe", b"ab" * 31])
+def test_damaged_files_are_config_errors(tmp_path: Path, damage: bytes) -> None:
+    site = founded(tmp_path)
+    site.ticket_path.write_bytes(damage)
+    site.config_path.write_bytes(damage)
+    for read in (site.ticket, site.config):
+        with pytest.raises(ConfigError):
+            read()
+    (site.folder / "run").write_bytes(damage)
+    with pytest.raises(ConfigError, match="run id"):
+        _ = site.run_id
+
+
 def test_one_process_serves_a_site(tmp_path: Path) -> None:
     site = founded(tmp_path)
     with site.lock():

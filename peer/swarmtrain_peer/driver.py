@@ -269,7 +269,7 @@ class Driver:
             effect.ticket, effect.peer, effect.root, effect.first, total, places, FETCH_TIMEOUT_S
         )
 
-    def fetched(self, ticket: int, leaves: Sequence[bytes] | None = None) -> None:
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
         """The transport has verified chunks in place; check that they are valid values."""
         purpose = self._purposes.pop(ticket, None)
         if purpose is None:

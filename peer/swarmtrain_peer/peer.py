@@ -10,6 +10,7 @@ import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -286,9 +287,8 @@ class Peer:
                     blob = runtime.data.encode(values, codec)
                 else:
                     loop = asyncio.get_running_loop()
-                    blob = await loop.run_in_executor(
-                        runtime.pool, runtime.data.encode, values, codec
-                    )
+                    encode = partial(runtime.data.encode, values, codec, borrow=True)
+                    blob = await loop.run_in_executor(runtime.pool, encode)
                 return await self._round(channel, blob.root, values.size, codec, weight, expect)
         except TimeoutError:
             runtime.driver.run(runtime.node.withdraw, channel)

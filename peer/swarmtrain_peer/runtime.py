@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,8 +326,8 @@ class PeerRuntime:
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
         self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
 
-    def fetched(self, ticket: int, leaves: Sequence[bytes] | None = None) -> None:
-        self._pass("fetched", ticket, leaves)
+    def fetched(self, ticket: int) -> None:
+        self._pass("fetched", ticket, self.transport.proven_leaves)
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
         self._pass("fetch_failed", ticket, reason)

@@ -133,6 +133,11 @@ class Fetch:
             return self.complete
 
     @property
+    def leaves(self) -> tuple[bytes, ...]:
+        """Leaf hashes of the chunks, proven against the root; empty before that."""
+        return self._leaves or ()
+
+    @property
     def complete(self) -> bool:
         """All chunks are hashed and the leaves are proven, or a chunk is already known wrong."""
         return self._leaves is not None and (not self._hashes_missing or not self.matches)
@@ -178,6 +183,8 @@ class Fetches:
         self._active: dict[PeerId, int] = {}
         self._queues: dict[PeerId, deque[Fetch]] = {}
         self._bulk_was_lost: set[PeerId] = set()
+        self.proven: tuple[bytes, ...] = ()
+        """Leaf hashes of the fetch that ``handler.fetched`` is being told of."""
 
     def fetch(
         self,
@@ -347,6 +354,7 @@ class Fetches:
             self._corrupt(fetch, "a chunk does not match its hash")
             return
         self._forget(fetch)
+        self.proven = fetch.leaves
         self._handler.fetched(fetch.ticket)
 
     def _corrupt(self, fetch: Fetch, why: str) -> None:

@@ -208,6 +208,11 @@ class Transport:
         """
         self._fetches.fetch(ticket, peer, root, first, total_chunks, destinations, timeout_s)
 
+    @property
+    def proven_leaves(self) -> tuple[bytes, ...]:
+        """Within ``handler.fetched``: leaf hashes of what was fetched, so nobody hashes twice."""
+        return self._fetches.proven
+
     def cancel(self, ticket: int) -> None:
         """Forget a fetch; no answer will come."""
         self._fetches.cancel(ticket)

@@ -24,8 +24,8 @@ from swarmtrain_protocols.state import (
     CanonicalState,
     Layout,
     Mapper,
+    chunk_buffers,
     decode_chunks,
-    encode_chunks,
     header_chunk,
     reduce_chunk,
 )
@@ -38,9 +38,9 @@ class _Buffers:
     """One attempt: what was fetched and what was computed."""
 
     opened: RoundOpened
-    contributions: dict[tuple[int, int], list[bytearray]] = field(default_factory=dict)
+    contributions: dict[tuple[int, int], list[memoryview]] = field(default_factory=dict)
     parts: dict[int, Blob] = field(default_factory=dict)
-    incoming: dict[int, list[bytearray]] = field(default_factory=dict)
+    incoming: dict[int, list[memoryview]] = field(default_factory=dict)
     result: Blob | None = None
 
 
@@ -84,7 +84,7 @@ class DataPlane:
         self._attempts: dict[RoundKey, _Buffers] = {}
         self._results: dict[str, list[bytes]] = {}
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
-        self._incoming: dict[bytes, list[bytearray]] = {}
+        self._incoming: dict[bytes, list[memoryview]] = {}
 
     def layout(self, values: int) -> Layout:
         return Layout(values, self._chunk_values)
@@ -111,22 +111,34 @@ class DataPlane:
 
     # -- contributions ----------------------------------------------------------------------
 
-    def encode(self, values: F32, codec: str) -> Blob:
+    def encode(self, values: F32, codec: str, *, borrow: bool = False) -> Blob:
         """Encode and register a contribution f32[n].
+
+        With ``borrow`` the bytes of an fp32 contribution are those of ``values`` themselves, which
+        must hold still until the contribution is decided.
 
         Raises:
             LocalProtocolError: NaN, infinity or absurd magnitudes in it.
         """
-        check_finite(values)
-        chunks = encode_chunks(values, get_codec(codec), chunk_values=self._chunk_values)
+        layout, coder = self.layout(values.size), get_codec(codec)
+        if borrow and codec == "fp32":
+            whole = memoryview(values.data).cast("B")
+            chunks = [whole[p.start * 4 : p.stop * 4] for p in map(layout.part, _all(layout))]
+        else:
+            borrow = False
+            chunks = chunk_buffers([layout.encoded_nbytes(i, coder) for i in _all(layout)])
         leaves: list[bytes] = [b""] * len(chunks)
 
-        def hash_chunk(index: int) -> None:
+        def work(index: int) -> None:
+            part = values[layout.part(index)]
+            check_finite(part)
+            if not borrow:
+                coder.encode(part, chunks[index])
             leaves[index] = leaf_hash(chunks[index])
 
-        for _ in self._run(hash_chunk, range(len(chunks))):
+        for _ in self._run(work, _all(layout)):
             pass
-        blob = Blob([memoryview(c) for c in chunks], leaves)
+        blob = Blob(chunks, leaves)
         self.register(blob)
         return blob
 
@@ -141,9 +153,9 @@ class DataPlane:
         Raises:
             LocalProtocolError: the attempt is not open here.
         """
-        return [memoryview(b) for b in self._allocate(purpose, first, count)]
+        return self._allocate(purpose, first, count)
 
-    def _allocate(self, purpose: object, first: int, count: int) -> list[bytearray]:
+    def _allocate(self, purpose: object, first: int, count: int) -> list[memoryview]:
         if isinstance(purpose, fx.ContributionPart):
             buffers = self._buffers(purpose.key)
             taken = self._part_memory(buffers.opened, purpose.part, scatter=True)
@@ -162,7 +174,7 @@ class DataPlane:
             raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
         whole = self._incoming.get(purpose.root)
         if whole is None:
-            whole = [bytearray(size) for size in sizes]
+            whole = chunk_buffers(sizes)
             self._incoming[purpose.root] = whole
         return whole[first : first + count]
 
@@ -183,14 +195,13 @@ class DataPlane:
             raise LocalProtocolError("no such attempt", str(key))
         return buffers
 
-    def _part_memory(self, opened: RoundOpened, part: int, *, scatter: bool) -> list[bytearray]:
+    def _part_memory(self, opened: RoundOpened, part: int, *, scatter: bool) -> list[memoryview]:
         codec = get_codec(opened.scatter_codec if scatter else opened.gather_codec)
         layout = self.layout(opened.values)
         item = opened.parts[part]
-        return [
-            bytearray(layout.encoded_nbytes(i, codec))
-            for i in range(item.first, item.first + item.count)
-        ]
+        return chunk_buffers(
+            [layout.encoded_nbytes(i, codec) for i in range(item.first, item.first + item.count)]
+        )
 
     def _encoded_sizes(self, values: int, codec_name: str) -> list[int]:
         layout, codec = self.layout(values), get_codec(codec_name)
@@ -218,8 +229,7 @@ class DataPlane:
         elif isinstance(purpose, fx.ResultPart):
             buffers = self._buffers(purpose.key)
             chunks = buffers.incoming.pop(purpose.part)
-            views = [memoryview(c) for c in chunks]
-            blob = Blob(views, leaves) if leaves is not None else Blob.of(views)
+            blob = Blob(chunks, leaves) if leaves is not None else Blob.of(chunks)
             buffers.parts[purpose.part] = blob
             self.register(blob)
 
@@ -236,23 +246,23 @@ class DataPlane:
         codec_in, codec_out = get_codec(opened.scatter_codec), get_codec(opened.gather_codec)
         coefficients = [c.value for c in chosen.coefficients]
         sources = [self._source(buffers, part, c.index) for c in chosen.coefficients]
-        out: list[bytearray] = [bytearray()] * item.count
+        out = self._part_memory(opened, part, scatter=False)
         leaves: list[bytes] = [b""] * item.count
 
         def work(offset: int) -> None:
             n = layout.nvalues(item.first + offset)
             column = [chunks[offset] for chunks in sources]
-            out[offset] = reduce_chunk(column, coefficients, codec_in, codec_out, n)
+            reduce_chunk(column, coefficients, codec_in, codec_out, n, out[offset])
             leaves[offset] = leaf_hash(out[offset])
 
         for _ in self._run(work, range(item.count)):
             pass
-        blob = Blob([memoryview(c) for c in out], leaves)
+        blob = Blob(out, leaves)
         buffers.parts[part] = blob
         self.register(blob)
         return blob.root
 
-    def _source(self, buffers: _Buffers, part: int, index: int) -> Sequence[bytearray | memoryview]:
+    def _source(self, buffers: _Buffers, part: int, index: int) -> Sequence[memoryview]:
         fetched = buffers.contributions.get((part, index))
         if fetched is not None:
             return fetched
@@ -286,7 +296,7 @@ class DataPlane:
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
-        blob = Blob.of([memoryview(c) for c in self._incoming.pop(purpose.root)])
+        blob = Blob.of(self._incoming.pop(purpose.root))
         if blob.root != purpose.root:
             raise PeerFault("corrupt", "a fetched result does not match its root")
         self._keep_result(purpose.channel, blob, purpose.values, purpose.codec)
@@ -309,7 +319,9 @@ class DataPlane:
         blob = self._blobs[root]
         values, codec = self._result_codecs[root]
         out = np.empty(values, np.float32)
-        decode_chunks(blob.chunks, get_codec(codec), out, chunk_values=self._chunk_values)
+        decode_chunks(
+            blob.chunks, get_codec(codec), out, chunk_values=self._chunk_values, run=self._run
+        )
         return out
 
     def apply(self, channel: str, round_number: int, root: bytes) -> tuple[int, bytes]:
@@ -354,3 +366,7 @@ class DataPlane:
         return CanonicalState(
             channel, round_number, theta, momentum, chunk_values=self._chunk_values
         )
+
+
+def _all(layout: Layout) -> range:
+    return range(layout.chunks)

@@ -252,21 +252,39 @@ class CanonicalState:
         return f"CanonicalState({self.channel}, round {self.round}, {self.layout.values} values)"
 
 
+def chunk_buffers(sizes: Sequence[int]) -> list[memoryview]:
+    """Writable buffers of these sizes, cut from one allocation (the system gives huge pages)."""
+    whole = memoryview(np.empty(sum(sizes), np.uint8).data)
+    views: list[memoryview] = []
+    start = 0
+    for size in sizes:
+        views.append(whole[start : start + size])
+        start += size
+    return views
+
+
 def encode_chunks(
-    x: F32, codec: Codec, *, chunk_values: int = limits.CHUNK_VALUES
-) -> list[bytes | bytearray]:
+    x: F32, codec: Codec, *, chunk_values: int = limits.CHUNK_VALUES, run: Mapper = map
+) -> list[memoryview]:
     """Encode f32[n], already checked by ``check_finite``, into one buffer per chunk."""
     layout = Layout(x.size, chunk_values)
-    chunks: list[bytes | bytearray] = []
-    for index in range(layout.chunks):
-        out = bytearray(layout.encoded_nbytes(index, codec))
-        codec.encode(x[layout.part(index)], out)
-        chunks.append(out)
+    chunks = chunk_buffers([layout.encoded_nbytes(i, codec) for i in range(layout.chunks)])
+
+    def work(index: int) -> None:
+        codec.encode(x[layout.part(index)], chunks[index])
+
+    for _ in run(work, range(layout.chunks)):
+        pass
     return chunks
 
 
 def decode_chunks(
-    chunks: Sequence[Buffer], codec: Codec, out: F32, *, chunk_values: int = limits.CHUNK_VALUES
+    chunks: Sequence[Buffer],
+    codec: Codec,
+    out: F32,
+    *,
+    chunk_values: int = limits.CHUNK_VALUES,
+    run: Mapper = map,
 ) -> None:
     """Check and decode all chunks of a vector into ``out`` f32[n].
 
@@ -276,9 +294,13 @@ def decode_chunks(
     layout = Layout(out.size, chunk_values)
     if len(chunks) != layout.chunks:
         raise PeerFault("malformed", f"{len(chunks)} chunks, expected {layout.chunks}")
-    for index, data in enumerate(chunks):
-        codec.check(data, layout.nvalues(index), limits.RESULT_MAGNITUDE_MAX)
-        codec.decode(data, out[layout.part(index)])
+
+    def work(index: int) -> None:
+        codec.check(chunks[index], layout.nvalues(index), limits.RESULT_MAGNITUDE_MAX)
+        codec.decode(chunks[index], out[layout.part(index)])
+
+    for _ in run(work, range(layout.chunks)):
+        pass
 
 
 def reduce_chunk(
@@ -287,8 +309,9 @@ def reduce_chunk(
     codec_in: Codec,
     codec_out: Codec,
     n: int,
-) -> bytearray:
-    """One chunk of n values: encode ``sum_i c_i * decode(contribution_i)``, once.
+    out: memoryview | None = None,
+) -> memoryview:
+    """One chunk of n values: encode ``sum_i c_i * decode(contribution_i)``, once, into ``out``.
 
     The sum starts at zero and runs in the order given, which is member order; every product and
     every addition rounds to fp32. Owners, deputies and the simulator get the same bytes from it.
@@ -309,7 +332,8 @@ def reduce_chunk(
             codec_in.decode_accumulate(data, np.float32(coefficient), acc)
     if magnitude_bits(acc) > magnitude_bits_of(limits.RESULT_MAGNITUDE_MAX / 2):
         raise PeerFault("non_finite", "the weighted sum is not finite or too large for a result")
-    out = bytearray(codec_out.encoded_nbytes(n))
+    if out is None:
+        out = memoryview(bytearray(codec_out.encoded_nbytes(n)))
     codec_out.encode(acc, out)
     return out
 
@@ -322,7 +346,7 @@ def reduce_chunks(
     n: int,
     *,
     chunk_values: int = limits.CHUNK_VALUES,
-) -> list[bytearray]:
+) -> list[memoryview]:
     """A part of n values in all its chunks: ``contributions[member][chunk]`` to ``[chunk]``.
 
     See ``reduce_chunk``. Contributions left out by the agreed set are left out here.

@@ -150,3 +150,22 @@ def test_a_site_publishes_a_bounded_number_of_keys() -> None:
     with pytest.raises(LocalProtocolError, match="too many"):
         node.store(0.0, "one more", b"\x01", 60.0)
     node.store(0.0, "k0", b"\x02", 60.0)
+
+
+def test_lost_copies_are_replaced_without_the_publisher() -> None:
+    network = Network(10)
+    nodes = network.grow(30, every_s=0.3)
+    network.run(5)
+    writer = nodes[0]
+    network.settle(writer, writer.store(network.now, "k", encode_value("here"), 600.0))
+
+    def holders() -> list[DhtCore]:
+        return [node for node in network.nodes.values() if node.held.under(KEY, 0.0)]
+
+    network.vanish(writer)
+    for node in [node for node in holders() if node is not writer][:14]:
+        network.vanish(node)
+    assert len(holders()) <= 6
+    network.run(4 * limits.DHT_REPLICATE_S)  # dead contacts leave the tables on the way
+    assert len(network.nodes) == 15
+    assert len(holders()) == 15

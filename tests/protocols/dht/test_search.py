@@ -105,6 +105,14 @@ def test_all_pages_of_a_crowded_key_are_read() -> None:
     assert [r.publisher for r in found.records] == sorted(k.peer_id for k in publishers)
 
 
+def page_of(publisher: int, request: int) -> Values:
+    """One valid record by an invented publisher, and the claim that there are more."""
+    keyring = FakeKeyring("invented")
+    keyring._peer_id = PeerId(publisher.to_bytes(32, "big"))
+    record = sign_record(keyring, RUN, KEY, 1, int(WALL_S) + 300, b"\x01")
+    return Values(request, (record,), (), True)
+
+
 def test_endless_pages_end() -> None:
     network = Network(5)
     liar, reader = network.grow(2)
@@ -115,24 +123,29 @@ def test_endless_pages_end() -> None:
         if not isinstance(message, Values):
             return message
         asked += 1
-        made = [
-            sign_record(FakeKeyring(f"{asked}.{n}"), RUN, KEY, 1, int(WALL_S) + 300, b"\x01")
-            for n in range(64)
-        ]
-        made = sorted(made, key=lambda r: r.publisher)
-        return Values(message.request, tuple(made[:1]), (), True)
+        return page_of(asked, message.request)
 
     network.tampers[liar.me.peer] = endless
     found = network.settle(reader, reader.get_all(network.now, "k"))
-    assert asked <= limits.DHT_RECORDS_PER_KEY_MAX + 1
-    assert found is not None
-    empty_pages = Network(6)
-    liar, reader = empty_pages.grow(2)
-    empty_pages.tampers[liar.me.peer] = lambda m: (
-        Values(m.request, (), (), True) if isinstance(m, Values) else m
+    assert asked == limits.DHT_RECORDS_PER_KEY_MAX + 1
+    assert isinstance(found, DhtFound)
+    assert len(found.records) == asked
+    assert network.faults == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [lambda request: Values(request, (), (), True), lambda request: page_of(1, request)],
+    ids=["empty", "repeated"],
+)
+def test_pages_that_do_not_go_on_are_faults(page: Callable[[int], Values]) -> None:
+    network = Network(6)
+    liar, reader = network.grow(2)
+    network.tampers[liar.me.peer] = lambda message: (
+        page(message.request) if isinstance(message, Values) else message
     )
-    empty_pages.settle(reader, reader.get(empty_pages.now, "k"))
-    assert [(f.code, f.peer) for f in empty_pages.faults] == [("dht_page", liar.me.peer)]
+    network.settle(reader, reader.get(network.now, "k"))
+    assert [(fault.code, fault.peer) for fault in network.faults] == [("dht_page", liar.me.peer)]
 
 
 def test_invented_contacts_cost_time_but_not_the_result() -> None:

@@ -232,8 +232,8 @@ class Phase:
         if found is None or found.seq != seq:
             return False
         shown = session.side.published_round(self.channel)
-        if found.outcome == "committed" and (shown is None or shown < found.round):
-            return False
+        if found.outcome != "aborted" and (shown is None or shown < found.round):
+            return False  # the decision is about a θ that is not shown yet
         self._apply(found)
         return True
 
@@ -342,7 +342,9 @@ class Phase:
         """Go over to the session of now; false if it has no θ yet."""
         if session.number == self._session:
             return True
-        if session.side.published_round(self.channel) is None:
+        shown = session.side.published_round(self.channel)
+        known = session.attached.outcomes.get(self.channel)
+        if shown is None or (known is not None and shown < known.round):
             return False
         path = str(session.side.path)
         if path == self._shm:

@@ -230,6 +230,9 @@ class Swarm:
             self._phase_blocked_s = 0.0
         session = port.session
         if session is not None:
+            if session is not self.attached:
+                self.attached = session
+                self._members = session.attached.members
             self._stop = session.side.should_stop() or self._stop
             shown = [session.side.published_round(p.channel) for p in self._phases]
             self._state = replace(self._state, round=min(r or 0 for r in shown))

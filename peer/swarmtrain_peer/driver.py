@@ -109,7 +109,7 @@ class Driver:
             self._timer.cancel()
             self._timer = None
         deadline = self.node.deadline()
-        if math.isfinite(deadline) and not self._closed:
+        if deadline < math.inf and not self._closed:  # -inf: at once
             delay = max(0.001, deadline - host.mono_s())
             self._timer = self._loop.call_later(delay, self._tick)
 

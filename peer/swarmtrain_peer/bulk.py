@@ -64,9 +64,16 @@ class BulkConnection:
     """One established bulk connection to an authenticated peer."""
 
     def __init__(
-        self, pool: BulkPool, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink
+        self,
+        pool: BulkPool,
+        sock: socket.socket,
+        peer: PeerId,
+        keys: BulkKeys,
+        sink: Sink,
+        name: bytes,
     ) -> None:
         self.peer = peer
+        self.name = name
         self.received_bytes = 0
         self.sent_bytes = 0
         self.queued_bytes = 0
@@ -286,9 +293,11 @@ class BulkPool:
         for thread in self._threads:
             thread.start()
 
-    def add(self, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink) -> BulkConnection:
-        """Serve an established connection from now on."""
-        conn = BulkConnection(self, sock, peer, keys, sink)
+    def add(
+        self, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink, name: bytes = b""
+    ) -> BulkConnection:
+        """Serve an established connection from now on; both sides know it by ``name``."""
+        conn = BulkConnection(self, sock, peer, keys, sink, name)
         for fd in (conn.read_fd, conn.write_fd):
             self._connections[fd] = conn
             self._poller.add(fd)

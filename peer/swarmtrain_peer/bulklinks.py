@@ -20,6 +20,7 @@ from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.messages.fetch import BulkClosed
 from swarmtrain_protocols.noise import TAG_BYTES
 
 _DIAL_ATTEMPTS = 3
@@ -35,7 +36,8 @@ class BulkUsers(Protocol):
 
     def bulk_up(self, conn: BulkConnection) -> None: ...
 
-    def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None: ...
+    def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
+        """Tell the other side (``BulkClosed``), then settle what was on it."""
 
     def no_bulk(self, peer: PeerId) -> None: ...
 
@@ -93,6 +95,13 @@ class BulkLinks:
             pair.task.cancel()
         for conn in pair.connections:
             conn.abandon()
+
+    def receive(self, peer: PeerId, message: BulkClosed) -> None:
+        """The other side has lost a connection, which may still look alive here."""
+        pair = self._pairs.get(peer)
+        for conn in pair.connections if pair else ():
+            if conn.name == message.connection:
+                conn.abandon()
 
     def connections(self, peer: PeerId) -> list[BulkConnection]:
         """Those to ``peer`` that are up; marks them as used."""
@@ -175,7 +184,7 @@ class BulkLinks:
                 keys = BulkKeys(pair.secret, nonce, theirs, initiator=True)
                 keys.check(answer[bulklink.NONCE_BYTES :])
                 await self._loop.sock_sendall(sock, keys.prove())
-            self._add(peer, pair, sock, keys)
+            self._add(peer, pair, sock, keys, nonce)
             stack.pop_all()
 
     async def accept(self, sock: socket.socket) -> None:
@@ -201,11 +210,13 @@ class BulkLinks:
                 self.refused += 1
                 return
             if self._pairs.get(peer) is pair and self._make_room():
-                self._add(peer, pair, sock, keys)
+                self._add(peer, pair, sock, keys, theirs)
                 stack.pop_all()
 
-    def _add(self, peer: PeerId, pair: _Pair, sock: socket.socket, keys: BulkKeys) -> None:
-        conn = self._pool.add(sock, peer, keys, self)
+    def _add(
+        self, peer: PeerId, pair: _Pair, sock: socket.socket, keys: BulkKeys, name: bytes
+    ) -> None:
+        conn = self._pool.add(sock, peer, keys, self, name)
         pair.connections.append(conn)
         self._used_at[conn] = self._loop.time()
         self._users.bulk_up(conn)

@@ -26,6 +26,21 @@ _RUNNING_MAX = 2 * limits.FETCHES_IN_FLIGHT_PER_PEER_MAX
 """The asker may hold all chunks, and ask for more, before this side has noted the last as sent."""
 
 
+class _Served:
+    """One request: its jobs, kept for a while after they are done."""
+
+    __slots__ = ("jobs", "unfinished")
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.unfinished = 0
+
+    @property
+    def comes(self) -> bool:
+        """All of it is, or was, on connections that live, or waits for one."""
+        return all(job.conn is None or job.conn.alive for job in self.jobs)
+
+
 class Serving:
     """Answers fetch requests.
 
@@ -46,9 +61,8 @@ class Serving:
         self._send = send
         self._need_bulk = need_bulk
         self._connections = connections
-        self._jobs: dict[PeerId, dict[int, list[Job]]] = {}
+        self._served: dict[PeerId, dict[int, _Served]] = {}
         self._waiting: dict[PeerId, list[Job]] = {}
-        self._answered: dict[PeerId, dict[int, BulkConnection]] = {}
 
     def wants_bulk(self, peer: PeerId) -> bool:
         """Jobs for this peer wait for a bulk connection."""
@@ -60,11 +74,7 @@ class Serving:
             case FetchRequest():
                 self._serve(peer, message)
             case FetchCancel(request=request):
-                for job in self._jobs.get(peer, {}).get(request, ()):
-                    job.cancelled = True
-                    if job in self._waiting.get(peer, ()):
-                        self._waiting[peer].remove(job)
-                        self._done(peer, job)
+                self._drop(peer, request)
 
     def bulk_up(self, conn: BulkConnection) -> None:
         """A bulk connection is ready: what waits goes out."""
@@ -75,8 +85,9 @@ class Serving:
     def bulk_lost(self, conn: BulkConnection) -> None:
         """Jobs that had begun are refused as lost; those that had not wait for a new connection."""
         for job in conn.unsent_jobs():
-            if job.request not in self._jobs.get(conn.peer, {}):
-                continue  # the peer itself is gone
+            served = self._served.get(conn.peer, {}).get(job.request)
+            if served is None or job not in served.jobs:
+                continue  # cancelled, asked for again, or the peer itself is gone
             if job.started:
                 self._refuse(conn.peer, job.request, "lost")
             else:
@@ -84,26 +95,29 @@ class Serving:
 
     def no_bulk(self, peer: PeerId) -> None:
         """No bulk connection can be made to this peer."""
-        for job in self._waiting.pop(peer, []):
+        for job in list(self._waiting.get(peer, ())):
             self._refuse(peer, job.request, "lost")
 
     def peer_lost(self, peer: PeerId) -> None:
         """The control link is gone: nobody waits for an answer."""
         self._waiting.pop(peer, None)
-        self._answered.pop(peer, None)
-        for jobs in self._jobs.pop(peer, {}).values():
-            for job in jobs:
+        for served in self._served.pop(peer, {}).values():
+            for job in served.jobs:
                 job.cancelled = True
+
+    def running(self, peer: PeerId) -> int:
+        """Requests whose chunks are not all handed to the kernel."""
+        return sum(served.unfinished > 0 for served in self._served.get(peer, {}).values())
 
     # Internals --------------------------------------------------------------------------------
 
     def _serve(self, peer: PeerId, request: FetchRequest) -> None:
         number, first, count = request.request, request.first, request.count
-        running = self._jobs.get(peer, {})
-        answered = self._answered.get(peer, {}).get(number)
-        if number in running or (answered is not None and answered.alive):
-            return  # asked again after a lost connection, but this one was on another
-        if len(running) >= _RUNNING_MAX:
+        before = self._served.get(peer, {}).get(number)
+        if before is not None and before.comes:
+            return  # asked again after a lost connection, but this one is not on it
+        self._drop(peer, number)
+        if self.running(peer) >= _RUNNING_MAX:
             self._refuse(peer, number, "busy")
             return
         blob = self._provide(request.root)
@@ -133,12 +147,13 @@ class Serving:
 
     def _queue(self, peer: PeerId, number: int, large: list[tuple[int, memoryview]]) -> None:
         streams = max(1, min(len(self._connections(peer)), len(large)))
-        jobs = [
-            Job(number, large[i::streams], lambda job: self._done_later(peer, job))
-            for i in range(streams)
-        ]
-        self._jobs.setdefault(peer, {})[number] = jobs
-        for job in jobs:
+        served = _Served()
+        self._served.setdefault(peer, {})[number] = served
+        for i in range(streams):
+            job = Job(number, large[i::streams], lambda job: self._done_later(peer, job))
+            served.jobs.append(job)
+            served.unfinished += 1
+        for job in served.jobs:
             self._assign(peer, job)
 
     def _assign(self, peer: PeerId, job: Job) -> None:
@@ -154,21 +169,24 @@ class Serving:
             self._loop.call_soon_threadsafe(self._done, peer, job)
 
     def _done(self, peer: PeerId, job: Job) -> None:
-        running = self._jobs.get(peer, {})
-        jobs = running.get(job.request, [])
-        if job in jobs:
-            jobs.remove(job)
-            if job.conn is not None and not job.cancelled:
-                answered = self._answered.setdefault(peer, {})
-                answered[job.request] = job.conn
-                if len(answered) > limits.FETCHES_IN_FLIGHT_PER_PEER_MAX:
-                    del answered[next(iter(answered))]
-            if not jobs:
-                del running[job.request]
-        if not running:
-            self._jobs.pop(peer, None)
+        all_served = self._served.get(peer, {})
+        served = all_served.get(job.request)
+        if served is None or job not in served.jobs:
+            return
+        served.unfinished -= 1
+        if len(all_served) > _RUNNING_MAX:  # more than can be asked for again: forget the oldest
+            done = next((n for n, s in all_served.items() if not s.unfinished), None)
+            if done is not None:
+                del all_served[done]
+
+    def _drop(self, peer: PeerId, number: int) -> None:
+        """Nobody wants this answer any more."""
+        served = self._served.get(peer, {}).pop(number, None)
+        for job in served.jobs if served else ():
+            job.cancelled = True
+            if job in self._waiting.get(peer, ()):
+                self._waiting[peer].remove(job)
 
     def _refuse(self, peer: PeerId, number: int, code: str) -> None:
-        for job in self._jobs.get(peer, {}).pop(number, ()):
-            job.cancelled = True
+        self._drop(peer, number)
         self._send(peer, FetchRefused(request=number, code=code), b"")

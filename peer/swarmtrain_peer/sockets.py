@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import join_address
 
 _BACKLOG = 128
@@ -17,6 +18,8 @@ def tune(sock: socket.socket, *, bulk: bool) -> str:
     Buffer sizes are left alone: setting them turns the kernel's autotuning off.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if bulk:  # control links have pings of their own
+        _end_if_dead(sock)
     if not hasattr(socket, "TCP_CONGESTION"):
         return "unknown"
     if bulk:
@@ -24,6 +27,20 @@ def tune(sock: socket.socket, *, bulk: bool) -> str:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
     name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
     return name.split(b"\0")[0].decode("ascii")
+
+
+def _end_if_dead(sock: socket.socket) -> None:
+    """Have the kernel end a connection whose other side is silent, as soon as the control link."""
+    silence_s = int(limits.IDLE_TIMEOUT_S)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", silence_s // 2),
+        ("TCP_KEEPINTVL", max(1, silence_s // 8)),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", 1000 * silence_s),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def receive_exactly(

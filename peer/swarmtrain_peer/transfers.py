@@ -30,7 +30,7 @@ from swarmtrain_protocols.messages.fetch import (
 
 _LEAVES_ON_LOOP_MAX = 64
 """More leaves than that are checked on a thread: the loop must not stall for a tree."""
-_ASK_MAX = 3
+_ASK_MAX = 8
 """Times a request is sent if bulk connections are lost before anything came over them."""
 
 
@@ -182,7 +182,6 @@ class Fetches:
         self._by_ticket: dict[int, Fetch] = {}
         self._active: dict[PeerId, int] = {}
         self._queues: dict[PeerId, deque[Fetch]] = {}
-        self._bulk_was_lost: set[PeerId] = set()
         self.proven: tuple[bytes, ...] = ()
         """Leaf hashes of the fetch that ``handler.fetched`` is being told of."""
 
@@ -227,27 +226,22 @@ class Fetches:
         """A fetch from this peer waits for chunks that need a bulk connection."""
         return any(f.peer == peer and f.uses_bulk and f.asked for f in self._by_request.values())
 
-    def bulk_up(self, conn: BulkConnection) -> None:
-        """Ask again what may have been answered into a connection that was lost."""
-        if conn.peer not in self._bulk_was_lost:
-            return
-        for fetch in self._by_request.values():
-            waits = fetch.asked and fetch.uses_bulk and not fetch.touched
-            if waits and fetch.peer == conn.peer:
-                self._ask(fetch, dial=False)
-
     def peer_lost(self, peer: PeerId) -> None:
         """The control link is gone, or never came about."""
-        self._bulk_was_lost.discard(peer)
         lost = [f for f in self._by_request.values() if f.peer == peer]
         for fetch in sorted(lost, key=lambda f: f.asked):  # those that wait first: none may start
             self._fail(fetch, "disconnected")
 
     def bulk_lost(self, conn: BulkConnection, faulty: bool) -> None:
-        """A bulk connection ended: what came over it in part is lost, the rest may still come."""
-        self._bulk_was_lost.add(conn.peer)
-        for fetch in [f for f in self._by_request.values() if conn in f.touched]:
-            self._fail(fetch, "corrupt" if faulty else "disconnected")
+        """A bulk connection ended: what came over it in part has failed.
+
+        What had not begun is asked for again: its answer may have been on that connection.
+        """
+        for fetch in [f for f in self._by_request.values() if f.peer == conn.peer and f.asked]:
+            if conn in fetch.touched:
+                self._fail(fetch, "corrupt" if faulty else "disconnected")
+            elif fetch.uses_bulk and fetch.active and not fetch.touched:
+                self._ask_again(fetch)
 
     def no_bulk(self, peer: PeerId) -> None:
         """No bulk connection to this peer can be made."""
@@ -262,7 +256,10 @@ class Fetches:
                     self._accepted(fetch, message)
             case FetchRefused(request=request, code=code):
                 if fetch := self._of(peer, request):
-                    self._refused(fetch, code)
+                    if code == "lost":
+                        self._ask_again(fetch)
+                    else:
+                        self._fail(fetch, f"refused:{code}")
             case FetchChunk(request=request, index=index):
                 if fetch := self._of(peer, request):
                     self._inline(fetch, index - fetch.first, payload)
@@ -283,14 +280,12 @@ class Fetches:
         )
         return self._send(fetch.peer, request, dial)
 
-    def _refused(self, fetch: Fetch, code: str) -> None:
-        if code != "lost":
-            self._fail(fetch, f"refused:{code}")
-        elif not fetch.touched and fetch.asked < _ASK_MAX:
-            self._ask(fetch, dial=False)  # it was queued on a connection that was dying
-            self._need_bulk(fetch.peer)
-        else:
+    def _ask_again(self, fetch: Fetch) -> None:
+        if fetch.touched or fetch.asked >= _ASK_MAX:
             self._fail(fetch, "disconnected")
+        else:
+            self._ask(fetch, dial=False)
+            self._need_bulk(fetch.peer)
 
     def _start(self, peer: PeerId) -> None:
         queue = self._queues.get(peer)

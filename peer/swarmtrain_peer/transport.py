@@ -416,6 +416,8 @@ class Transport:
             self._fetches.receive(peer, message, payload)
         elif isinstance(message, _FOR_SERVING):
             self._serving.receive(peer, message)
+        elif isinstance(message, fetch.BulkClosed):
+            self._bulk.receive(peer, message)
         else:
             self._handler.message(peer, message)
 
@@ -456,13 +458,14 @@ class Transport:
     def bulk_up(self, conn: BulkConnection) -> None:
         """See ``bulklinks.BulkUsers``."""
         self._serving.bulk_up(conn)
-        self._fetches.bulk_up(conn)
 
     def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
         """See ``bulklinks.BulkUsers``."""
         if fault is not None:
             self._count(f"fault_{fault.code}")
             self._handler.peer_fault(conn.peer, fault.code, fault.why)
+        if conn.peer in self._table.links:
+            self._send_open(conn.peer, fetch.BulkClosed(connection=conn.name), b"")
         self._fetches.bulk_lost(conn, fault is not None)
         self._serving.bulk_lost(conn)
 

@@ -11,7 +11,7 @@ import pytest
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.merkle import Blob
-from swarmtrain_protocols.messages.fetch import FetchChunk, FetchRequest
+from swarmtrain_protocols.messages.fetch import BulkClosed, FetchChunk, FetchRequest
 from tests.peer.test_transport import LEAVE, go
 from tests.peer.transport_kit import Node, blob_of, same
 
@@ -269,6 +269,27 @@ def test_a_lost_bulk_connection_fails_what_was_on_it_and_a_new_one_is_made() -> 
     go(main())
 
 
+def test_a_connection_that_only_one_side_has_lost() -> None:
+    """The provider's end looks alive: it is told, and answers over a new connection."""
+
+    async def main() -> None:
+        async with Node(1) as a, Node(2) as b:
+            await a.join(b)
+            blob = b.hold(blob_of(FRAME))
+            a.fetch(1, b, blob)
+            await a.until("fetched", 1)
+            (mine,) = a.transport._bulk.connections(b.id)[:1]
+            theirs = next(c for c in b.transport._bulk.connections(a.id) if c.name == mine.name)
+            assert a.transport.send(b.id, BulkClosed(connection=mine.name))
+            assert a.transport.send(b.id, BulkClosed(connection=b"unknown, ignored"))
+            buffers = a.fetch(2, b, blob)
+            await a.until("fetched", 2)
+            assert same(buffers, blob) and not theirs.alive
+            assert theirs.sent_bytes < 2 * FRAME
+
+    go(main())
+
+
 def test_messages_pass_while_bulk_flows() -> None:
     async def main() -> None:
         async with Node(1) as a, Node(2) as b:
@@ -313,7 +334,7 @@ def test_requests_over_the_limit_are_refused_as_busy() -> None:
                 link.send(FetchRequest(request=i, root=blob.root, first=0, count=1))  # ignored
             a.fetch(0, b, blob)
             await a.until("failed", 0, "refused:busy")
-            assert len(b.transport._serving._jobs[a.id]) == many
+            assert b.transport._serving.running(a.id) == many
 
     go(main())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from swarmtrain_protocols.messages.common import Count, Hash, Hashes, Name
 
@@ -44,6 +47,15 @@ class FetchChunk(msgspec.Struct, frozen=True, tag="chunk"):
 
     request: Count
     index: Count
+
+
+class BulkClosed(msgspec.Struct, frozen=True, tag="bulk-closed"):
+    """The sender has lost the bulk connection that was opened with this initiator's nonce.
+
+    Sent before any request is repeated, so that nothing is sent into a connection that is dead.
+    """
+
+    connection: Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class FetchCancel(msgspec.Struct, frozen=True, tag="fetch-cancel"):

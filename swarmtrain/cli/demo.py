@@ -75,6 +75,7 @@ class DemoOptions:
     codec: str = "int8"
     chaos: bool = False
     dashboard: bool = True
+    seed: int = 1234
 
     @property
     def rounds(self) -> int:
@@ -84,6 +85,7 @@ class DemoOptions:
         """The run: it begins with all members, and goes on with those that are there."""
         return RunKeys(
             name="demo",
+            seed=self.seed,
             inner_steps=INNER_STEPS,
             total_steps=self.rounds * INNER_STEPS,
             inner_warmup_steps=min(50, self.steps // 5),
@@ -358,6 +360,7 @@ def demo(
     codec: Annotated[str, typer.Option("--codec", help="fp32, bf16, int8, int4, ...")] = "int8",
     chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
     dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard")] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data.")] = 1234,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary folder.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -367,7 +370,7 @@ def demo(
     """
     output = Output(as_json=as_json)
     steps = steps or (STEPS_CHAOS if chaos else STEPS)
-    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard)
+    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard, seed)
     folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
     started_s = host.mono_s()
     try:

@@ -61,7 +61,7 @@ class LogNode:
             records=ctx.records,
             genesis=genesis,
             snapshot_of=self.snapshot,
-            compact_every=40,
+            compact_every=20,
         )
         self.log.set_stewards_known(ctx.now, [ctx.peers[n] for n in STEWARDS if n != ctx.name])
         self.collect()
@@ -198,7 +198,7 @@ def run_log(seed: int, schedule: list[Fault]) -> tuple[World, OneLog, str]:
     world = World(seed)
     checker = OneLog()
     for index, name in enumerate(NAMES):
-        world.add(name, LogNode, start_s=0.3 * index)
+        world.add(name, LogNode, start_s=12.0 if name == "e" else 0.3 * index)
     world.watch(checker)
     world.plan(schedule)
     try:

@@ -70,6 +70,7 @@ class NetworkModel:
             duplicate=0.0 if stream else pick(0.0, 0.02, 0.1),
             corrupt=pick(0.0, 0.0, 0.02),
             rate_bytes_per_s=pick(2e4, 1e5, 1e7),
+            sync_s=(0.0005, pick(0.002, 0.02, 0.2)),
         )
 
     def healed(self) -> NetworkModel:

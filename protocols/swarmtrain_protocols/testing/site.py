@@ -165,25 +165,27 @@ class Site:
                 for index, chunk in enumerate(saved.chunks):
                     state.load_chunk(index, chunk)
                 self._checkpoints[saved.channel] = saved.round
+                self.plane.states[saved.channel] = state
+                self._load_results(state)
                 self._adopt(now, state)
-                self._feed(now, saved.channel)
 
-    def _feed(self, now: float, channel: str) -> None:
-        """Offer the result that follows the own state from the disk, if it is there.
+    def _load_results(self, state: CanonicalState) -> None:
+        """Have the results that follow a loaded state at hand.
 
-        It may be of an attempt that was aborted: the core applies it only if the log has committed
-        this very root.
+        They may be of attempts that were aborted: the core applies one only if the log has
+        committed this very root.
         """
-        saved = self._saved_result(channel, self.plane.states[channel].round)
-        track = self.core.catchup.tracks[channel]
-        if saved is None or track.busy or track.download is not None:
-            return
-        purpose = fx.WholeResult(saved.channel, saved.round, saved.root, saved.values, saved.codec)
-        places = self.plane.destinations(purpose, 0, len(saved.chunks))
-        for place, chunk in zip(places, saved.chunks, strict=True):
-            place[:] = chunk
-        self.plane.complete(purpose)
-        self.core.completed(now, purpose)
+        round_number = state.round
+        while (saved := self._saved_result(state.channel, round_number)) is not None:
+            purpose = fx.WholeResult(
+                saved.channel, saved.round, saved.root, saved.values, saved.codec
+            )
+            places = self.plane.destinations(purpose, 0, len(saved.chunks))
+            for place, chunk in zip(places, saved.chunks, strict=True):
+                place[:] = chunk
+            self.plane.complete(purpose)
+            self.core.member.in_place[saved.channel, saved.round] = saved.root
+            round_number += 1
 
     def _saved_result(self, channel: str, round_number: int) -> _SavedResult | None:
         data = self.ctx.disk.read(f"result/{channel}/{round_number}")
@@ -430,7 +432,6 @@ class Site:
             self._checkpoint(channel)
         self._serve_snapshot(channel)
         self.core.applied(now, channel, round_number, state_hash)
-        self._feed(now, channel)
 
     def _checkpoint(self, channel: str) -> None:
         """Save the state; results before the last checkpoint are not needed any more."""

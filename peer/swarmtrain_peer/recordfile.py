@@ -1,8 +1,9 @@
 """A file of records that survives crashes: the disk behind ``core.Persist``.
 
-Each record is ``u32 length, u32 CRC-32 of the record, record`` (little-endian). ``write`` returns
-when the records are durable. A torn tail is cut off on load; damage before the end is an error,
-because records behind it would be lost in silence.
+Each record is ``u32 length, u32 CRC-32 of the record, u32 CRC-32 of these 8 bytes, record``
+(little-endian). ``write`` returns when the records are durable. A torn tail, which nobody was told
+of, is cut off on load; damage before the end is an error, because records behind it, a vote
+perhaps, would be lost in silence.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swarmtrain_peer.files import FileSystem, disk_errors, write_atomic
-from swarmtrain_protocols.errors import CheckpointError
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.errors import CheckpointError, LocalProtocolError
 
-_HEAD = struct.Struct("<II")
-RECORD_BYTES_MAX = 32 * 1024 * 1024
+_HEAD = struct.Struct("<III")
 
 
 def _framed(record: bytes) -> bytes:
-    return _HEAD.pack(len(record), zlib.crc32(record)) + record
+    head = _HEAD.pack(len(record), zlib.crc32(record), 0)[:8]
+    return head + zlib.crc32(head).to_bytes(4, "little") + record
 
 
 class RecordFile:
@@ -45,10 +47,10 @@ class RecordFile:
             return []
         records, end = _parse(data)
         if end < len(data):
-            if _more_behind(data, end):
+            if not _is_torn(data, end):
                 raise CheckpointError(
                     f"{self._path} is damaged",
-                    f"at byte {end}, with records behind it",
+                    f"at byte {end}, and not by a torn write",
                     "restore it from a backup, or leave and join again",
                 )
             with disk_errors("repair", self._path), open(self._path, "r+b") as file:
@@ -63,7 +65,11 @@ class RecordFile:
 
         Raises:
             DiskFull, CheckpointError: nothing of these may be taken as durable.
+            LocalProtocolError: a record is longer than ``load`` would believe.
         """
+        longest = max((len(record) for record, _ in records), default=0)
+        if longest > limits.RECORD_BYTES_MAX:
+            raise LocalProtocolError("record refused", f"it has {longest} bytes")
         start = max((i for i, (_, reset) in enumerate(records) if reset), default=None)
         with disk_errors("write", self._path):
             if start is not None:
@@ -88,25 +94,38 @@ class RecordFile:
 
 
 def _parse(data: bytes) -> tuple[list[bytes], int]:
+    """Good records from the beginning, and where they end."""
     records: list[bytes] = []
     at = 0
-    while at + _HEAD.size <= len(data):
-        length, checksum = _HEAD.unpack_from(data, at)
-        end = at + _HEAD.size + length
-        if length > RECORD_BYTES_MAX or end > len(data):
-            break
-        record = data[at + _HEAD.size : end]
-        if zlib.crc32(record) != checksum:
-            break
+    while (record := _record(data, at)) is not None:
         records.append(record)
-        at = end
+        at += _HEAD.size + len(record)
     return records, at
 
 
-def _more_behind(data: bytes, at: int) -> bool:
-    """A whole good record after the damage: then it is no torn tail."""
+def _record(data: bytes, at: int) -> bytes | None:
+    length = _length(data, at)
+    if length is None:
+        return None
+    start = at + _HEAD.size
+    record = data[start : start + length]
+    good = len(record) == length and zlib.crc32(record) == _HEAD.unpack_from(data, at)[1]
+    return record if good else None
+
+
+def _length(data: bytes, at: int) -> int | None:
+    """What the head at ``at`` says, if it is whole and undamaged."""
     if at + _HEAD.size > len(data):
-        return False
-    length = _HEAD.unpack_from(data, at)[0]
-    behind = at + _HEAD.size + length
-    return length <= RECORD_BYTES_MAX and behind < len(data) and bool(_parse(data[behind:])[0])
+        return None
+    length, _, checksum = _HEAD.unpack_from(data, at)
+    good = zlib.crc32(data[at : at + 8]) == checksum and length <= limits.RECORD_BYTES_MAX
+    return int(length) if good else None
+
+
+def _is_torn(data: bytes, at: int) -> bool:
+    """True if a crash in mid-append explains what is at ``at``: a prefix, or blocks of zeros."""
+    rest = data[at:]
+    length = _length(data, at)
+    if len(rest) < _HEAD.size or not any(rest):
+        return True
+    return length is not None and at + _HEAD.size + length >= len(data)

@@ -6,12 +6,11 @@ from collections import Counter
 
 import pytest
 
+from swarmtrain_protocols.core import Emit, Send
 from swarmtrain_protocols.entries import Paused
-from swarmtrain_protocols.errors import LocalProtocolError
-from tests.protocols.log_world import (
-    World,
-    instant,
-)
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.messages.log import Append, AppendReply
+from tests.protocols.log_world import TIMEOUTS, Site, World, instant
 
 
 def test_three_stewards_commit_in_one_round_trip() -> None:
@@ -56,3 +55,82 @@ def test_promotion_and_back_again() -> None:
     log = world.sites["a"].core._s.log  # type: ignore[union-attr]
     bodies = [log.trust.genesis(log.genesis)[0].steward == world.sites["a"].id]
     assert bodies == [True] and len(log.links) == 12
+
+
+def test_a_lost_message_is_made_good_within_a_heartbeat_or_two() -> None:
+    world = World(23, "abc").settled("abc")
+    world.run(1.0)
+    leader = world.leader()
+    assert leader is not None
+    others = "".join(n for n in "abc" if n != leader.name)
+    world.split(leader.name, others)
+    for _ in range(5):
+        world.propose()
+        world.run(0.01)
+    world.cut = set()
+    assert world.run(3 * TIMEOUTS.heartbeat_s, lambda: _shows(world, leader))
+    assert leader.core is not None and leader.core.is_leader
+
+
+def _shows(world: World, leader: Site) -> bool:
+    assert leader.core is not None
+    index = leader.core.last_index
+    return all(site.shown.index == index for site in world.sites.values())
+
+
+def test_a_signature_that_covers_something_else_is_a_fault_and_counts_for_nothing() -> None:
+    world = World(24, "abc").settled("abc")
+    leader = world.leader()
+    assert leader is not None and leader.core is not None
+    core = leader.core
+    index = core.propose(world.now, Paused("x"))
+    core.drain()
+    for site in world.sites.values():
+        if site is not leader:
+            bad = AppendReply(0, core.term, True, index, 0, 0, bytes(64))
+            core.receive(world.now, site.id, bad)
+    events = [e.event for e in core.drain() if isinstance(e, Emit)]
+    assert [e.code for e in events if isinstance(e, PeerFault)] == ["bad_signature"] * 2
+    assert core.commit_index == index - 1
+
+
+def test_an_acknowledgement_of_what_was_never_sent_is_a_fault() -> None:
+    world = World(25, "abc").settled("abc")
+    leader = world.leader()
+    assert leader is not None and leader.core is not None
+    other = next(s for s in world.sites.values() if s is not leader)
+    core = leader.core
+    core.receive(world.now, other.id, AppendReply(0, core.term, True, 10_000, 0, 0))
+    events = [e.event for e in core.drain() if isinstance(e, Emit)]
+    assert [e.code for e in events if isinstance(e, PeerFault)] == ["unexpected"]
+
+
+def test_a_newcomer_that_does_not_catch_up_holds_nobody_up() -> None:
+    world = World(26, "abcd")
+    world.start("ab")
+    world.admit("bcd")
+    world.vote_with("abc")  # c is not there
+    for _ in range(10):
+        world.propose()
+        world.run(0.1)
+    leader = world.leader()
+    assert leader is not None and leader.core is not None
+    assert leader.core.changing and leader.core.commit_index == leader.core.last_index
+    assert leader.core.voters == (leader.id,)
+    world.start("cd")
+    world.vote_with("abd")  # another plan replaces the one that did not come about
+    assert world.run(5.0, lambda: world.set_in_force("abd"))
+    assert not leader.core.changing
+    world.vote_with("abd")
+    assert not leader.core.changing
+
+
+def test_all_proposals_of_a_turn_travel_in_one_message_per_steward() -> None:
+    world = World(27, "abc").settled("abc")
+    world.run(1.0)
+    leader = world.leader()
+    assert leader is not None and leader.core is not None
+    for n in range(20):
+        leader.core.propose(world.now, Paused(str(n)))
+    sent = [e.message for e in leader.core.drain() if isinstance(e, Send)]
+    assert [len(m.entries) for m in sent if isinstance(m, Append)] == [20, 20]

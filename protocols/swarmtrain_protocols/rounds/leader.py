@@ -26,6 +26,8 @@ from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 
 RECHECK_S = 0.1
+REPORT_WAIT_S = 2.0
+"""A new leader knows of nobody's state; links come up and reports follow within moments."""
 
 
 @dataclass(slots=True)
@@ -83,11 +85,13 @@ class RoundLeader:
         self._phases: dict[str, _Phase] = {}
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
+        self._active_since = -math.inf
         self._loss = LossWatch()
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
         self.active = active
+        self._active_since = now
         self._lobbies.clear()
         self._phases.clear()
         self._leaving.clear()
@@ -302,7 +306,10 @@ class RoundLeader:
 
     def _at_work(self, lobby: _Lobby, member: bytes, number: int) -> bool:
         report = lobby.reports.get(member)
-        return report is not None and report.ready and report.trains and report.round == number
+        if report is None:
+            return self._now < self._active_since + REPORT_WAIT_S
+        # Whoever was in step a round ago is applying the result at this moment.
+        return report.ready and report.trains and number - 1 <= report.round <= number
 
     def _grace(self, name: str, lobby: _Lobby) -> float:
         if name.startswith("group/"):
@@ -474,11 +481,11 @@ class RoundLeader:
         if not self.active:
             return math.inf
         times = [self._loss.deadline()]
-        times += [
-            lobby.first_ready + self._grace(name, lobby)
-            for name, lobby in self._lobbies.items()
-            if lobby.ready and name not in self._phases and lobby.proposed_open is None
-        ]
+        for name, lobby in self._lobbies.items():
+            if lobby.ready and name not in self._phases and lobby.proposed_open is None:
+                times.append(lobby.first_ready + self._grace(name, lobby))
+                if self._now < self._active_since + REPORT_WAIT_S:
+                    times.append(self._active_since + REPORT_WAIT_S)
         for phase in self._phases.values():
             if phase.proposed not in ("commit", "abort"):
                 times += [phase.deadline, phase.lost_since + self.policy.lost_grace_s]

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Emit, Persist, Send
 from swarmtrain_protocols.entries import NoOp, Paused, Rewound, StewardsChanged
 from swarmtrain_protocols.errors import LocalProtocolError
@@ -152,3 +153,13 @@ def test_leader_changes_are_told_once() -> None:
         assert all(x != y for x, y in pairwise(told))
         leader = world.leader()
         assert leader is not None and told[-1].leader == leader.id
+
+
+def test_patience_scales_with_what_was_measured_and_is_bounded() -> None:
+    world = instant("abc").settled("abc")
+    follower = next(s.core for s in world.sites.values() if s.core and not s.core.is_leader)
+    for factor, seconds in ((4.0, 4.0), (0.1, 1.0), (1e9, limits.LOG_PATIENCE_FACTOR_MAX)):
+        follower.set_patience(world.now, factor)
+        assert follower._s.timeouts.election_s == seconds
+        follower._election.rest()
+        assert seconds <= follower._election.at - world.now < 2 * seconds

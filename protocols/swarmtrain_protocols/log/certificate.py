@@ -183,7 +183,7 @@ class Trust:
         try:
             file = _file_decoder.decode(data)
             body = _body_decoder.decode(file.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise PeerFault("malformed", f"snapshot: {error}") from None
         view = self._walk(file)
         c = file.certificate

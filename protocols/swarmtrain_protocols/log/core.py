@@ -68,7 +68,8 @@ class LogCore:
         compact_every: int = limits.LOG_COMPACT_ENTRIES,
     ) -> None:
         trust = Trust(run, founder, keyring)
-        self._s = s = LogState(trust, rng, now, timeouts or LogTimeouts())
+        self._timeouts = timeouts or LogTimeouts()
+        self._s = s = LogState(trust, rng, now, self._timeouts)
         self._snapshots = Snapshots(s, snapshot_of, compact_every)
         self._election = Election(s, self._lead, self._follow)
         self._follower = Follower(s, self._snapshots)
@@ -122,7 +123,10 @@ class LogCore:
 
     @property
     def voters(self) -> tuple[bytes, ...]:
-        """The stewards at the newest committed entry, in key order; empty before genesis."""
+        """The stewards at the newest committed entry, in key order; empty before genesis.
+
+        While the set is joint, these are the ones to come; see ``changing``.
+        """
         view = self._s.log.committed_view
         return () if view is None else view.voters
 
@@ -308,6 +312,15 @@ class LogCore:
         """Sites that may serve the log, for a site that knows of none."""
         self._advance(now)
         self._follower.know(peers)
+
+    def set_patience(self, now: float, factor: float) -> None:
+        """Scale all timeouts by how slow links and machines were measured to be.
+
+        ``factor`` is kept within 1 and ``LOG_PATIENCE_FACTOR_MAX``. A timer that runs is not moved.
+        """
+        self._advance(now)
+        bounded = min(max(factor, 1.0), limits.LOG_PATIENCE_FACTOR_MAX)
+        self._s.timeouts = self._timeouts.scaled(bounded)
 
     # --- inside ----------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ _OptionalSignature = Annotated[bytes, Meta(max_length=64)]
 
 
 Pulse = tuple[Count, Count]
-"""(term, number): a leader counts up while it has a majority. Whoever hears no newer one through its
-source, however chatty that source is, is not connected to the leader."""
+"""(term, number): a leader counts up while it has a majority. Whoever hears no newer one through
+its source, however chatty that source is, is not connected to the leader."""
 
 
 class WireEntry(msgspec.Struct, frozen=True, array_like=True):

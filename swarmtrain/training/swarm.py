@@ -85,6 +85,7 @@ class Swarm:
         self._losses: list[float] = []
         self._pending_samples = self._total_samples = 0.0
         self._blocked_s = self._phase_blocked_s = 0.0
+        self._callbacks_s = 0.0
         self._stop: str | None = None
         self._closed = False
         self.error: SwarmError | None = None
@@ -131,7 +132,7 @@ class Swarm:
                     "look at `swarmtrain status`: is a member with the state in reach?",
                 )
         self._state = replace(self._state, syncing=False)
-        port.on_idle = self._deliver
+        port.on_idle = self._idle
         port.start()
 
     def _prepare(self, session: Session, wait_s_max: float) -> None:
@@ -195,13 +196,14 @@ class Swarm:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
     ) -> None:
         began_s = host.mono_s()
+        self._callbacks_s = 0.0
         samples = self._pending_samples or 1.0
         self._pending_samples = 0.0
         self._total_samples += samples
         self._state = replace(self._state, step=self._state.step + 1)
         if self._port is not None:
             self._share(self._port, samples)
-        spent_s = host.mono_s() - began_s
+        spent_s = host.mono_s() - began_s - self._callbacks_s
         self._blocked_s += spent_s
         self._phase_blocked_s += spent_s
         self._deliver()
@@ -253,6 +255,13 @@ class Swarm:
     def _tell(self, name: str, fields: Document) -> None:
         """From any thread: keep an event until the training thread comes by."""
         self._events.append((name, fields))
+
+    def _idle(self) -> None:
+        """While the hook waits: callbacks may work, and that is not time the hook has blocked."""
+        if self._events:
+            began_s = host.mono_s()
+            self._deliver()
+            self._callbacks_s += host.mono_s() - began_s
 
     def _deliver(self) -> None:
         while self._events:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ class BulkUsers(Protocol):
 
     def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
         """Tell the other side (``BulkClosed``), then settle what was on it."""
+
+    def bulk_missed(self, peer: PeerId) -> None:
+        """The other side has lost a connection that is not known here."""
 
     def no_bulk(self, peer: PeerId) -> None: ...
 
@@ -74,6 +77,7 @@ class BulkLinks:
         self._by_tag: dict[bytes, PeerId] = {}
         self._used_at: dict[BulkConnection, float] = {}
         self._past_bytes: dict[PeerId, tuple[int, int]] = {}
+        self._making = 0
         self.congestion: dict[str, int] = {}
         self.evicted = 0
         self.refused = 0
@@ -99,9 +103,11 @@ class BulkLinks:
     def receive(self, peer: PeerId, message: BulkClosed) -> None:
         """The other side has lost a connection, which may still look alive here."""
         pair = self._pairs.get(peer)
-        for conn in pair.connections if pair else ():
-            if conn.name == message.connection:
-                conn.abandon()
+        known = [c for c in pair.connections if c.name == message.connection] if pair else []
+        for conn in known:
+            conn.abandon()
+        if not known:  # it never came up here, or is gone already
+            self._users.bulk_missed(peer)
 
     def connections(self, peer: PeerId) -> list[BulkConnection]:
         """Those to ``peer`` that are up; marks them as used."""
@@ -139,7 +145,7 @@ class BulkLinks:
     def _make_room(self) -> bool:
         """True if one more connection is allowed; ends the idle one that was used longest ago."""
         alive = [conn for conn in self._used_at if conn.alive]
-        if len(alive) < limits.BULK_CONNECTIONS_MAX:
+        if len(alive) + self._making < limits.BULK_CONNECTIONS_MAX:
             return True
         idle = [c for c in alive if c.idle and not self._users.wants_bulk(c.peer)]
         if not idle:
@@ -147,6 +153,15 @@ class BulkLinks:
         self.evicted += 1
         min(idle, key=lambda c: self._used_at[c]).abandon()
         return True
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        """Keeps the room that ``_make_room`` found while a connection is made."""
+        self._making += 1
+        try:
+            yield
+        finally:
+            self._making -= 1
 
     async def _dial(self, peer: PeerId, pair: _Pair) -> None:
         failures = 0
@@ -157,7 +172,8 @@ class BulkLinks:
                 await asyncio.sleep(_DIAL_PAUSE_S)  # all are busy: wait for one to become idle
                 continue
             try:
-                await self._dial_once(peer, pair)
+                with self._slot():
+                    await self._dial_once(peer, pair)
             except (OSError, PeerFault, TimeoutError):
                 failures += 1
                 if failures == _DIAL_ATTEMPTS:
@@ -184,8 +200,8 @@ class BulkLinks:
                 keys = BulkKeys(pair.secret, nonce, theirs, initiator=True)
                 keys.check(answer[bulklink.NONCE_BYTES :])
                 await self._loop.sock_sendall(sock, keys.prove())
-            self._add(peer, pair, sock, keys, nonce)
             stack.pop_all()
+            self._add(peer, pair, sock, keys, nonce)
 
     async def accept(self, sock: socket.socket) -> None:
         """Take a connection whose preface was a bulk one; closes it if it proves nothing."""
@@ -200,6 +216,7 @@ class BulkLinks:
                     if peer is None or not self._make_room():
                         self.refused += 1
                         return
+                    stack.enter_context(self._slot())
                     pair = self._pairs[peer]
                     nonce = self._entropy(bulklink.NONCE_BYTES)
                     theirs = opening[bulklink.LINK_TAG_BYTES :]
@@ -209,9 +226,9 @@ class BulkLinks:
             except (OSError, PeerFault, TimeoutError):
                 self.refused += 1
                 return
-            if self._pairs.get(peer) is pair and self._make_room():
-                self._add(peer, pair, sock, keys, theirs)
-                stack.pop_all()
+            if self._pairs.get(peer) is pair:
+                # The pool owns a duplicate: the stack closes the original and frees the slot.
+                self._add(peer, pair, sock.dup(), keys, theirs)
 
     def _add(
         self, peer: PeerId, pair: _Pair, sock: socket.socket, keys: BulkKeys, name: bytes

@@ -146,15 +146,17 @@ class Serving:
             self._queue(peer, number, large)
 
     def _queue(self, peer: PeerId, number: int, large: list[tuple[int, memoryview]]) -> None:
-        streams = max(1, min(len(self._connections(peer)), len(large)))
+        connections = sorted(self._connections(peer), key=lambda conn: conn.queued_bytes)
+        streams = max(1, min(len(connections), len(large)))
         served = _Served()
         self._served.setdefault(peer, {})[number] = served
         for i in range(streams):
             job = Job(number, large[i::streams], lambda job: self._done_later(peer, job))
             served.jobs.append(job)
             served.unfinished += 1
-        for job in served.jobs:
-            self._assign(peer, job)
+        for i, job in enumerate(served.jobs):
+            if i >= len(connections) or not connections[i].send(job):
+                self._assign(peer, job)
 
     def _assign(self, peer: PeerId, job: Job) -> None:
         connections = self._connections(peer)

@@ -237,11 +237,15 @@ class Fetches:
 
         What had not begun is asked for again: its answer may have been on that connection.
         """
-        for fetch in [f for f in self._by_request.values() if f.peer == conn.peer and f.asked]:
-            if conn in fetch.touched:
-                self._fail(fetch, "corrupt" if faulty else "disconnected")
-            elif fetch.uses_bulk and fetch.active and not fetch.touched:
-                self._ask_again(fetch)
+        for fetch in [f for f in self._by_request.values() if conn in f.touched]:
+            self._fail(fetch, "corrupt" if faulty else "disconnected")
+        self.ask_again(conn.peer)
+
+    def ask_again(self, peer: PeerId) -> None:
+        """Repeat the requests of which nothing has come over a bulk connection."""
+        for fetch in [f for f in self._by_request.values() if f.peer == peer and f.asked]:
+            if fetch.uses_bulk and not fetch.touched:
+                self._repeat(fetch)
 
     def no_bulk(self, peer: PeerId) -> None:
         """No bulk connection to this peer can be made."""
@@ -257,7 +261,7 @@ class Fetches:
             case FetchRefused(request=request, code=code):
                 if fetch := self._of(peer, request):
                     if code == "lost":
-                        self._ask_again(fetch)
+                        self._repeat(fetch)
                     else:
                         self._fail(fetch, f"refused:{code}")
             case FetchChunk(request=request, index=index):
@@ -280,7 +284,7 @@ class Fetches:
         )
         return self._send(fetch.peer, request, dial)
 
-    def _ask_again(self, fetch: Fetch) -> None:
+    def _repeat(self, fetch: Fetch) -> None:
         if fetch.touched or fetch.asked >= _ASK_MAX:
             self._fail(fetch, "disconnected")
         else:

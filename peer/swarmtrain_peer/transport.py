@@ -469,6 +469,10 @@ class Transport:
         self._fetches.bulk_lost(conn, fault is not None)
         self._serving.bulk_lost(conn)
 
+    def bulk_missed(self, peer: PeerId) -> None:
+        """See ``bulklinks.BulkUsers``."""
+        self._fetches.ask_again(peer)
+
     def no_bulk(self, peer: PeerId) -> None:
         """See ``bulklinks.BulkUsers``."""
         self._fetches.no_bulk(peer)

@@ -71,22 +71,34 @@ def test_both_directions_at_once_over_one_connection(monkeypatch: pytest.MonkeyP
     go(main())
 
 
+def _streams(node: Node, other: Node) -> int:
+    return len(node.transport._bulk.connections(other.id))
+
+
 def test_a_long_path_is_striped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LONG_PATH_RTT_S", 0.0)
 
     async def main() -> None:
         async with Node(1) as a, Node(2) as b:
             await a.join(b)
+            before: dict[tuple[bytes, bytes], int] = {}
             for asker, other in ((a, b), (b, a)):
                 blob = other.hold(blob_of(*[300_000] * 64))
-                for ticket in range(3):
+                ticket = 0
+                while min(_streams(asker, other), _streams(other, asker)) < 4:
+                    ticket += 1
                     buffers = asker.fetch(ticket, other, blob)
                     await asker.until("fetched", ticket)
                     assert same(buffers, blob)
-            conns = a.transport._bulk.connections(b.id)
-            assert len(conns) == limits.BULK_STREAMS_LONG_PATH
-            assert all(conn.received_bytes > 1_000_000 for conn in conns)
-            assert all(conn.sent_bytes > 1_000_000 for conn in conns)
+                for conn in asker.transport._bulk.connections(other.id):
+                    before[asker.id, conn.name] = conn.received_bytes
+                buffers = asker.fetch(0, other, blob)
+                await asker.until("fetched", 0)
+                assert same(buffers, blob)
+                for conn in asker.transport._bulk.connections(other.id):
+                    got = conn.received_bytes - before[asker.id, conn.name]
+                    assert got >= 16 * 300_000  # each has carried a quarter
+            assert _streams(a, b) == limits.BULK_STREAMS_LONG_PATH
 
     go(main())
 
@@ -386,7 +398,7 @@ def test_speed() -> None:
                 a.fetch(i, b, tiny)
                 await a.until("fetched", i)
                 tiny_s.append(time.perf_counter() - start)
-            assert 32 * FRAME / best_s > 0.1e9
-            assert min(tiny_s) < 0.005
+            assert 32 * FRAME / best_s > 0.02e9
+            assert min(tiny_s) < 0.01
 
     go(main())

@@ -56,8 +56,16 @@ class Keeper:
         self._based: dict[str, None] = {}
         self._generation_path = folder / "generation"
 
-    async def recover(self, restored: Callable[[CanonicalState], None]) -> None:
-        """Load the newest good checkpoint of each channel and replay the results behind it."""
+    async def recover(
+        self,
+        restored: Callable[[CanonicalState], None],
+        stored: Callable[[str, int, bytes], None],
+    ) -> None:
+        """Load the newest good checkpoint of each channel, and what results lie behind it.
+
+        ``stored`` gets (channel, round, root) of every such result: the last ones may belong to
+        attempts that were never committed, which only the log can tell.
+        """
         loaded = await self._loop.run_in_executor(self._disk, self.store.load)
         for refused in loaded.refused:
             self._events.emit("checkpoint_refused", reason=str(refused))
@@ -67,11 +75,13 @@ class Keeper:
             self._based[channel] = None
             for item in found.results:
                 self.keep_result(channel, item.round, item.blob)
+                self._data.adopt_result(item.blob, state.layout.values, item.codec)
+                stored(channel, item.round, item.root)
             blob = await self._loop.run_in_executor(
                 self._disk, self.store.checkpoint, channel, state.round
             )
             self._serve(channel, state.round, blob)
-            await self._loop.run_in_executor(self._disk, self._data.replay, state, found.results)
+            self._data.states[channel] = state
             restored(state)
 
     def advanced(self, state: CanonicalState) -> None:

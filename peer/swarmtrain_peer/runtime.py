@@ -133,7 +133,8 @@ class PeerRuntime:
         self.manifest = manifest
         self._make_node(manifest)
         if self.keeper is not None:
-            await self.keeper.recover(self._restored)
+            self.driver.pump()  # what the log says of a rewind comes before what the disk says
+            await self.keeper.recover(self._restored, self.node.stored_earlier)
         self._started = True
         for name, args in self._early:
             getattr(self.driver, name)(*args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -44,19 +43,6 @@ class _Buffers:
     result: Blob | None = None
 
 
-class KeptResult(Protocol):
-    """A result as the disk keeps it."""
-
-    @property
-    def round(self) -> int: ...
-
-    @property
-    def codec(self) -> str: ...
-
-    @property
-    def blob(self) -> Blob: ...
-
-
 class DataPlane:
     """All tensor bytes of one node.
 
@@ -85,6 +71,7 @@ class DataPlane:
         self._results: dict[str, list[bytes]] = {}
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
         self._incoming: dict[bytes, list[memoryview]] = {}
+        self._adopted: dict[bytes, None] = {}
 
     def layout(self, values: int) -> Layout:
         return Layout(values, self._chunk_values)
@@ -331,15 +318,16 @@ class DataPlane:
         blob = self._blobs[root]
         codec = get_codec(self._result_codecs[root][1])
         state.apply(blob.chunks, codec, self.outer_lr, self.outer_momentum, run=self._run)
+        if root in self._adopted:
+            del self._adopted[root]
+            self.drop(root)
         return state.round, state.root()
 
-    def replay(self, state: CanonicalState, results: Sequence[KeptResult]) -> None:
-        """Install a saved state and apply the results that follow it, in order."""
-        self.states[state.channel] = state
-        for item in results:
-            assert item.round == state.round, (state.channel, state.round, item.round)
-            self._keep_result(state.channel, item.blob, state.layout.values, item.codec)
-            self.apply(state.channel, item.round, item.blob.root)
+    def adopt_result(self, blob: Blob, values: int, codec: str) -> None:
+        """A result from an earlier life, kept until it is applied; the log may never ask for it."""
+        self.register(blob)
+        self._result_codecs[blob.root] = (values, codec)
+        self._adopted[blob.root] = None
 
     def install(self, purpose: fx.Snapshot) -> tuple[int, bytes]:
         """Make a fetched snapshot the canonical state; returns (round, state hash).

@@ -228,6 +228,13 @@ class NodeCore:
         self.catchup.announce()
         self._pump(now)
 
+    def stored_earlier(self, channel: str, round_number: int, root: bytes) -> None:
+        """A result from an earlier life lies on disk; it counts if the log says it was committed.
+
+        Comes before the ``restore`` of its channel.
+        """
+        self.member.in_place[channel, round_number] = root
+
     def set_training(self, now: float, training: bool) -> None:
         """A trainer is at work here (or no more): its contributions are worth waiting for."""
         if training != self.catchup.training:

@@ -48,6 +48,8 @@ class Track:
     download: _Download | None = None
     next_query: float = 0.0
     verified: int = -1
+    generation: int = 0
+    """The log's when the state was taken up."""
 
 
 class CatchUp:
@@ -82,7 +84,9 @@ class CatchUp:
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
-        self.tracks[channel] = Track(channel, round_number, state_hash)
+        track = Track(channel, round_number, state_hash)
+        track.generation = self.ledger.generation
+        self.tracks[channel] = track
 
     def in_step(self, channel: str) -> bool:
         """The state here is the one that the next round is applied to."""
@@ -118,12 +122,15 @@ class CatchUp:
         if track.state_hash is None or track.busy or track.verified == track.round:
             return
         pinned = channel.pinned_hash(track.round)
+        if track.round > channel.round and track.generation == self.ledger.generation:
+            return  # after a restart the log may lag behind the disk for a moment
         if track.round > channel.round:
             reason = "the run was rewound"
         elif pinned is None:
             return
         elif pinned == track.state_hash:
             track.verified = track.round
+            track.generation = self.ledger.generation
             return
         else:
             reason = "own state differs from the pinned hash"
@@ -140,14 +147,16 @@ class CatchUp:
         if track.round >= channel.round or track.next_query > now:
             return
         outcome = channel.outcome(track.round)
-        if outcome is None:
+        stored = self._member.in_place.get((track.channel, track.round))
+        if stored is not None and (outcome is None or outcome.root == stored):
+            # One that the log has forgotten is judged by the next hash that it pins.
+            track.busy = True
+            self._out.append(fx.ApplyResult(track.channel, track.round, stored))
+        elif outcome is None:
             reason = f"round {track.round} is no longer in the log's history"
             self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
             track.state_hash = None
             self._query(now, channel, track)
-        elif self._member.in_place.get((track.channel, track.round)) == outcome.root:
-            track.busy = True
-            self._out.append(fx.ApplyResult(track.channel, track.round, outcome.root))
         elif track.round not in self._member.pending_rounds(track.channel):
             self._fetch_result(now, channel, track, outcome)
 
@@ -291,6 +300,7 @@ class CatchUp:
             number, root = max(good)
             total = 1 + -(-channel.values // self._chunk_values)
             snapshot = fx.Snapshot(track.channel, number, root, channel.values)
+            track.generation = self.ledger.generation
             self._start(now, track, snapshot, [peer], total)
 
     @staticmethod

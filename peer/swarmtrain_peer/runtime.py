@@ -125,7 +125,7 @@ class PeerRuntime:
             provide=self.provide,
         )
         if s.fast_kernels:
-            self.disk_pool.submit(codecs.use_numba, True)
+            self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
         if s.listen:
             bound = await self.transport.start(s.listen)
             self._addresses = s.announce or _announced(bound)

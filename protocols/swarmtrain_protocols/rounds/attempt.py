@@ -250,6 +250,11 @@ class Attempt:
         self.wanted.append(_Wanted(fx.ResultPart(self.key, part), sources))
         self.step(now)
 
+    def hopeful(self) -> bool:
+        """A missing result is being computed or fetched here."""
+        computing = any(part not in self.in_place for part in self.reducing)
+        return computing or any(isinstance(w.purpose, fx.ResultPart) for w in self.wanted)
+
     def _forget_result_fetch(self, part: int) -> None:
         for want in list(self.wanted):
             if isinstance(want.purpose, fx.ResultPart) and want.purpose.part == part:

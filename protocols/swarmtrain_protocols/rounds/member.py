@@ -17,6 +17,8 @@ from swarmtrain_protocols.rounds.attempt import Attempt
 from swarmtrain_protocols.rounds.fetches import Fetches
 
 CLOSING_TIMEOUT_S = 10.0
+NO_NEWS_S = 1.5
+"""Whoever knows of a part says so at once; a node that was away finds that nobody remembers."""
 QUERY_INTERVAL_S = 0.5
 RECENT_ATTEMPTS_MAX = 16
 
@@ -326,7 +328,8 @@ class RoundMember:
             attempt.step(now)
         for closing in list(self._closing):
             closing.attempt.step(now)
-            if closing.deadline <= now:
+            waited_s = now - (closing.deadline - CLOSING_TIMEOUT_S)
+            if closing.deadline <= now or (waited_s >= NO_NEWS_S and not closing.attempt.hopeful()):
                 self._give_up(closing)
             elif closing.next_query <= now:
                 # Whoever computed a part may have died before telling us; others have it.
@@ -341,7 +344,7 @@ class RoundMember:
         self._closing.remove(closing)
         closing.attempt.cancel()
         key = closing.attempt.key
-        why = f"parts of {key} did not arrive in {CLOSING_TIMEOUT_S:g} s"
+        why = f"parts of {key} did not arrive in time"
         fields: dict[str, object] = {"what": "result by committed root", "why": why}
         self._out.append(Emit(fx.Notice("fallback", fields)))
         self._out.append(fx.ReleaseAttempt(key))

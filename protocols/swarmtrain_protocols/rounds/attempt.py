@@ -251,9 +251,10 @@ class Attempt:
         self.step(now)
 
     def hopeful(self) -> bool:
-        """A missing result is being computed or fetched here."""
+        """A missing result is being computed, fetched or stored here."""
         computing = any(part not in self.in_place for part in self.reducing)
-        return computing or any(isinstance(w.purpose, fx.ResultPart) for w in self.wanted)
+        fetching = any(isinstance(w.purpose, fx.ResultPart) for w in self.wanted)
+        return self.store_asked or computing or fetching
 
     def _forget_result_fetch(self, part: int) -> None:
         for want in list(self.wanted):

@@ -19,23 +19,26 @@ from tests.protocols.log_chaos import Chaos
 
 SEEDS = 200
 PER_TEST = 50
-_seen: Counter[str] = Counter()
+
+
+EXPECTED = (
+    "crash leader_crashed partition leader_isolated hand_over change_asked "
+    "snapshot_loaded compacted elected"
+)
 
 
 @pytest.mark.parametrize("start", range(0, SEEDS, PER_TEST))
 def test_random_schedules_are_safe_and_end_in_agreement(start: int) -> None:
+    seen: Counter[str] = Counter()
     for seed in range(start, start + PER_TEST):
         chaos = Chaos(seed)
         try:
             chaos.run()
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
-        _seen.update(set(chaos.seen))
-    if start + PER_TEST == SEEDS:
-        rare = {kind: n for kind, n in _seen.items() if n < SEEDS // 20}
-        assert not rare, f"faults that hardly ever happened test nothing: {rare}"
-        assert {"crash", "leader crashed", "partition", "leader isolated", "hand over",
-                "change asked", "snapshot loaded", "compacted"} <= set(_seen)  # fmt: skip
+        seen.update(set(chaos.seen))
+    for kind in EXPECTED.split():  # a fault that hardly ever happens tests nothing
+        assert seen[kind.replace("_", " ")] >= PER_TEST // 10, (kind, seen)
 
 
 def test_a_schedule_replays_exactly() -> None:

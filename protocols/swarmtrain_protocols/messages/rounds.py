@@ -42,7 +42,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
-    """Takes a ``Ready`` back (timeout of the caller, polite leave); member -> leader."""
+    """Takes a ``Ready`` back: timeout of the caller, polite leave, or bytes lost by a crash.
+
+    Member -> leader.
+    """
 
     generation: Count
     channel: Channel

@@ -52,6 +52,8 @@ class Attempt:
     rng: random.Random
     fetches: Fetches
     out: list[Effect]
+    own_lost: bool = False
+    """This node is listed with a contribution of an earlier life, whose bytes died with it."""
     chosen: RoundSet | None = None
     assigned: list[int] = field(default_factory=list)
     have: dict[int, list[int]] = field(default_factory=dict)
@@ -99,7 +101,8 @@ class Attempt:
         self.have[part] = []
         for index, item in enumerate(self.opened.contributors):
             if item.member == self.me:
-                self.have[part].append(index)
+                if not self.own_lost:
+                    self.have[part].append(index)
             else:
                 purpose = fx.ContributionPart(self.key, part, index)
                 self.wanted.append(_Wanted(purpose, [PeerId(item.member)]))
@@ -282,6 +285,10 @@ class Attempt:
             refused = tuple(sorted(set(self.refused)))
             held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])), refused)
             self.out.append(Send(leader, held))
+        own = self.own_index
+        if everything and self.own_lost and own is not None:
+            root = self.opened.contributors[own].root
+            self.out.append(Send(leader, m.Withdraw(self.key.generation, self.key.channel, root)))
         if everything and self.stored_root is not None:
             self.out.append(Send(leader, m.Holding(self.key, self.stored_root, self.durable)))
 

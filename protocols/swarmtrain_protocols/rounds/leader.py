@@ -124,6 +124,7 @@ class RoundLeader:
             known = lobby.ready.get(peer)
             if known is not None and known.root == message.root:
                 del lobby.ready[peer]
+            self._lost(peer, message)
         elif isinstance(message, StateReport):
             if message.generation == self.ledger.generation:
                 self._lobby(message.channel).reports[peer] = message
@@ -137,6 +138,15 @@ class RoundLeader:
             if phase is not None and peer in phase.opened.holders:
                 phase.holding[peer] = (message.root, message.durable)
         self.step(now)
+
+    def _lost(self, peer: PeerId, message: m.Withdraw) -> None:
+        """A contributor has lost the bytes that an open attempt lists: it is done without them."""
+        phase = self._phases.get(message.channel)
+        if phase is None or phase.key.generation != message.generation:
+            return
+        for index, item in enumerate(phase.opened.contributors):
+            if (item.member, item.root) == (peer, message.root):
+                phase.refused[index] = None
 
     def _lobby(self, channel: str) -> _Lobby:
         return self._lobbies.setdefault(channel, _Lobby())
@@ -417,13 +427,15 @@ class RoundLeader:
         if phase.proposed:
             return
         delivered, complete = self._delivered(phase)
+        delivered = [i for i in delivered if i not in phase.refused]
         wanted = [
             i
             for i, c in enumerate(phase.opened.contributors)
             if c.member in present and i not in phase.refused
         ]
         late = now >= phase.deadline
-        if not (complete and delivered and all(i in delivered for i in wanted)) and not late:
+        here = delivered or not wanted
+        if not (complete and here and all(i in delivered for i in wanted)) and not late:
             return
         group = phase.key.channel.startswith("group/")
         minimum = 1 if group else min(self.policy.min_peers, len(phase.opened.contributors))

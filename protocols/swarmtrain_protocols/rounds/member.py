@@ -182,7 +182,11 @@ class RoundMember:
         own = None if index is None else opened.contributors[index]
         if own is not None and offer is not None and own.root == offer.root:
             offer.bound = opened.key
+        elif own is not None:
+            attempt.own_lost = True
         attempt.begin(now)
+        if attempt.own_lost and self.leader is not None:
+            attempt.reports(self.leader, everything=True)
         return attempt
 
     def _finish(self, now: float, attempt: Attempt, channel: ChannelState) -> None:

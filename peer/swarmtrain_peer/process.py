@@ -96,7 +96,8 @@ class PeerProcess:
             ]
             await self._until_done(runtime)
             if not self._now and self._reason == "left":
-                await runtime.leave("leave", site.config().leave_grace_s)
+                grace_s = site.config().leave_grace_s
+                await runtime.leave("leave", grace_s, lambda: self._now)
         finally:
             for task in tasks:
                 task.cancel()

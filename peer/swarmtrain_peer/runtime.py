@@ -409,12 +409,19 @@ class PeerRuntime:
         """Let ``until`` look again."""
         self._changed.set()
 
-    async def leave(self, reason: str, timeout_s: float) -> bool:
-        """Ask the leader to be let go; True if the log says so in time."""
-        if not self.node.joiner.is_member:
+    async def leave(
+        self, reason: str, timeout_s: float, hurry: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Ask to be let go; True if the log says so in time, before ``hurry``.
+
+        A run that has ended is left without asking.
+        """
+        node = self.node
+        if not node.joiner.is_member or node.ledger.ended:
             return True
-        self.driver.run(self.node.leave, reason)
-        return await self.until(lambda: not self.node.joiner.is_member, timeout_s)
+        self.driver.run(node.leave, reason)
+        await self.until(lambda: not node.joiner.is_member or hurry(), timeout_s)
+        return not node.joiner.is_member
 
     async def close(self, reason: str = "closed") -> None:
         stats = self.transport.stats

@@ -47,7 +47,7 @@ class Joiner:
         self._me = me
         self._out = out
         self._next_try = 0.0
-        self._leaving = False
+        self._leaving = ""
         self._hint: PeerId | None = None
 
     @property
@@ -57,7 +57,9 @@ class Joiner:
     def satisfied(self) -> bool:
         """The ledger says about this node what it wants it to say."""
         known = self.ledger.members.get(self._me)
-        return self._leaving or (
+        if self._leaving:
+            return known is None
+        return (
             known is not None
             and known.addresses == self.site.addresses
             and known.trains == self.site.trains
@@ -66,8 +68,10 @@ class Joiner:
             and known.name == self.site.name
         )
 
-    def leave(self) -> None:
-        self._leaving = True
+    def leave(self, now: float, reason: str) -> None:
+        """Ask to be let go, again and again until the ledger no longer lists this node."""
+        self._leaving = reason or "leave"
+        self._next_try = now
 
     def request(self) -> mm.JoinRequest:
         site = self.site
@@ -96,7 +100,15 @@ class Joiner:
         if target is None:
             return
         self._next_try = now + JOIN_RETRY_S
-        self._out.append(Send(target, self.request()))
+        if self._leaving:
+            self._out.append(Send(target, mm.LeaveRequest(self._leaving)))
+        else:
+            self._out.append(Send(target, self.request()))
+
+    def leader_changed(self, now: float, leader: PeerId | None) -> None:
+        """What the last leader was asked may be lost with it."""
+        self.leader = leader
+        self._next_try = min(self._next_try, now)
 
     def redirected(self, now: float, message: mm.Redirect) -> None:
         if len(message.leader) == 32 and message.leader != self._me:

@@ -263,9 +263,8 @@ class NodeCore:
 
     def leave(self, now: float, reason: str) -> None:
         """Ask to be let go; the ledger no longer lists this node when it may stop."""
-        self.joiner.leave()
-        if self._leader is not None:
-            self._raw.append(Send(self._leader, mm.LeaveRequest(reason)))
+        self.joiner.leave(now, reason)
+        self.joiner.step(now, self.linked())
         self._pump(now)
 
     # -- answers of the data plane ---------------------------------------------------------
@@ -486,7 +485,8 @@ class NodeCore:
         leader = self.log.leader
         if leader != self._leader:
             self._leader = leader
-            self.member.leader = self.catchup.leader = self.joiner.leader = leader
+            self.member.leader = self.catchup.leader = leader
+            self.joiner.leader_changed(now, leader)
             if leader is not None and leader != self.me and leader not in self._linked:
                 self._raw.append(Connect(leader))
             if leader is not None and leader != self.me:

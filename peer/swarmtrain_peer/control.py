@@ -346,6 +346,7 @@ class ControlClient:
         self._close_callbacks: list[Callable[[], None]] = []
         self._pushes: queue.Queue[Document | None] = queue.Queue(limits.CONTROL_PUSHES_QUEUED_MAX)
         self._closed = threading.Event()
+        self._told_closed = False
         self._dispatcher: threading.Thread | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(connect_timeout_s)
@@ -413,9 +414,10 @@ class ControlClient:
                 self._dispatcher.start()
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once when the connection ends; at once if it has."""
+        """Call ``callback`` once when the connection has ended and every push was handed on; at
+        once if that is so already."""
         with self._lock:
-            if not self.closed:
+            if not self._told_closed:
                 self._close_callbacks.append(callback)
                 return
         callback()
@@ -468,18 +470,25 @@ class ControlClient:
         with self._lock:
             self._closed.set()
             waiting = list(self._pending.values())
-            callbacks, self._close_callbacks = self._close_callbacks, []
             dispatching = self._dispatcher is not None
         for pending in waiting:
             pending.done.set()
+        self._socket.close()
+        if dispatching:
+            self._pushes.put(None)  # the last push is heard before the end is
+        else:
+            self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        with self._lock:
+            callbacks, self._close_callbacks = self._close_callbacks, []
+            self._told_closed = True
         for callback in callbacks:
             callback()
-        if dispatching:
-            self._pushes.put(None)
-        self._socket.close()
 
     def _dispatch(self) -> None:
         while (document := self._pushes.get()) is not None:
             for callback in list(self._callbacks):
                 with contextlib.suppress(ControlClosed):  # told by ``closed`` and ``on_close``
                     callback(document)
+        self._tell_closed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 from typing import Annotated, Any
 
 import typer
@@ -149,30 +149,33 @@ def events(
 ) -> None:
     """The site's events, the newest last. With --follow and --json: one object per line."""
     output = Output(as_json=as_json)
-    gone = threading.Event()
+    pushed: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
-    def wanted(record: dict[str, Any]) -> bool:
-        return code is None or str(record.get("code", "")).startswith(code)
-
-    def show(record: dict[str, Any]) -> None:
-        if wanted(record):
+    def show(records: list[dict[str, Any]]) -> None:
+        for record in records:
             output.result(record, [event_line(record)])
 
     with connect(home, site) as client:
         if follow:
-            client.on_close(gone.set)
+            client.on_close(lambda: pushed.put(None))
             client.subscribe(
-                lambda push: show(push["record"]) if push.get("event") == "event" else None
+                lambda push: pushed.put(push["record"]) if push["event"] == "event" else None
             )
         arguments = {"since_seq": since_seq, "last": last, "follow": follow}
         answer = client.call("events", arguments, timeout_s=CALL_TIMEOUT_S)
-        found = [record for record in answer.get("events", []) if wanted(record)]
-        if follow:
-            for record in found:
-                show(record)
-            gone.wait()
-        else:
+        found = [record for record in answer.get("events", []) if _has_code(record, code)]
+        if not follow:
             output.result({"events": found}, [event_line(record) for record in found])
+            return
+        show(found)
+        newest = max((record["seq"] for record in found), default=since_seq)
+        while (record := pushed.get()) is not None:
+            if record["seq"] > newest and _has_code(record, code):  # not in the answer already
+                show([record])
+
+
+def _has_code(record: dict[str, Any], code: str | None) -> bool:
+    return code is None or str(record.get("code", "")).startswith(code)
 
 
 def leave(

@@ -81,6 +81,7 @@ class NodeCore:
         self._changed = False
         self._finished = False
         self._leader: PeerId | None = None
+        self._term = -1
         self.policy = policy or policy_of(keys, chunk_values)
         self.fetches = Fetches(self._raw)
         self.member = RoundMember(
@@ -483,8 +484,9 @@ class NodeCore:
 
     def _follow_leadership(self, now: float) -> None:
         leader = self.log.leader
-        if leader != self._leader:
-            self._leader = leader
+        if leader != self._leader or self.log.term != self._term:
+            # The same leader in a later term has forgotten everything, too.
+            self._leader, self._term = leader, self.log.term
             self.member.leader = self.catchup.leader = leader
             self.joiner.leader_changed(now, leader)
             if leader is not None and leader != self.me and leader not in self._linked:

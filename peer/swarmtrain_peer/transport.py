@@ -107,6 +107,7 @@ class Transport:
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None
+        self._started = False
         self._closed = False
         self._counts: dict[str, int] = {}
         self._live: dict[Link, PeerId] = {}
@@ -115,14 +116,18 @@ class Transport:
     async def start(self, listen_on: str) -> str:
         """Listen on ``host:port`` (port 0: any); returns the address that was bound.
 
+        An empty ``listen_on`` makes outgoing links only, and returns an empty address.
+
         Raises:
             OSError: the address cannot be bound.
             ValueError: not an address.
         """
         self._loop = asyncio.get_running_loop()
-        host, _, port = listen_on.rpartition(":")
         self._table = LinkTable(self._loop, self.peer_id, self)
-        self._listener = await listen(self._loop, host.strip("[]"), int(port))
+        if listen_on:
+            host, _, port = listen_on.rpartition(":")
+            self._listener = await listen(self._loop, host.strip("[]"), int(port))
+        self._started = True
         self._pool = BulkPool(self._threads)
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
@@ -132,6 +137,8 @@ class Transport:
             self._loop, self._provide, self._send_open, self._bulk.need, self._bulk.connections
         )
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
+        if self._listener is None:
+            return ""
         self._spawn(self._accept_loop())
         return address_of(self._listener.getsockname())
 
@@ -246,7 +253,7 @@ class Transport:
 
     async def close(self) -> None:
         """Say goodbye to all, stop listening and end the threads."""
-        if self._closed or self._listener is None:
+        if self._closed or not self._started:
             return
         self._closed = True
         self._dialler.close()
@@ -259,7 +266,8 @@ class Transport:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if gone := [link.gone for link in links if link.remote]:
             await asyncio.wait(gone, timeout=limits.GOODBYE_TIMEOUT_S)
         await self._loop.run_in_executor(None, self._pool.close)

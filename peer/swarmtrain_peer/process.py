@@ -52,6 +52,7 @@ def settings_of(site: Site) -> PeerSettings:
         records=site.log_path,
         state=site.state_path,
         save_manifest=site.save_manifest,
+        port=site.port_path,
         fast_kernels=config.trains,
     )
 

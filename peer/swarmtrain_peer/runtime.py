@@ -22,12 +22,14 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
 from swarmtrain_peer.recordfile import RecordFile
+from swarmtrain_peer.site import write_private
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
 from swarmtrain_protocols.errors import (
+    ConfigError,
     NoPeerReachable,
     NotAuthorised,
     SwarmError,
@@ -70,6 +72,8 @@ class PeerSettings:
     state: Path | None = None
     events: Path | None = None
     save_manifest: Callable[[bytes], object] | None = None
+    port: Path | None = None
+    """Remembers which port was free: others find a restarted site where the log says it is."""
     checkpoints_kept: int = 2
     fast_kernels: bool = False
     """Compile (or load) numba kernels in the background; the same bits, and more memory."""
@@ -126,8 +130,8 @@ class PeerRuntime:
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
-        if s.listen:
-            bound = await self.transport.start(s.listen)
+        bound = await self._listen()
+        if bound:
             self._addresses = s.announce or _announced(bound)
         manifest = s.manifest or await self._fetch_manifest()
         self.manifest = manifest
@@ -143,6 +147,22 @@ class PeerRuntime:
             self._dial_ticket(s.ticket)
         self.driver.run(self.node.tick)
         self.events.emit("peer_started", listen=",".join(self._addresses), version="0.1.0")
+
+    async def _listen(self) -> str:
+        """Bind, if port 0 is asked for then the port of an earlier life if it is still free."""
+        wanted, memory = self.settings.listen, self.settings.port
+        if not wanted.endswith(":0") or memory is None:
+            try:
+                return await self.transport.start(wanted)
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise ConfigError(f"cannot listen on {wanted}", why, "choose another port") from None
+        with contextlib.suppress(OSError, ValueError):
+            port = int(memory.read_text())
+            return await self.transport.start(f"{wanted.removesuffix(':0')}:{port}")
+        bound = await self.transport.start(wanted)
+        write_private(memory, bound.rpartition(":")[2].encode())
+        return bound
 
     def _make_node(self, manifest: Manifest) -> None:
         s = self.settings

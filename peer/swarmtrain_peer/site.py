@@ -7,6 +7,7 @@
 ``ticket``            how to find and enter the run, 0600; absent on the founder's site
 ``founder.key``       only where the run was founded, 0600
 ``peer.json``         ``config.PeerConfig``
+``port``              the port it listened on, to be found there again after a restart
 ``log`` ``state``     durable records of the log; checkpoints and result bytes
 ``events.jsonl``      ``events.EventLog``
 ``control.sock``      ``control.ControlServer``, 0600
@@ -135,6 +136,10 @@ class Site:
     @property
     def events_path(self) -> Path:
         return self.folder / "events.jsonl"
+
+    @property
+    def port_path(self) -> Path:
+        return self.folder / "port"
 
     @property
     def control_path(self) -> Path:

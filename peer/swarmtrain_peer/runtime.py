@@ -156,7 +156,7 @@ class PeerRuntime:
                 return await self.transport.start(wanted)
             except OSError as error:
                 why = error.strerror or str(error)
-                raise ConfigError(f"cannot listen on {wanted}", why, "choose another port") from None
+                raise ConfigError(f"cannot listen on {wanted}", why, "choose a free one") from None
         with contextlib.suppress(OSError, ValueError):
             port = int(memory.read_text())
             return await self.transport.start(f"{wanted.removesuffix(':0')}:{port}")

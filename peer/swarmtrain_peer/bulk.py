@@ -125,8 +125,9 @@ class BulkConnection:
         return True
 
     def abandon(self) -> None:
-        """End the connection; ``Sink.closed`` follows on a pool thread."""
-        self._dead = True
+        """End the connection: nothing begins after this call, ``Sink.closed`` follows."""
+        with self._lock:
+            self._dead = True
         with contextlib.suppress(OSError):  # already reset by the other side
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -162,7 +163,7 @@ class BulkConnection:
         budget = _TURN_BYTES
         body = memoryview(self._body)
         head = memoryview(self._head)
-        while budget > 0:
+        while budget > 0 and not self._dead:
             header = self._header
             view = head if header is None else body[: header.nbytes + TAG_BYTES]
             try:
@@ -185,7 +186,10 @@ class BulkConnection:
         return True
 
     def _open(self, header: Header, sealed: memoryview) -> None:
-        out = self._sink.begin(self, header)
+        with self._lock:
+            if self._dead:
+                return  # bytes that were on their way when it was given up
+            out = self._sink.begin(self, header)
         into = memoryview(bytearray(header.nbytes)) if out is None else out
         ok = False
         try:

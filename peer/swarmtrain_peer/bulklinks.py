@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class _Pair:
     secret: bytes
     dial_to: tuple[Any, ...] | None
     connections: list[BulkConnection]
+    past: deque[bytes]
     task: asyncio.Task[None] | None = None
 
 
@@ -84,7 +86,8 @@ class BulkLinks:
 
     def peer_up(self, peer: PeerId, secret: bytes, dial_to: tuple[Any, ...] | None) -> None:
         """A control link opened. ``dial_to``: its socket address if this side dialled it."""
-        self._pairs[peer] = _Pair(secret, dial_to, [])
+        past: deque[bytes] = deque(maxlen=2 * limits.BULK_CONNECTIONS_MAX)
+        self._pairs[peer] = _Pair(secret, dial_to, [], past)
         self._by_tag[bulklink.link_tag(secret)] = peer
         if self._users.wants_bulk(peer):
             self.need(peer)
@@ -103,11 +106,13 @@ class BulkLinks:
     def receive(self, peer: PeerId, message: BulkClosed) -> None:
         """The other side has lost a connection, which may still look alive here."""
         pair = self._pairs.get(peer)
-        known = [c for c in pair.connections if c.name == message.connection] if pair else []
-        for conn in known:
-            conn.abandon()
-        if not known:  # it never came up here, or is gone already
-            self._users.bulk_missed(peer)
+        if pair is None or message.connection in pair.past:
+            return  # known to be gone, and settled
+        for conn in pair.connections:
+            if conn.name == message.connection:
+                conn.abandon()
+                return
+        self._users.bulk_missed(peer)  # it never came up here
 
     def connections(self, peer: PeerId) -> list[BulkConnection]:
         """Those to ``peer`` that are up; marks them as used."""
@@ -263,6 +268,7 @@ class BulkLinks:
         pair = self._pairs.get(conn.peer)
         if pair is not None and conn in pair.connections:
             pair.connections.remove(conn)
+            pair.past.append(conn.name)
         self._users.bulk_lost(conn, fault)
         if self._users.wants_bulk(conn.peer):
             # After a pause, or a side that accepts and closes again would make a busy loop.

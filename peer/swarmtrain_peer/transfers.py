@@ -182,6 +182,7 @@ class Fetches:
         self._by_ticket: dict[int, Fetch] = {}
         self._active: dict[PeerId, int] = {}
         self._queues: dict[PeerId, deque[Fetch]] = {}
+        self._repeat_soon: set[PeerId] = set()
         self.proven: tuple[bytes, ...] = ()
         """Leaf hashes of the fetch that ``handler.fetched`` is being told of."""
 
@@ -242,7 +243,13 @@ class Fetches:
         self.ask_again(conn.peer)
 
     def ask_again(self, peer: PeerId) -> None:
-        """Repeat the requests of which nothing has come over a bulk connection."""
+        """Soon, once for all losses of this turn: repeat requests of which nothing has come."""
+        if peer not in self._repeat_soon:
+            self._repeat_soon.add(peer)
+            self._loop.call_soon(self._repeat_all, peer)
+
+    def _repeat_all(self, peer: PeerId) -> None:
+        self._repeat_soon.discard(peer)
         for fetch in [f for f in self._by_request.values() if f.peer == peer and f.asked]:
             if fetch.uses_bulk and not fetch.touched:
                 self._repeat(fetch)

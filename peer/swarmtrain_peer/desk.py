@@ -18,8 +18,8 @@ import msgspec
 
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.memo import Sent, read_memo, write_memo
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
-from swarmtrain_peer.site import write_private
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
@@ -58,8 +58,9 @@ class TrainerDesk:
     def __init__(self, runtime: PeerRuntime, folder: Path) -> None:
         self._runtime = runtime
         self._port = TrainerPort(folder)
-        self._position_path = folder / "position.json"
-        self._next_position = self._load_position()
+        self._memo_path = folder / "position.json"
+        self._memo = read_memo(self._memo_path)
+        self._final: dict[bytes, None] = {}
         self._connections: list[ControlConnection] = []
         self._flights: dict[str, _Flight] = {}
         self._ended = False
@@ -149,16 +150,11 @@ class TrainerDesk:
         run = msgspec.to_builtins(runtime.manifest.keys)
         run |= {"overlap": runtime.overlap}
         run |= {"outer_lr": runtime.outer[0], "outer_momentum": runtime.outer[1]}
-        outcomes: Document = {}
-        for channel, seq in dict(args.get("in_flight") or {}).items():
-            flight = self._flights.get(channel)
-            if flight is not None and flight.seq == seq and flight.told:
-                outcomes[channel] = {
-                    "seq": seq,
-                    "outcome": flight.outcome,
-                    "coefficient": flight.coefficient,
-                    "round": flight.need_round,
-                }
+        outcomes = {
+            channel: found
+            for channel, seq in dict(args.get("in_flight") or {}).items()
+            if (found := self._known_outcome(channel, int(seq))) is not None
+        }
         return {
             "shm": path,
             "run": run,
@@ -166,9 +162,30 @@ class TrainerDesk:
             "need_theta0": node.ledger.model is None,
             "site": node.me.hex(),
             "ordinal": node.ledger.members[node.me].ordinal,
-            "next_position": self._next_position,
+            "next_position": self._memo.next_position,
             "members": [m.id.hex() for m in node.ledger.ordered_members()],
             "outcomes": outcomes,
+        }
+
+    def _known_outcome(self, channel: str, seq: int) -> Document | None:
+        """What became of a hand-over that a trainer waits for, in this life or the one before."""
+        flight = self._flights.get(channel)
+        if flight is not None:
+            if flight.seq != seq or not flight.told:
+                return None
+            outcome, coefficient = flight.outcome, flight.coefficient
+        else:
+            node = self._runtime.node
+            found = self._memo.outcome(channel, seq, node.ledger.channels.get(channel), node.me)
+            if found is None:
+                return None
+            outcome, coefficient = found
+        state = self._runtime.data.states[channel]
+        return {
+            "seq": seq,
+            "outcome": outcome,
+            "coefficient": coefficient,
+            "round": state.round,
         }
 
     def _gone(self, connection: ControlConnection) -> None:
@@ -267,6 +284,9 @@ class TrainerDesk:
         blob: Blob = await loop.run_in_executor(runtime.pool, runtime.data.encode, values, codec)
         self._port.release(channel)
         flight.root = blob.root
+        index = runtime.node.ledger.index
+        self._memo.sent[channel] = Sent(seq=seq, root=blob.root.hex(), index=index)
+        write_memo(self._memo_path, self._memo)
         flight.figures["encode_s"] = host.mono_s() - started
         runtime.events.emit(
             "handover",
@@ -297,17 +317,7 @@ class TrainerDesk:
         if args.get("loss") is not None:
             self.last_loss = float(args["loss"])
         if args.get("next_position") is not None:
-            self._next_position = int(args["next_position"])
-            write_private(
-                self._position_path, msgspec.json.encode({"next_position": self._next_position})
-            )
-
-    def _load_position(self) -> int:
-        try:
-            document = msgspec.json.decode(self._position_path.read_bytes())
-            return int(document["next_position"])
-        except (FileNotFoundError, msgspec.DecodeError, KeyError, ValueError):
-            return 0
+            self._memo.next_position = int(args["next_position"])
 
     # -- what the cores report ------------------------------------------------------------------
 
@@ -386,6 +396,9 @@ class TrainerDesk:
             kind = body.get("kind")
             if kind == "evaluated":
                 self._heard_loss(int(body["round"]), float(body["loss"]), peer)
+            elif kind == "final":
+                self._final[peer] = None
+                self._runtime.changed()
             elif kind == "round":
                 self._keep_figures(peer, {str(k)[:32]: v for k, v in body.items()})
         except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -456,6 +469,22 @@ class TrainerDesk:
     def over(self) -> bool:
         """The run has ended and the trainer is gone."""
         return self._ended and not self._connections and all(task.done() for task in self._tasks)
+
+    async def see_everybody_off(self, timeout_s: float) -> None:
+        """After the end: stay until every linked state holder says that it has the last state.
+
+        Others may still need entries and results from here.
+        """
+        node, runtime = self._runtime.node, self._runtime
+        mine = [c.name for c in node.ledger.train_channels()]
+        await runtime.until(lambda: all(map(node.catchup.in_step, mine)), timeout_s)
+
+        def all_final() -> bool:
+            holders = [m.id for m in node.ledger.ordered_members() if m.holds_state]
+            return all(h in self._final or h not in node.linked() for h in holders)
+
+        runtime.send_metrics(msgspec.msgpack.encode({"kind": "final"}))
+        await runtime.until(all_final, timeout_s)
 
     def loss(self) -> float | None:
         """Newest loss of θ on the held-out set that this site knows."""

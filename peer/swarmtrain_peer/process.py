@@ -23,8 +23,9 @@ from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 
-LINGER_S = 3.0
-"""After the end of the run, so that others can still fetch its last entries and results here."""
+LINGER_S = 1.0
+FAREWELL_S = 20.0
+"""After the end of the run: for others that still fetch its last entries and results here."""
 
 
 def settings_of(site: Site) -> PeerSettings:
@@ -126,6 +127,7 @@ class PeerProcess:
             if refused and not runtime.failure.done():
                 runtime.failure.set_result(_refusal(refused))
             if desk.over:
+                await desk.see_everybody_off(FAREWELL_S)
                 await asyncio.sleep(LINGER_S)
                 self._stop.set()
                 return

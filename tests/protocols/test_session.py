@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.messages.fetch import FetchChunk, FetchRequest
-from swarmtrain_protocols.messages.session import Credit, Goodbye, Hello, Ping, Refused
+from swarmtrain_protocols.messages.session import Credit, Hello, Ping, Refused
 from swarmtrain_protocols.noise import SUITES, Suite
 from swarmtrain_protocols.session import SessionCore, control_preface
 from swarmtrain_protocols.session_events import (
@@ -469,8 +468,3 @@ def test_misuse() -> None:
     a = Pair().run().cores[0]
     with pytest.raises(LocalProtocolError):
         a.send(FetchChunk(request=1, index=1), b"c" * limits.FRAME_BYTES_CONTROL_MAX)
-
-
-def test_events_are_values() -> None:
-    assert dataclasses.is_dataclass(Closed)
-    assert Goodbye(code="x") == Goodbye(code="x", reason="")

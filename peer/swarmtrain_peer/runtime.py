@@ -338,10 +338,15 @@ class PeerRuntime:
             return
         self._pass("message", peer, message)
 
-    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
         fields = {"reason": f"{code}: {reason}", "address": address}
         self.events.emit("link_refused", peer=peer.hex() if peer else "", **fields)
-        if code in ("banned", "duplicate", "expired") and not self.failure.done():
+
+    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        self.turned_away(address, peer, code, reason)
+        # What one peer says ends nobody whom the log lists as a member.
+        member = self._started and self.node.joiner.is_member
+        if code in ("banned", "duplicate", "expired") and not member:
             self._fail(NotAuthorised(f"refused by {address}", f"{code}: {reason}", ""))
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:

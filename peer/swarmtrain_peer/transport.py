@@ -57,7 +57,10 @@ class TransportHandler(Protocol):
         """Everything except session and fetch messages."""
 
     def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
-        """A dial failed or was refused (by either side), or an inbound peer was turned away."""
+        """A dial of this site failed or was refused, by either side."""
+
+    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        """Somebody who dialled this site was refused."""
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None: ...
 
@@ -455,7 +458,7 @@ class Transport:
 
     def link_refused(self, link: Link, event: Closed) -> None:
         """See ``linktable.LinkUser``."""
-        self._handler.refused(link.address, link.peer, event.code, event.reason)
+        self._handler.turned_away(link.address, link.peer, event.code, event.reason)
 
     # What bulk connections ask ------------------------------------------------------------------
 

@@ -124,6 +124,9 @@ class Node:
     def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
         self._add("refused", code, peer, address, reason)
 
+    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        self._add("refused", code, peer, address, reason)
+
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
         self._add("fault", peer, code, why)
 

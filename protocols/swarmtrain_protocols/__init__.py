@@ -1,3 +1,3 @@
-"""The wire: sans-I/O protocol cores and numeric codecs. No clock, no socket, no thread, no torch."""
+"""The wire: sans-I/O cores and numeric codecs. No clock, no socket, no thread, no torch."""
 
 PROTOCOL_VERSION = 1

@@ -77,7 +77,7 @@ class Persist:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Fetch chunks ``first … first+count-1`` of the blob whose Merkle root is ``root`` from ``peer``.
+    """Fetch chunks ``first … first+count-1`` of the blob with Merkle root ``root`` from ``peer``.
 
     The shell verifies every chunk against the root, puts the bytes where ``purpose`` says, and
     answers with ``fetched(now, ticket)`` or ``fetch_failed(now, ticket, reason)`` on the core.

@@ -14,9 +14,9 @@ SwarmError                      code, what, why, what to do
 ├── QuorumLost                  exit 12
 ├── Diverged                    exit 13
 ├── DiskFull                    exit 14
-├── RoundFailed                 exit 75  a collective call failed; ``retry`` says if a later one may work
-└── PeerFault                   a remote peer broke the protocol: an event with peer and code, counted,
-                                never raised out of a core
+├── RoundFailed                 exit 75  a collective call failed; ``retry``: a later may work
+└── PeerFault                   a remote peer broke the protocol: an event with peer and
+                                code, counted, never raised out of a core
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every control message, as one closed tagged union of msgspec structs (MessagePack on the wire)."""
+"""Every control message: one closed tagged union of msgspec structs, MessagePack on the wire."""
 
 from __future__ import annotations
 

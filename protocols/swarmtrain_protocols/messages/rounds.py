@@ -53,7 +53,7 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
 
 
 class PartsHeld(msgspec.Struct, frozen=True, tag="held"):
-    """Which contributors (indices into ROUND_OPENED) have delivered all of ``part``; owner -> leader.
+    """Which contributors (indices) have delivered all of ``part``; owner -> leader.
 
     ``refused``: those whose bytes match their root and are no valid contribution.
     """
@@ -89,7 +89,7 @@ class PartResult(msgspec.Struct, frozen=True, tag="result"):
 
 
 class Holding(msgspec.Struct, frozen=True, tag="holding"):
-    """The sender has all result bytes (root over all chunks) and the state before; member -> leader."""
+    """The sender has all result bytes, under this root, and the state before; member -> leader."""
 
     key: RoundKey
     root: Hash
@@ -97,6 +97,6 @@ class Holding(msgspec.Struct, frozen=True, tag="holding"):
 
 
 class RoundQuery(msgspec.Struct, frozen=True, tag="round?"):
-    """Asks for what the receiver knows of an attempt: PartsHeld and PartResult messages come back."""
+    """Asks for what the receiver knows of an attempt; its PartResult messages come back."""
 
     key: RoundKey

@@ -107,7 +107,7 @@ class Backend:
             "syncing": any(not node.catchup.in_step(c.name) for c in train)
             if runtime.settings.holds_state
             else False,
-            "loss": desk.loss(),
+            "loss": desk.figures.loss(),
             "train_loss": None if desk.last_loss != desk.last_loss else desk.last_loss,
             "rounds_committed": ledger.rounds_committed,
             "rounds_aborted": ledger.rounds_aborted,
@@ -148,8 +148,7 @@ class Backend:
 
     def _peer(self, member: Member) -> Document:
         node = self._runtime.node
-        mine = [f for f in self._desk.figures if f["id"] == member.id.hex()]
-        last = mine[-1] if mine else {}
+        last = self._desk.figures.last_of(member.id)
         return {
             "id": member.id.hex(),
             "name": member.name,
@@ -293,7 +292,7 @@ class Backend:
 
     async def _metrics(self, args: Document, connection: ControlConnection) -> Document:
         last = int(args.get("last") or 256)
-        return {"members": self._desk.figures[-last:]}
+        return {"members": self._desk.figures.rows[-last:]}
 
     async def _scalars(self, args: Document, connection: ControlConnection) -> Document:
         """Figures of the user's own; the newest of each name, shown in ``status``."""

@@ -18,11 +18,11 @@ import msgspec
 
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.memo import Sent, read_memo, write_memo
-from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.node_events import LedgerChanged
@@ -60,14 +60,11 @@ class TrainerDesk:
         self._port = TrainerPort(folder)
         self._memo_path = folder / "position.json"
         self._memo = read_memo(self._memo_path)
-        self._final: dict[bytes, None] = {}
         self._connections: list[ControlConnection] = []
         self._flights: dict[str, _Flight] = {}
         self._ended = False
         self._schema_hash = b""
         self._layout: list[tuple[str, int]] = []
-        self._evaluated_rounds: dict[int, float] = {}
-        self._bytes_before = (0, 0)
         self._tasks: list[asyncio.Task[None]] = []
         self.device = ""
         self.last_loss = math.nan
@@ -75,10 +72,9 @@ class TrainerDesk:
         self.samples = 0.0
         self.blocked_s = 0.0
         self.attached_at_s = math.nan
-        self.figures: list[Document] = []
+        self.figures = Figures(runtime)
         runtime.listeners.append(self._on_core_event)
         runtime.state_hooks.append(self._on_state)
-        runtime.metrics_listeners.append(self._on_metrics)
 
     # -- attach -------------------------------------------------------------------------------
 
@@ -361,48 +357,20 @@ class TrainerDesk:
             )
 
     def _report(self, channel: str, flight: _Flight) -> None:
-        """This site's figures of a round: logged here, sent to the others, never in the log."""
-        stats = self._runtime.transport.stats
-        before, now = (
-            self._bytes_before,
-            (total_bytes(stats, "sent"), total_bytes(stats, "received")),
+        given = flight.figures
+        self.figures.report(
+            channel,
+            given.get("key"),
+            flight.outcome,
+            {
+                "compute_s": round(float(given.get("phase_s", 0.0)), 6),
+                "wait_s": round(float(given.get("blocked_s", 0.0)), 6),
+                "encode_s": round(float(given.get("encode_s", 0.0)), 6),
+                "samples": given.get("samples"),
+                "loss": given.get("loss"),
+                "compute_utilization": round(self.utilization(), 6),
+            },
         )
-        self._bytes_before = now
-        key = flight.figures.get("key")
-        figures: Document = {
-            "bytes_sent": now[0] - before[0],
-            "bytes_received": now[1] - before[1],
-            "compute_s": round(float(flight.figures.get("phase_s", 0.0)), 6),
-            "wait_s": round(float(flight.figures.get("blocked_s", 0.0)), 6),
-            "encode_s": round(float(flight.figures.get("encode_s", 0.0)), 6),
-            "samples": flight.figures.get("samples"),
-            "loss": flight.figures.get("loss"),
-            "compute_utilization": round(self.utilization(), 6),
-        }
-        self._runtime.events.emit("round_figures", key, **figures)
-        body = {"kind": "round", "channel": channel, "outcome": flight.outcome} | figures
-        if key is not None:
-            body |= {"round": key.round, "attempt": key.attempt}
-        self._keep_figures(self._runtime.node.me, body)
-        self._runtime.send_metrics(msgspec.msgpack.encode(body))
-
-    def _keep_figures(self, member: bytes, body: Document) -> None:
-        self.figures.append({"id": member.hex(), "mono_s": host.mono_s()} | body)
-        del self.figures[:-1024]
-
-    def _on_metrics(self, peer: PeerId, data: bytes) -> None:
-        try:
-            body = msgspec.msgpack.decode(data)
-            kind = body.get("kind")
-            if kind == "evaluated":
-                self._heard_loss(int(body["round"]), float(body["loss"]), peer)
-            elif kind == "final":
-                self._final[peer] = None
-                self._runtime.changed()
-            elif kind == "round":
-                self._keep_figures(peer, {str(k)[:32]: v for k, v in body.items()})
-        except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            self._runtime.peer_fault(peer, "bad_metrics", str(error))
 
     def _on_state(self, state: CanonicalState) -> None:
         """On a pool thread, while the state holds still."""
@@ -427,24 +395,15 @@ class TrainerDesk:
             self._push_evaluate(event.round)
 
     def _push_evaluate(self, round_number: int) -> None:
-        if round_number not in self._evaluated_rounds:
+        if not self.figures.has_loss(round_number):
             for connection in self._connections[:1]:
                 connection.push({"event": "evaluate", "round": round_number})
 
     async def evaluated(self, args: Document) -> Document:
         """The trainer's loss of θ on the fixed held-out set."""
         round_number, loss = int(args["round"]), float(args["loss"])
-        body = {"kind": "evaluated", "round": round_number, "loss": loss}
-        self._runtime.send_metrics(msgspec.msgpack.encode(body))
-        self._heard_loss(round_number, loss, self._runtime.node.me)
+        self.figures.evaluated(round_number, loss)
         return {}
-
-    def _heard_loss(self, round_number: int, loss: float, member: bytes) -> None:
-        self._evaluated_rounds[round_number] = loss
-        while len(self._evaluated_rounds) > 4096:
-            del self._evaluated_rounds[next(iter(self._evaluated_rounds))]
-        self._runtime.events.emit("evaluated", loss=loss, member=member.hex(), round=round_number)
-        self._runtime.changed()
 
     async def _end(self, reason: str) -> None:
         """The run is over: evaluate the last θ once, then let the trainers go."""
@@ -456,7 +415,7 @@ class TrainerDesk:
                 self._push_evaluate(last)
             if last and self.attached:
                 await self._wait(
-                    lambda: last in self._evaluated_rounds, END_TIMEOUT_S, "no final evaluation"
+                    lambda: self.figures.has_loss(last), END_TIMEOUT_S, "no final evaluation"
                 )
         except SwarmError as error:
             self._runtime.events.emit("fallback", what="final evaluation", why=str(error))
@@ -469,28 +428,6 @@ class TrainerDesk:
     def over(self) -> bool:
         """The run has ended and the trainer is gone."""
         return self._ended and not self._connections and all(task.done() for task in self._tasks)
-
-    async def see_everybody_off(self, timeout_s: float) -> None:
-        """After the end: stay until every linked state holder says that it has the last state.
-
-        Others may still need entries and results from here.
-        """
-        node, runtime = self._runtime.node, self._runtime
-        mine = [c.name for c in node.ledger.train_channels()]
-        await runtime.until(lambda: all(map(node.catchup.in_step, mine)), timeout_s)
-
-        def all_final() -> bool:
-            holders = [m.id for m in node.ledger.ordered_members() if m.holds_state]
-            return all(h in self._final or h not in node.linked() for h in holders)
-
-        runtime.send_metrics(msgspec.msgpack.encode({"kind": "final"}))
-        await runtime.until(all_final, timeout_s)
-
-    def loss(self) -> float | None:
-        """Newest loss of θ on the held-out set that this site knows."""
-        if not self._evaluated_rounds:
-            return None
-        return self._evaluated_rounds[max(self._evaluated_rounds)]
 
     async def beat(self) -> None:
         """Show the trainer that this process lives, for ever."""

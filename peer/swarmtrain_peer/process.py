@@ -127,7 +127,7 @@ class PeerProcess:
             if refused and not runtime.failure.done():
                 runtime.failure.set_result(_refusal(refused))
             if desk.over:
-                await desk.see_everybody_off(FAREWELL_S)
+                await desk.figures.see_everybody_off(FAREWELL_S)
                 await asyncio.sleep(LINGER_S)
                 self._stop.set()
                 return

@@ -66,7 +66,7 @@ class Dht:
         """Publish ``value`` under ``key`` for ``ttl`` seconds, as this peer's own record.
 
         Raises:
-            ConfigError: the value is larger than 1 kB. RoundFailed: nobody stored it in time.
+            LocalProtocolError: the value is larger than 1 kB. RoundFailed: nobody stored it.
         """
         self._peer._call(self._peer._dht_store(key, value, ttl), DHT_TIMEOUT_S + 5)
 

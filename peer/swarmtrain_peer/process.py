@@ -151,6 +151,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m swarmtrain_peer SITE_DIR", file=sys.stderr)
         return 2
+    # Threads wait for the interpreter lock at most this long; the default of 5 ms costs rounds.
+    sys.setswitchinterval(0.001)
     site = Site(Path(arguments[0]).resolve())
     try:
         with site.lock():

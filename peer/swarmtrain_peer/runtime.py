@@ -127,6 +127,7 @@ class PeerRuntime:
             admit=self._admit,
             handler=self,
             provide=self.provide,
+            threads=s.threads,
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once

@@ -62,6 +62,8 @@ class TrainerDesk:
         self._memo = read_memo(self._memo_path)
         self._connections: list[ControlConnection] = []
         self._flights: dict[str, _Flight] = {}
+        self._taking: list[asyncio.Task[Document]] = []
+        self._turns: dict[str, asyncio.Lock] = {}
         self._ended = False
         self._schema_hash = b""
         self._layout: list[tuple[str, int]] = []
@@ -257,29 +259,42 @@ class TrainerDesk:
     # -- hand-overs ---------------------------------------------------------------------------
 
     async def handover(self, args: Document) -> Document:
-        """Encode and announce a pseudo-gradient that stands in shared memory."""
-        runtime, channel, seq = self._runtime, str(args["channel"]), int(args["seq"])
-        flight = self._flights.get(channel)
-        if flight is not None and flight.seq == seq:
-            return {}
+        """Encode and announce a pseudo-gradient that stands in shared memory.
+
+        What was handed over whole counts, even if the trainer dies before it hears the answer.
+        """
+        taking = asyncio.ensure_future(self._take_once(args))
+        self._taking.append(taking)
+        taking.add_done_callback(self._taken)
+        return await asyncio.shield(taking)
+
+    async def _take_once(self, args: Document) -> Document:
+        """One at a time per channel: a repeat of the same hand-over finds it taken."""
+        channel, seq = str(args["channel"]), int(args["seq"])
+        async with self._turns.setdefault(channel, asyncio.Lock()):
+            flight = self._flights.get(channel)
+            if flight is None or flight.seq != seq:
+                await self._take(channel, seq, args)
+        return {}
+
+    def _taken(self, taking: asyncio.Task[Document]) -> None:
+        self._taking.remove(taking)
+        if not taking.cancelled():
+            taking.exception()  # told to whoever called, if anybody still listens
+
+    async def _take(self, channel: str, seq: int, args: Document) -> None:
+        runtime = self._runtime
         await self._wait(
             lambda: runtime.node.member.undecided(channel) is None,
             UNDECIDED_TIMEOUT_S,
             "the contribution before this one is not decided",
         )
-        values = self._port.handover(channel, seq)
-        if values is None:
-            raise LocalProtocolError("torn hand-over", f"{channel} {seq}", "hand over again")
-        flight = _Flight(seq, figures=dict(args))
-        self._flights[channel] = flight
-        self._account(args)
         started = host.mono_s()
         codec = runtime.manifest.keys.codec_scatter
-        loop = asyncio.get_running_loop()
-        nvalues = values.size
-        blob: Blob = await loop.run_in_executor(runtime.pool, runtime.data.encode, values, codec)
-        self._port.release(channel)
-        flight.root = blob.root
+        blob, nvalues = await self._encode(channel, seq, codec)
+        flight = _Flight(seq, blob.root, figures=dict(args))
+        self._flights[channel] = flight
+        self._account(args)
         index = runtime.node.ledger.index
         self._memo.sent[channel] = Sent(seq=seq, root=blob.root.hex(), index=index)
         write_memo(self._memo_path, self._memo)
@@ -304,7 +319,29 @@ class TrainerDesk:
             channel, blob.root, nvalues, codec, float(args["samples"]), int(args["base_round"]), 0
         )
         runtime.driver.run(runtime.node.contribute, offer)
-        return {}
+
+    async def _encode(self, channel: str, seq: int, codec: str) -> tuple[Blob, int]:
+        """Read hand-over ``seq`` from its slot; returns the encoded chunks and how many values.
+
+        Raises:
+            LocalProtocolError: torn, or not finite.
+        """
+        values = self._port.handover(channel, seq)
+        torn = LocalProtocolError("torn hand-over", f"{channel} {seq}", "hand over again")
+        if values is None:
+            raise torn
+        runtime, loop = self._runtime, asyncio.get_running_loop()
+        try:
+            blob: Blob = await loop.run_in_executor(
+                runtime.pool, runtime.data.encode, values, codec
+            )
+        finally:
+            whole = self._port.side.intact(channel, seq)
+            self._port.release(channel)
+        if not whole:
+            runtime.data.drop(blob.root)
+            raise torn
+        return blob, values.size
 
     def _account(self, args: Document) -> None:
         self.steps += int(args["steps"])
@@ -436,6 +473,6 @@ class TrainerDesk:
             await asyncio.sleep(0.5)
 
     def close(self) -> None:
-        for task in self._tasks:
+        for task in (*self._tasks, *self._taking):
             task.cancel()
         self._port.close()

@@ -1,4 +1,4 @@
-"""The serving side of fetches: looks up blobs and queues their chunks (spec 03b-fetch.md).
+"""The serving side of fetches: looks up blobs and queues their chunks (spec 09-fetch.md).
 
 Runs on the loop thread. Small chunks go out on the control link behind all messages, large ones
 over a bulk connection; neither is copied before it is sealed.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
+from swarmtrain_peer import host
 from swarmtrain_peer.bulk import BulkConnection, Job
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
@@ -26,12 +28,24 @@ _RUNNING_MAX = 2 * limits.FETCHES_IN_FLIGHT_PER_PEER_MAX
 """The asker may hold all chunks, and ask for more, before this side has noted the last as sent."""
 
 
+class Connections(Protocol):
+    """Bulk connections, as ``BulkLinks`` has them."""
+
+    def need(self, peer: PeerId) -> None:
+        """Have one made if this side can."""
+
+    def connections(self, peer: PeerId) -> list[BulkConnection]:
+        """Those that are up."""
+
+
 class _Served:
     """One request: its jobs, kept for a while after they are done."""
 
-    __slots__ = ("jobs", "unfinished")
+    __slots__ = ("begin_s", "jobs", "root", "unfinished")
 
-    def __init__(self) -> None:
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.begin_s = host.mono_s()
         self.jobs: list[Job] = []
         self.unfinished = 0
 
@@ -44,8 +58,8 @@ class _Served:
 class Serving:
     """Answers fetch requests.
 
-    ``send(peer, message, payload)`` queues on the open link, ``need_bulk`` has a bulk connection
-    made if this side can, ``connections`` are those that are up.
+    ``send(peer, message, payload)`` queues on the open link, ``bulk`` has connections made and
+    knows which are up, ``sent(root, nbytes, begin_s)`` hears what the kernel has taken.
     """
 
     def __init__(
@@ -53,14 +67,15 @@ class Serving:
         loop: asyncio.AbstractEventLoop,
         provide: Callable[[bytes], Blob | None],
         send: Callable[[PeerId, Message, bytes | memoryview], bool],
-        need_bulk: Callable[[PeerId], None],
-        connections: Callable[[PeerId], list[BulkConnection]],
+        bulk: Connections,
+        sent: Callable[[bytes, int, float], None],
     ) -> None:
         self._loop = loop
         self._provide = provide
         self._send = send
-        self._need_bulk = need_bulk
-        self._connections = connections
+        self._need_bulk = bulk.need
+        self._connections = bulk.connections
+        self._sent = sent
         self._served: dict[PeerId, dict[int, _Served]] = {}
         self._waiting: dict[PeerId, list[Job]] = {}
 
@@ -142,13 +157,16 @@ class Serving:
             elif not self._send(peer, FetchChunk(request=number, index=index), chunk):
                 self._refuse(peer, number, "busy")
                 return
+            else:
+                self._sent(request.root, chunk.nbytes, host.mono_s())
         if large:
-            self._queue(peer, number, large)
+            self._queue(peer, number, large, _Served(request.root))
 
-    def _queue(self, peer: PeerId, number: int, large: list[tuple[int, memoryview]]) -> None:
+    def _queue(
+        self, peer: PeerId, number: int, large: list[tuple[int, memoryview]], served: _Served
+    ) -> None:
         connections = sorted(self._connections(peer), key=lambda conn: conn.queued_bytes)
         streams = max(1, min(len(connections), len(large)))
-        served = _Served()
         self._served.setdefault(peer, {})[number] = served
         for i in range(streams):
             job = Job(number, large[i::streams], lambda job: self._done_later(peer, job))
@@ -176,6 +194,7 @@ class Serving:
         if served is None or job not in served.jobs:
             return
         served.unfinished -= 1
+        self._sent(served.root, job.nbytes, served.begin_s)
         if len(all_served) > _RUNNING_MAX:  # more than can be asked for again: forget the oldest
             done = next((n for n, s in all_served.items() if not s.unfinished), None)
             if done is not None:

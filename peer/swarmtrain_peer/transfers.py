@@ -1,4 +1,4 @@
-"""Fetches: chunks of a blob, named by its root, into the caller's memory (spec 03b-fetch.md).
+"""Fetches: chunks of a blob, named by its root, into the caller's memory (spec 09-fetch.md).
 
 The asking side is here (``Fetches``), the serving side in ``serving.py``, connections in
 ``bulk.py``. Everything runs on the loop thread except what says otherwise: frames are received,

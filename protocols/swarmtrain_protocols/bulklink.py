@@ -1,4 +1,4 @@
-"""The bulk connection's bytes: who it belongs to, its keys, its frame header (spec 03b-fetch.md).
+"""The bulk connection's bytes: who it belongs to, its keys, its frame header (spec 09-fetch.md).
 
     initiator -> preface (8) tag (32) nonce (16)
     responder <- nonce (16) seal (16)

@@ -1,4 +1,4 @@
-"""BLAKE3 Merkle trees over the chunks of a blob (protocols/spec/03b-fetch.md).
+"""BLAKE3 Merkle trees over the chunks of a blob (protocols/spec/09-fetch.md).
 
 Everything bulky is named by the root of such a tree and fetched chunk by chunk, so that each chunk
 is checked on its own, whoever sent it. The shape is that of RFC 6962: pairs from the left, an odd

@@ -176,7 +176,7 @@ class Trainer:
         self.attachments.append(answer)
         if answer["need_theta0"]:
             self._define(client, side)
-        self._say("attached")
+        self._say(f"attached {answer['shm']}")
         while not self.stopped.is_set() and side.should_stop() is None:
             if client.closed:
                 raise ControlClosed("the peer process went away", "while training")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmtrain_peer.spawn import child_environment
+from swarmtrain_peer.spawn import Supervisor, child_environment, spawn_peer
 from swarmtrain_protocols.errors import NotAuthorised, RunMismatch, VersionMismatch
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
@@ -243,7 +243,7 @@ def test_bad_tickets_end_with_their_exit_codes_and_change_nothing(tmp_path: Path
         with closing_all(train(founder, 1, phase_s=0.02)):
             founder.wait_applied(3)
         founder.wait_event("trainer_lost")
-        before, peers = founder.status(), founder.call("peers")
+        before = founder.status()
         good = founder.ticket()
         key = founder.site.founder()
         assert key is not None
@@ -268,7 +268,7 @@ def test_bad_tickets_end_with_their_exit_codes_and_change_nothing(tmp_path: Path
         }, ends
         for lines in (lines for _, lines in ends.values()):
             assert len(lines) == 3, lines
-        assert founder.call("peers") == peers
+        assert [peer["id"] for peer in founder.call("peers")["peers"]] == [founder.id]
         for field in ("members", "generation", "channels", "stewards", "rounds_aborted"):
             assert founder.status()[field] == before[field]
 
@@ -287,3 +287,32 @@ def join(swarm: Swarm, name: str, ticket: Ticket) -> tuple[int, list[str]]:
         check=False,
     )
     return done.returncode, done.stderr.strip().splitlines()
+
+
+def test_a_dead_peer_process_is_started_again_and_its_trainer_goes_on(tmp_path: Path) -> None:
+    reports: list[str] = []
+    with Swarm(tmp_path) as swarm:
+        seat = swarm.found(start=False)
+        supervisor = Supervisor(lambda name, fields: reports.append(name))
+        one = supervisor.add("peer", lambda: spawn_peer(seat.site))
+        seat.process = one.process  # killed by the harness, whatever happens
+        seat.follow()
+        trainer = train(seat, 1, phase_s=0.02)
+        with closing_all(trainer):
+            wait_round(seat, 3)
+            seat.kill()
+            known = max(r["round"] for r in seat.events("round_committed"))
+
+            def back() -> bool:
+                supervisor.poll()
+                return one.restarts == 1 and one.process.poll() is None
+
+            poll_until(back, "started again")
+            seat.process = one.process
+            seat.follow()
+            seat.wait_event("trainer_attached", since_seq=seat.events("peer_started")[-1]["seq"])
+            seat.wait_applied(known + 4)
+        assert reports == ["process_restarted"]
+        assert len(trainer.attachments) == 2 and trainer.failure is None
+        assert trainer.attachments[1]["need_theta0"] is False
+        swarm.check_hashes()

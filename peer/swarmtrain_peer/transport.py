@@ -130,7 +130,6 @@ class Transport:
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
-        self._started = True
         self._pool = BulkPool(self._threads)
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
@@ -140,6 +139,7 @@ class Transport:
             self._loop, self._provide, self._send_open, self._bulk.need, self._bulk.connections
         )
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
+        self._started = True
         if self._listener is None:
             return ""
         self._spawn(self._accept_loop())

@@ -46,6 +46,7 @@ sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds th
 SOAK_STEPS ?= 20000
 soak: $(STAMP)   ## a long demo with peers killed and links squeezed
 	$(BIN)/swarmtrain demo --chaos --no-dashboard --steps $(SOAK_STEPS) --json
+	$(BIN)/python -m tests.swarm.trainer_kills 200
 
 bench: $(STAMP)  ## all-reduce against gloo, in one run; results in benchmarks/results
 	$(BIN)/python benchmarks/allreduce.py

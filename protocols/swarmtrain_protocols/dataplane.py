@@ -40,7 +40,7 @@ class _Buffers:
     contributions: dict[tuple[int, int], list[memoryview]] = field(default_factory=dict)
     parts: dict[int, Blob] = field(default_factory=dict)
     incoming: dict[int, list[memoryview]] = field(default_factory=dict)
-    result: Blob | None = None
+    released: bool = False
 
 
 class DataPlane:
@@ -68,9 +68,10 @@ class DataPlane:
         self._blobs: dict[bytes, Blob] = {}
         self._uses: dict[bytes, int] = {}
         self._attempts: dict[RoundKey, _Buffers] = {}
-        self._results: dict[str, list[bytes]] = {}
+        self._results: dict[str, list[tuple[bytes, ...]]] = {}
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
         self._incoming: dict[bytes, list[memoryview]] = {}
+        self._incoming_root: dict[str, bytes] = {}
         self._adopted: dict[bytes, None] = {}
 
     def layout(self, values: int) -> Layout:
@@ -161,8 +162,13 @@ class DataPlane:
             raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
         whole = self._incoming.get(purpose.root)
         if whole is None:
+            # One download per channel: what another one has left behind is of no use.
+            left = self._incoming_root.get(purpose.channel)
+            if left is not None:
+                self._incoming.pop(left, None)
             whole = chunk_buffers(sizes)
             self._incoming[purpose.root] = whole
+            self._incoming_root[purpose.channel] = purpose.root
         return whole[first : first + count]
 
     def total_chunks(self, purpose: object) -> int:
@@ -216,9 +222,14 @@ class DataPlane:
         elif isinstance(purpose, fx.ResultPart):
             buffers = self._buffers(purpose.key)
             chunks = buffers.incoming.pop(purpose.part)
+            codec = get_codec(buffers.opened.gather_codec)
+            layout = self.layout(buffers.opened.values)
+            first = buffers.opened.parts[purpose.part].first
+            for offset, chunk in enumerate(chunks):
+                n = layout.nvalues(first + offset)
+                codec.check(chunk, n, limits.RESULT_MAGNITUDE_MAX)
             blob = Blob(chunks, leaves) if leaves is not None else Blob.of(chunks)
-            buffers.parts[purpose.part] = blob
-            self.register(blob)
+            self._put_part(buffers, purpose.part, blob)
 
     def reduce(self, key: RoundKey, part: int, chosen: RoundSet) -> bytes:
         """Sum a part over the logged set in member order, encode once; returns its root.
@@ -245,9 +256,18 @@ class DataPlane:
         for _ in self._run(work, range(item.count)):
             pass
         blob = Blob(out, leaves)
-        buffers.parts[part] = blob
-        self.register(blob)
+        self._put_part(buffers, part, blob)
         return blob.root
+
+    def _put_part(self, buffers: _Buffers, part: int, blob: Blob) -> None:
+        """A part may come twice, fetched and computed; and after its attempt was released."""
+        if buffers.released:
+            raise LocalProtocolError("the attempt is over", str(buffers.opened.key))
+        self.register(blob)
+        old = buffers.parts.get(part)
+        buffers.parts[part] = blob
+        if old is not None:
+            self.drop(old.root)
 
     def _source(self, buffers: _Buffers, part: int, index: int) -> Sequence[memoryview]:
         fetched = buffers.contributions.get((part, index))
@@ -266,20 +286,25 @@ class DataPlane:
         chunks = [chunk for blob in ordered for chunk in blob.chunks]
         leaves = [leaf for blob in ordered for leaf in blob.leaves]
         blob = Blob(chunks, leaves)
-        buffers.result = blob
-        self._keep_result(key.channel, blob, buffers.opened.values, buffers.opened.gather_codec)
+        opened = buffers.opened
+        self._keep_result(key.channel, blob, opened.values, opened.gather_codec, ordered)
         return blob
 
-    def _keep_result(self, channel: str, blob: Blob, values: int, codec: str) -> None:
-        self.register(blob)
+    def _keep_result(
+        self, channel: str, blob: Blob, values: int, codec: str, parts: Sequence[Blob] = ()
+    ) -> None:
+        """Serve a result, and its parts for those who ask for them late; they share memory."""
+        for item in (blob, *parts):
+            self.register(item)
         self._result_codecs[blob.root] = (values, codec)
         kept = self._results.setdefault(channel, [])
-        kept.append(blob.root)
+        kept.append((blob.root, *(part.root for part in parts)))
         while len(kept) > RESULTS_KEPT_PER_CHANNEL:
             old = kept.pop(0)
-            self.drop(old)
-            if old not in kept:
-                self._result_codecs.pop(old, None)
+            for root in old:
+                self.drop(root)
+            if old[0] not in [item[0] for item in kept]:
+                self._result_codecs.pop(old[0], None)
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
@@ -292,6 +317,7 @@ class DataPlane:
     def release_attempt(self, key: RoundKey) -> None:
         buffers = self._attempts.pop(key, None)
         if buffers is not None:
+            buffers.released = True
             for blob in buffers.parts.values():
                 self.drop(blob.root)
 

@@ -50,6 +50,8 @@ class MemberJoined(msgspec.Struct, frozen=True, tag="joined"):
     reachable: bool
     ticket: Annotated[bytes, Meta(max_length=16)] = b""
     """Id of the ticket's capability, never its secret."""
+    uses: Count = 0
+    """Members that may join with this ticket, 0: any number; the ledger counts them."""
 
 
 class MemberLeft(msgspec.Struct, frozen=True, tag="left"):

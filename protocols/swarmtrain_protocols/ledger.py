@@ -70,6 +70,11 @@ class ChannelState(msgspec.Struct):
     def holds_state(self) -> bool:
         return self.name.startswith("train/")
 
+    @property
+    def last_index(self) -> int:
+        """Log index of the latest commit, -1 without one."""
+        return self.history[-1].index if self.history else -1
+
     def outcome(self, round_number: int) -> Outcome | None:
         """The commit of a round, if it is recent enough to be remembered."""
         for item in reversed(self.history):
@@ -90,7 +95,12 @@ class ChannelState(msgspec.Struct):
 
 
 class Ledger(msgspec.Struct):
-    """The replicated state machine. Equal at all members that applied the same prefix."""
+    """The replicated state machine. Equal at all members that applied the same prefix.
+
+    ``bearers``: who has joined with a ticket of limited uses, by the id of its capability.
+    ``group_round``: the first round of a group channel that is new; above all rounds of groups
+    that were forgotten, so that a name used again never repeats a key.
+    """
 
     run: bytes = ZERO_HASH
     founder: bytes = ZERO_HASH
@@ -108,6 +118,8 @@ class Ledger(msgspec.Struct):
     ended: str = ""
     rounds_committed: int = 0
     rounds_aborted: int = 0
+    bearers: dict[bytes, list[bytes]] = {}
+    group_round: int = 0
 
     def apply(self, index: int, body: e.EntryBody) -> bool:
         """Apply entry ``index``; False if the entry does not fit and is ignored."""
@@ -127,6 +139,37 @@ class Ledger(msgspec.Struct):
         known = self.members.get(member)
         return member == self.genesis_steward or (known is not None and known.may_vote)
 
+    def ticket_used_up(self, ticket: bytes, uses: int, member: bytes) -> bool:
+        """True if ``member`` would be one bearer too many of a ticket for ``uses`` members."""
+        if not uses:
+            return False
+        known = self.bearers.get(ticket)
+        if known is None:
+            return len(self.bearers) >= limits.TICKETS_LIMITED_MAX
+        return member not in known and len(known) >= min(uses, limits.TICKET_USES_MAX)
+
+    def next_key(self, channel: str) -> RoundKey | None:
+        """The attempt that may be opened next in ``channel``; None: there is no room for it."""
+        known = self.channels.get(channel)
+        if known is not None:
+            return RoundKey(self.generation, channel, known.round, known.attempt)
+        full = len(self.channels) >= limits.CHANNELS_MAX and self._idle_group() is None
+        if not channel.startswith("group/") or full:
+            return None
+        return RoundKey(self.generation, channel, self.group_round, 0)
+
+    def _idle_group(self) -> ChannelState | None:
+        """The group that was idle for longest."""
+        idle = [c for c in self.channels.values() if not c.holds_state and c.open is None]
+        return min(idle, key=lambda c: (c.last_index, c.name), default=None)
+
+    def forget_idle_group(self) -> None:
+        """Make room for another channel."""
+        idle = self._idle_group()
+        assert idle is not None
+        del self.channels[idle.name]
+        self.group_round = max(self.group_round, idle.round + 1)
+
     def snapshot(self) -> bytes:
         """MessagePack of the whole ledger."""
         return msgspec.msgpack.encode(self)
@@ -140,7 +183,7 @@ def load_snapshot(data: bytes) -> Ledger:
     """
     try:
         return msgspec.msgpack.decode(data, type=Ledger)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerFault("malformed", f"ledger snapshot: {error}") from None
 
 
@@ -154,7 +197,8 @@ def _genesis(ledger: Ledger, index: int, body: e.Genesis) -> bool:
 
 
 def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
-    if body.member in ledger.banned:
+    used_up = ledger.ticket_used_up(body.ticket, body.uses, body.member)
+    if body.member in ledger.banned or used_up:
         return False
     known = ledger.members.get(body.member)
     if known is None:
@@ -164,6 +208,10 @@ def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
         ledger.ordinals += 1
     else:
         ordinal = known.ordinal
+    if body.uses:
+        bearers = ledger.bearers.setdefault(body.ticket, [])
+        if body.member not in bearers:
+            bearers.append(body.member)
     ledger.members[body.member] = Member(
         id=body.member,
         name=body.name,
@@ -193,8 +241,19 @@ def _stewards(ledger: Ledger, index: int, body: e.StewardsChanged) -> bool:
     return True
 
 
+def valid_model(body: e.ModelDefined) -> bool:
+    """Distinct state channels, each with values and a root."""
+    names = [item.channel for item in body.layout]
+    return (
+        len(names) == len(body.roots) > 0
+        and len(set(names)) == len(names)
+        and all(name.startswith("train/") for name in names)
+        and all(0 < item.values <= limits.VALUES_PER_CHANNEL_MAX for item in body.layout)
+    )
+
+
 def _model(ledger: Ledger, index: int, body: e.ModelDefined) -> bool:
-    if ledger.model is not None or len(body.layout) != len(body.roots):
+    if ledger.model is not None or not valid_model(body):
         return False
     ledger.model = body
     for item, root in zip(body.layout, body.roots, strict=True):
@@ -207,14 +266,15 @@ def _model(ledger: Ledger, index: int, body: e.ModelDefined) -> bool:
 def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
     if ledger.ended or ledger.paused or not body.contributors or not body.parts:
         return False
+    if body.key != ledger.next_key(body.key.channel):
+        return False
     channel = ledger.channels.get(body.key.channel)
     if channel is None:
-        if body.key.channel.startswith("train/") or len(ledger.channels) >= limits.CHANNELS_MAX:
-            return False
-        channel = ChannelState(name=body.key.channel, values=body.values)
+        if len(ledger.channels) >= limits.CHANNELS_MAX:
+            ledger.forget_idle_group()
+        channel = ChannelState(body.key.channel, body.values, round=body.key.round)
         ledger.channels[channel.name] = channel
-    expected = RoundKey(ledger.generation, channel.name, channel.round, channel.attempt)
-    if channel.open is not None or body.key != expected:
+    if channel.open is not None:
         return False
     channel.values = body.values
     channel.open, channel.chosen = body, None
@@ -231,6 +291,14 @@ def _set(ledger: Ledger, index: int, body: e.RoundSet) -> bool:
         return False
     channel.chosen = body
     return True
+
+
+def _history_rounds(ledger: Ledger, channel: ChannelState) -> int:
+    """Outcomes to remember: fewer where they are long, so that the ledger stays small."""
+    latest = channel.history[-1]
+    records = 1 + len(latest.contributors) + len(latest.held_by)
+    fitting = limits.HISTORY_RECORDS_MAX // (records * len(ledger.channels))
+    return max(limits.HISTORY_ROUNDS_MIN, min(limits.HISTORY_ROUNDS, fitting))
 
 
 def _committed(ledger: Ledger, index: int, body: e.RoundCommitted) -> bool:
@@ -257,7 +325,7 @@ def _committed(ledger: Ledger, index: int, body: e.RoundCommitted) -> bool:
             index=index,
         )
     )
-    del channel.history[: -limits.HISTORY_ROUNDS]
+    del channel.history[: -_history_rounds(ledger, channel)]
     channel.round += 1
     channel.attempt = 0
     channel.open = channel.chosen = None
@@ -289,6 +357,8 @@ def _resumed(ledger: Ledger, index: int, body: e.Resumed) -> bool:
 
 def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
     if body.generation != ledger.generation + 1:
+        return False
+    if not len(body.channels) == len(body.rounds) == len(body.roots):
         return False
     ledger.generation = body.generation
     for name, round_number, root in zip(body.channels, body.rounds, body.roots, strict=True):

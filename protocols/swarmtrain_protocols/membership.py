@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
@@ -21,6 +22,7 @@ from swarmtrain_protocols.tickets import Capability
 JOIN_RETRY_S = 1.0
 LOST_AFTER_S = 30.0
 STEWARDS_WANTED = 3
+ASKED_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Joiner:
         self._next_try = 0.0
         self._leaving = ""
         self._hint: PeerId | None = None
+        self._asked: list[PeerId] = []
+        self._turn = 0
 
     @property
     def is_member(self) -> bool:
@@ -93,13 +97,16 @@ class Joiner:
         if target is not None and target != self._me and target not in linked:
             self._out.append(Connect(target))
             target = None
-        if target is None:
-            target = linked[0] if linked else None
+        if target is None and linked:
+            self._turn += 1  # whoever was asked last may know as little as this node
+            target = linked[self._turn % len(linked)]
         if self.leader == self._me:
             target = self._me
+        self._next_try = now + JOIN_RETRY_S
         if target is None:
             return
-        self._next_try = now + JOIN_RETRY_S
+        if target not in self._asked:
+            self._asked = [*self._asked[1 - ASKED_MAX :], target]
         if self._leaving:
             self._out.append(Send(target, mm.LeaveRequest(self._leaving)))
         else:
@@ -110,7 +117,17 @@ class Joiner:
         self.leader = leader
         self._next_try = min(self._next_try, now)
 
+    def linked(self, now: float) -> None:
+        """A new link: somebody to ask at once."""
+        self._next_try = min(self._next_try, now)
+
+    def asked(self, peer: PeerId) -> bool:
+        """A recent request went to ``peer``, and what it asked for is not granted yet."""
+        return peer in self._asked and not self.satisfied()
+
     def redirected(self, now: float, message: mm.Redirect) -> None:
+        if self._hint is not None and len(message.leader) != 32:
+            self._hint = None  # it does not know either; ask the others
         if len(message.leader) == 32 and message.leader != self._me:
             self._hint = PeerId(message.leader)
             self._out.append(Connect(self._hint, message.addresses))
@@ -129,8 +146,8 @@ class Shepherd:
         me: PeerId,
         ledger: Ledger,
         out: list[Effect],
-        propose: Callable[[float, e.EntryBody], None],
-        change_voters: Callable[[float, tuple[PeerId, ...]], None],
+        propose: Callable[[float, e.EntryBody], bool],
+        change_voters: Callable[[float, tuple[PeerId, ...]], bool],
         check_capability: Callable[[float, bytes], Capability],
         linked: Callable[[], list[PeerId]],
         max_rounds: int,
@@ -168,7 +185,7 @@ class Shepherd:
             self._refuse(peer, "banned", self.ledger.banned[peer])
             return
         genesis = peer == self.ledger.genesis_steward
-        ticket, vote = b"", genesis
+        ticket, vote, uses = b"", genesis, 0
         if not genesis or request.capability:
             try:
                 capability = self._check(now, request.capability)
@@ -179,6 +196,13 @@ class Shepherd:
                 vote = self.ledger.may_vote(peer)
             else:
                 ticket, vote = capability.id, genesis or capability.vote
+                uses = capability.uses
+        if self.ledger.ticket_used_up(ticket, uses, peer):
+            self._refuse(peer, "not_authorised", "the ticket is used up")
+            return
+        if peer not in self.ledger.members and len(self.ledger.members) >= limits.MEMBERS_MAX:
+            self._refuse(peer, "full", f"the run has {limits.MEMBERS_MAX} members")
+            return
         body = e.MemberJoined(
             peer,
             request.name,
@@ -188,12 +212,13 @@ class Shepherd:
             vote and request.votes,
             request.reachable,
             ticket,
+            uses,
         )
         self._leaving.pop(peer, None)
         self._finished.pop(peer, None)
         if self._asked_index.get(peer) != self.ledger.index:
-            self._asked_index[peer] = self.ledger.index
             self._propose(now, body)
+            self._asked_index[peer] = self.ledger.index
 
     def _refuse(self, peer: PeerId, code: str, reason: str) -> None:
         self._out.append(Send(peer, mm.JoinRefused(code, reason[:256])))
@@ -226,10 +251,16 @@ class Shepherd:
         for key in list(self._missing):
             if key not in self.ledger.members:
                 del self._missing[key]
+        for table in (self._finished, self._asked_index):
+            for key in [k for k in table if k not in self.ledger.members]:
+                if key in self._finished or self._asked_index[key] != self.ledger.index:
+                    table.pop(key)
         for member in self.ledger.ordered_members():
             if member.id == self._me or member.id in linked:
                 self._missing.pop(member.id, None)
                 continue
+            if member.id not in self._missing:
+                self._out.append(Connect(PeerId(member.id)))  # it may be unable to dial this node
             since = self._missing.setdefault(member.id, now)
             if now >= since + LOST_AFTER_S:
                 self._missing[member.id] = now
@@ -243,26 +274,33 @@ class Shepherd:
                 continue
             if self._busy(peer) or (peer in self.ledger.voters and len(self.ledger.members) > 1):
                 continue
-            self._propose(now, e.MemberLeft(peer, self._leaving.pop(peer)))
+            if self._propose(now, e.MemberLeft(peer, self._leaving[peer])):
+                del self._leaving[peer]
 
     def _busy(self, peer: bytes) -> bool:
+        """An open attempt counts on this member: its contribution, its parts or its state."""
         for channel in self.ledger.channels.values():
             opened = channel.open
-            if opened is not None and any(
-                p == peer for part in opened.parts for p in (part.owner, part.deputy)
-            ):
+            if opened is None:
+                continue
+            people = [c.member for c in opened.contributors] + list(opened.holders)
+            people += [k for part in opened.parts for k in (part.owner, part.deputy)]
+            if peer in people:
                 return True
         return False
 
     def _fit_voters(self, now: float, linked: list[PeerId]) -> None:
-        """One voter, or three: promoted jointly as soon as enough members may vote."""
+        """One voter, or three: promoted jointly as soon as enough members may vote.
+
+        Only who can be dialled: any steward may come to lead, and joiners have to reach it.
+        """
         if self.ledger.joint:
             return
         here = [*linked, self._me]
         able = [
             PeerId(m.id)
             for m in self.ledger.ordered_members()
-            if self.ledger.may_vote(m.id) and m.id not in self._leaving
+            if self.ledger.may_vote(m.id) and m.reachable and m.id not in self._leaving
         ]
         current = [PeerId(v) for v in self.ledger.voters if v in able]
         spare = [p for p in able if p not in current and p in here]
@@ -277,9 +315,8 @@ class Shepherd:
             self._asked_voters = ()
             return
         target = tuple(sorted(wanted))
-        if target != self._asked_voters:
+        if target != self._asked_voters and self._change_voters(now, target):
             self._asked_voters = target
-            self._change_voters(now, target)
 
     def _maybe_end(self, now: float, linked: list[PeerId]) -> None:
         if self.ledger.ended or self._ending:
@@ -296,8 +333,7 @@ class Shepherd:
             self._end(now, "all trainers finished")
 
     def _end(self, now: float, reason: str) -> None:
-        self._ending = True
-        self._propose(now, e.RunEnded(reason))
+        self._ending = self._propose(now, e.RunEnded(reason))
 
     def deadline(self) -> float:
         if not self.active:

@@ -8,6 +8,7 @@ from them stands behind the ``Persist`` that made them durable.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 
 from swarmtrain_protocols import entries as e
@@ -15,7 +16,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound
 from swarmtrain_protocols.dht.kademlia import DhtCore
-from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.finder import Finder
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.ledger import Ledger, load_snapshot
@@ -28,7 +29,8 @@ from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import log as lm
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages import rounds as rm
-from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
+from swarmtrain_protocols.node_events import LedgerChanged
+from swarmtrain_protocols.reception import Reception
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import CatchUp
 from swarmtrain_protocols.rounds.fetches import Fetches
@@ -38,8 +40,11 @@ from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_of
 from swarmtrain_protocols.tickets import Capability, parse_capability
 
 PUMP_MAX = 10_000
+EARLY_MESSAGES_MAX = 4 * limits.MEMBERS_MAX
+"""What members tell a leader that does not know yet whether it knows all that is committed."""
 
 _FOR_LEADER = (rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, mm.StateReport)
+_SAID_ONCE = (*_FOR_LEADER, mm.Finished, mm.Propose)
 
 
 class NodeCore:
@@ -82,6 +87,7 @@ class NodeCore:
         self._finished = False
         self._leader: PeerId | None = None
         self._term = -1
+        self._early: deque[tuple[PeerId, Message]] = deque(maxlen=EARLY_MESSAGES_MAX)
         self.policy = policy or policy_of(keys, chunk_values)
         self.fetches = Fetches(self._raw)
         self.member = RoundMember(
@@ -123,6 +129,15 @@ class NodeCore:
             linked=self.linked,
             max_rounds=keys.max_rounds,
         )
+        self.reception = Reception(
+            ledger=self.ledger,
+            manifest=manifest,
+            out=self._raw,
+            joiner=self.joiner,
+            shepherd=self.shepherd,
+            rounds=self.leader,
+            propose=self._propose,
+        )
         self.dht = DhtCore(
             keyring=keyring,
             rng=rng,
@@ -160,6 +175,8 @@ class NodeCore:
         self._linked[peer] = None
         self.log.connected(now, peer)
         self.dht.connected(now, peer, addresses)
+        self.member.connected(peer)
+        self.joiner.linked(now)
         if peer == self._leader:
             self._announce(now)
         self._pump(now)
@@ -311,20 +328,25 @@ class NodeCore:
             verify=self._keyring.verify,
         )
 
-    def _propose(self, now: float, body: e.EntryBody) -> None:
+    def _propose(self, now: float, body: e.EntryBody) -> bool:
+        """Append to the log; False if it takes nothing at the moment."""
         if not self.log.is_leader:
-            return
+            return False
         try:
             self.log.propose(now, body)
         except LocalProtocolError as error:
-            # Cut off from a majority: leadership ends soon, and the next leader decides anew.
+            # Cut off from a majority, for example: whoever proposes tries again or is replaced.
             self._refused("proposal", error)
+            return False
+        return True
 
-    def _change_voters(self, now: float, voters: tuple[PeerId, ...]) -> None:
+    def _change_voters(self, now: float, voters: tuple[PeerId, ...]) -> bool:
         try:
             self.log.change_voters(now, voters)
         except LocalProtocolError as error:
             self._refused("change of stewards", error)
+            return False
+        return True
 
     def _refused(self, what: str, error: LocalProtocolError) -> None:
         self._raw.append(Emit(fx.Notice("fallback", {"what": what, "why": str(error)})))
@@ -335,6 +357,8 @@ class NodeCore:
             self.log.receive(now, peer, message)
         elif kind == dm.__name__:
             self.dht.receive(now, peer, message)
+        elif self.log.is_leader and not self.leader.active and isinstance(message, _SAID_ONCE):
+            self._early.append((peer, message))
         elif isinstance(message, _FOR_LEADER):
             self.leader.receive(now, peer, message)
         elif kind == rm.__name__:
@@ -344,55 +368,7 @@ class NodeCore:
         elif isinstance(message, mm.SnapshotOffer):
             self.catchup.offered(now, peer, message)
         else:
-            self._membership(now, peer, message)
-
-    def _membership(self, now: float, peer: PeerId, message: Message) -> None:
-        if isinstance(message, mm.ManifestRequest):
-            if message.run == self.run:
-                self._raw.append(Send(peer, mm.ManifestReply(self.manifest.to_bytes())))
-        elif isinstance(message, mm.Redirect):
-            self.joiner.redirected(now, message)
-        elif isinstance(message, mm.JoinRefused):
-            self.joiner.refused = message.code
-            self._raw.append(Emit(JoinFailed(message.code, message.reason)))
-        elif isinstance(message, mm.JoinRequest):
-            self._join_request(now, peer, message)
-        elif not self.shepherd.active:
-            return
-        elif isinstance(message, mm.LeaveRequest):
-            self.leader.leaving(peer)
-            self.shepherd.leave(now, peer, message.reason)
-        elif isinstance(message, mm.Finished):
-            self.shepherd.finished(now, peer, message.finished)
-        elif isinstance(message, mm.Propose):
-            self._proposed(now, peer, message)
-
-    def _join_request(self, now: float, peer: PeerId, message: mm.JoinRequest) -> None:
-        if self.shepherd.active:
-            self.leader.returned(peer)
-            self.shepherd.join(now, peer, message)
-            return
-        known = self.ledger.members.get(self._leader) if self._leader is not None else None
-        addresses = known.addresses if known is not None else ()
-        self._raw.append(Send(peer, mm.Redirect(self._leader or b"", addresses)))
-
-    def _proposed(self, now: float, peer: PeerId, message: mm.Propose) -> None:
-        """Members may ask for a few kinds of entries; anything else is a fault of theirs."""
-        try:
-            body = e.decode_body(message.body)
-        except PeerFault as fault:
-            self._fault(peer, fault.code)
-            return
-        allowed = e.ModelDefined | e.CheckpointMade | e.Paused | e.Resumed | e.RunEnded
-        if peer not in self.ledger.members or not isinstance(body, allowed):
-            self._fault(peer, "may_not_propose")
-            return
-        if isinstance(body, e.ModelDefined) and self.ledger.model is not None:
-            return
-        self._propose(now, body)
-
-    def _fault(self, peer: PeerId, code: str) -> None:
-        self._raw.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))
+            self.reception.receive(now, peer, message)
 
     # -- the pump --------------------------------------------------------------------------
 
@@ -434,8 +410,10 @@ class NodeCore:
     def _adopt(self, ledger: Ledger) -> None:
         """A snapshot replaces the ledger; every core looks at the new one from now on."""
         self.ledger = ledger
-        for core in (self.member, self.catchup, self.leader, self.joiner, self.shepherd):
+        cores = (self.member, self.catchup, self.leader, self.joiner, self.shepherd, self.reception)
+        for core in cores:
             core.ledger = ledger
+        self.member.jumped()
         self._learn_members()
         self._changed = True
 
@@ -452,6 +430,9 @@ class NodeCore:
             elif isinstance(body, e.Rewound) and accepted:
                 self.member.rewound(now)
                 self.catchup.rewound()
+                self.catchup.announce()
+            elif accepted:
+                self.member.logged(body)
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
 
@@ -487,12 +468,14 @@ class NodeCore:
         if leader != self._leader or self.log.term != self._term:
             # The same leader in a later term has forgotten everything, too.
             self._leader, self._term = leader, self.log.term
-            self.member.leader = self.catchup.leader = leader
+            self.member.leader = self.catchup.leader = self.reception.leader = leader
             self.joiner.leader_changed(now, leader)
             if leader is not None and leader != self.me and leader not in self._linked:
                 self._raw.append(Connect(leader))
             if leader is not None and leader != self.me:
                 self._announce(now)
+        if not self.log.is_leader:
+            self._early.clear()
         leading = self.log.is_leader and self.log.ready
         if leading != self.leader.active:
             self.shepherd.activate(now, leading)
@@ -500,6 +483,8 @@ class NodeCore:
             if leading:
                 self._announce(now)
                 self.joiner.step(now, self.linked())
+                while self._early:
+                    self._dispatch(now, *self._early.popleft())
 
     def _announce(self, now: float) -> None:
         """Tell a new leader all that it may need; it starts with nothing."""

@@ -115,9 +115,13 @@ class Attempt:
             return
         self.deputies[part] = deputy
         if deputy == self.me:
+            self.held_changed.append(part)  # said again: this may be another leader
             self.assign(now, part)
         else:
             self.out.append(Connect(deputy))
+            if part not in self.in_place:
+                # Its result may have been here before this message, and was not believed.
+                self.out.append(Send(deputy, m.RoundQuery(self.key)))
 
     def choose(self, now: float, chosen: RoundSet) -> None:
         """The set is logged: parts whose members are all here are summed."""
@@ -183,6 +187,12 @@ class Attempt:
             self.held_changed.append(want.purpose.part)
             self._fault(peer, "invalid_contribution")
             return
+        if reason == "invalid":
+            # Signed, and not a legal result: whoever sent it, it is what the owner computed.
+            self.wanted.remove(want)
+            owner = self.results[want.purpose.part].owner
+            self._fault(PeerId(owner), "invalid_result")
+            return
         want.tries += 1
         backoff = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(want.tries, 8))
         want.next_try = now + backoff * (0.5 + self.rng.random() / 2)
@@ -196,10 +206,13 @@ class Attempt:
 
     def reduced(self, now: float, part: int, root: bytes) -> None:
         """The data plane computed ``part``: sign it and tell everybody who needs it."""
-        if part in self.in_place:
-            # A fetched copy was faster; the bytes must be the same.
-            assert self.in_place[part] == root, (self.key, part)
-            return
+        known = self.in_place.get(part)
+        if known == root:
+            return  # a fetched copy was faster
+        if known is not None:
+            # What was fetched is not what this node has computed: one of us is wrong. This node
+            # stands by its own; the log decides.
+            self._conflict(self.results[part])
         statement = part_statement(self.run, self.key, part, root)
         signature = self.keyring.sign(PART_DOMAIN, statement)
         result = m.PartResult(self.key, part, root, self.me, signature)
@@ -219,22 +232,16 @@ class Attempt:
         part = self.opened.parts[result.part]
         allowed = (part.owner, part.deputy, self.deputies.get(result.part, part.owner))
         statement = part_statement(self.run, self.key, result.part, result.root)
-        if result.owner not in allowed or not self.keyring.verify(
-            result.owner, PART_DOMAIN, statement, result.signature
-        ):
+        if not self.keyring.verify(result.owner, PART_DOMAIN, statement, result.signature):
             self._fault(sender, "bad_signature")
             return
+        if result.owner not in allowed:
+            return  # a deputy that was faster than the leader's word; it is asked again then
         known = self.results.get(result.part)
         if known is None:
             self.results[result.part] = result
         elif known.root != result.root:
-            # Two signed roots for one part: a lie by one owner, or a broken kernel somewhere.
-            fields: dict[str, object] = {
-                "peer": result.owner.hex(),
-                "fault": "conflicting_results",
-                "key": str(self.key),
-            }
-            self.out.append(Emit(fx.Notice("peer_fault", fields)))
+            self._conflict(result)
             return
         if result.part in self.in_place:
             return
@@ -245,7 +252,6 @@ class Attempt:
             if isinstance(want.purpose, fx.ResultPart) and want.purpose.part == part:
                 if sender not in want.sources:
                     want.sources.append(sender)
-                if want.ticket is None:
                     want.next_try = now
                 self.step(now)
                 return
@@ -259,12 +265,31 @@ class Attempt:
         fetching = any(isinstance(w.purpose, fx.ResultPart) for w in self.wanted)
         return self.store_asked or computing or fetching
 
+    def _conflict(self, other: m.PartResult) -> None:
+        """Two signed roots for one part: a lie by one owner, or a broken kernel somewhere."""
+        fields: dict[str, object] = {
+            "peer": other.owner.hex(),
+            "fault": "conflicting_results",
+            "key": str(self.key),
+        }
+        self.out.append(Emit(fx.Notice("peer_fault", fields)))
+
     def _forget_result_fetch(self, part: int) -> None:
         for want in list(self.wanted):
             if isinstance(want.purpose, fx.ResultPart) and want.purpose.part == part:
                 self.wanted.remove(want)
                 if want.ticket is not None:
                     self.fetches.cancel(want.ticket)
+
+    def ask_again(self, peer: PeerId) -> None:
+        """``peer`` is back: its results may have been announced while it was away."""
+        if self.chosen is None:
+            return
+        for index, part in enumerate(self.opened.parts):
+            current = self.deputies.get(index, part.owner)
+            if index not in self.in_place and peer in (part.owner, part.deputy, current):
+                self.out.append(Send(peer, m.RoundQuery(self.key)))
+                return
 
     def answer_query(self, peer: PeerId) -> None:
         """Relay what is in place here to whoever asks."""

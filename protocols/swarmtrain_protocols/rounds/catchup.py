@@ -34,7 +34,6 @@ class _Download:
     donors: list[PeerId]
     todo: list[tuple[int, int]]
     flying: dict[int, tuple[PeerId, tuple[int, int]]] = field(default_factory=dict)
-    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -84,6 +83,8 @@ class CatchUp:
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
+        if channel in self.tracks:
+            self._abandon(self.tracks[channel])
         track = Track(channel, round_number, state_hash)
         track.generation = self.ledger.generation
         self.tracks[channel] = track
@@ -101,7 +102,7 @@ class CatchUp:
         """A new generation began: what was verified before must be verified again."""
         for track in self.tracks.values():
             track.verified = -1
-            track.download = None
+            self._abandon(track)
         for name, have in self.snapshots.items():
             channel = self.ledger.channels.get(name)
             if channel is not None:
@@ -136,7 +137,13 @@ class CatchUp:
             reason = "own state differs from the pinned hash"
         self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
         track.state_hash = None
-        track.download = None
+        self._abandon(track)
+
+    def _abandon(self, track: Track) -> None:
+        """Stop what is being fetched; nothing is needed of it any more."""
+        download, track.download = track.download, None
+        for ticket in list(download.flying) if download is not None else ():
+            self._fetches.cancel(ticket)
 
     def _advance(self, now: float, channel: ChannelState, track: Track) -> None:
         if track.busy or track.download is not None:
@@ -146,6 +153,7 @@ class CatchUp:
             return
         if track.round >= channel.round or track.next_query > now:
             return
+        track.next_query = 0.0  # that wait is over
         outcome = channel.outcome(track.round)
         stored = self._member.in_place.get((track.channel, track.round))
         if stored is not None and (outcome is None or outcome.root == stored):
@@ -201,6 +209,7 @@ class CatchUp:
         total: int,
     ) -> None:
         if not donors:
+            track.next_query = now + QUERY_INTERVAL_S
             return
         todo = [
             (first, min(SNAPSHOT_RANGE_CHUNKS, total - first))
@@ -217,8 +226,11 @@ class CatchUp:
         for donor in list(download.donors):
             while download.todo and self._load(download, donor) < RANGES_PER_DONOR:
                 self._fetch(now, track, download, donor, download.todo.pop())
-        if not download.todo and not download.flying:
-            self._arrived(now, track, download)
+        if not download.flying:
+            if download.todo:
+                self._failed(now, track, download)  # the last donor failed once
+            else:
+                self._arrived(now, track, download)
 
     @staticmethod
     def _load(download: _Download, donor: PeerId) -> int:
@@ -249,10 +261,7 @@ class CatchUp:
         download.todo.append(piece)
         if donor in download.donors:
             download.donors.remove(donor)
-        if download.donors:
-            self._pump(now, track)
-        elif not download.flying:
-            self._failed(now, track, download)
+        self._pump(now, track)
 
     def _failed(self, now: float, track: Track, download: _Download) -> None:
         """No donor is left. A result that nobody serves any more means: take a snapshot."""

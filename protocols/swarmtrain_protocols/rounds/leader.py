@@ -14,20 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby
 from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 
 RECHECK_S = 0.1
-REPORT_WAIT_S = 2.0
-"""A new leader knows of nobody's state; links come up and reports follow within moments."""
 
 
 @dataclass(slots=True)
@@ -46,21 +44,8 @@ class _Phase:
     proposed: str = ""
 
 
-@dataclass(slots=True)
-class _Lobby:
-    """Contributions that wait for the next attempt in one channel."""
-
-    ready: dict[bytes, m.Ready] = field(default_factory=dict)
-    first_ready: float = math.inf
-    callers: dict[bytes, None] = field(default_factory=dict)
-    reports: dict[bytes, StateReport] = field(default_factory=dict)
-    interval_s: float = 0.0
-    last_commit: float = math.nan
-    proposed_open: RoundKey | None = None
-
-
 class RoundLeader:
-    """Active on the node that leads the log; ``propose`` appends to the log."""
+    """Active on the node that leads the log; ``propose`` appends, False if it cannot now."""
 
     def __init__(
         self,
@@ -70,7 +55,7 @@ class RoundLeader:
         ledger: Ledger,
         out: list[Effect],
         policy: RoundPolicy,
-        propose: Callable[[float, e.EntryBody], None],
+        propose: Callable[[float, e.EntryBody], bool],
         connected: Callable[[], list[PeerId]],
     ) -> None:
         self.ledger = ledger
@@ -81,18 +66,16 @@ class RoundLeader:
         self._out = out
         self._propose = propose
         self._connected = connected
-        self._lobbies: dict[str, _Lobby] = {}
+        self._lobbies = Lobbies(policy, 0.0)
         self._phases: dict[str, _Phase] = {}
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
-        self._active_since = -math.inf
         self._loss = LossWatch()
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
         self.active = active
-        self._active_since = now
-        self._lobbies.clear()
+        self._lobbies = Lobbies(self.policy, now)
         self._phases.clear()
         self._leaving.clear()
         self._loss = LossWatch()
@@ -107,10 +90,14 @@ class RoundLeader:
         """The member asks to be in again."""
         self._leaving.pop(member, None)
 
-    def present(self) -> list[bytes]:
+    def here(self) -> list[bytes]:
         """Members with a link to the leader, the leader included, in member order."""
         linked = {*self._connected(), self._me}
-        return [k for k in sorted(self.ledger.members) if k in linked and k not in self._leaving]
+        return [k for k in sorted(self.ledger.members) if k in linked]
+
+    def present(self) -> list[bytes]:
+        """Those of them that are not about to leave: whom the next attempt may count on."""
+        return [k for k in self.here() if k not in self._leaving]
 
     # -- messages --------------------------------------------------------------------------
 
@@ -118,21 +105,16 @@ class RoundLeader:
         if not self.active:
             return
         if isinstance(message, m.Ready):
-            self._ready(now, peer, message)
+            fault = self._lobbies.announced(now, self.ledger, peer, message)
+            if fault:
+                self._fault(peer, fault)
         elif isinstance(message, m.Withdraw):
-            lobby = self._lobby(message.channel)
-            known = lobby.ready.get(peer)
-            if known is not None and known.root == message.root:
-                del lobby.ready[peer]
+            self._lobbies.withdrawn(peer, message)
             self._lost(peer, message)
         elif isinstance(message, StateReport):
-            if message.generation == self.ledger.generation:
-                self._lobby(message.channel).reports[peer] = message
+            self._lobbies.reported(self.ledger, peer, message)
         elif isinstance(message, m.PartsHeld):
-            phase = self._phase_of(message.key)
-            if phase is not None and message.part < len(phase.opened.parts):
-                phase.held.setdefault(message.part, {})[peer] = message.contributors
-                phase.refused.update(dict.fromkeys(message.refused))
+            self._held(peer, message)
         elif isinstance(message, m.Holding):
             phase = self._phase_of(message.key)
             if phase is not None and peer in phase.opened.holders:
@@ -148,54 +130,32 @@ class RoundLeader:
             if (item.member, item.root) == (peer, message.root):
                 phase.refused[index] = None
 
-    def _lobby(self, channel: str) -> _Lobby:
-        return self._lobbies.setdefault(channel, _Lobby())
+    def _held(self, peer: PeerId, message: m.PartsHeld) -> None:
+        """Only those who may compute a part know who has delivered it."""
+        phase = self._phase_of(message.key)
+        if phase is None:
+            return  # late, or of an attempt that this leader does not know yet: it is repeated
+        if message.part >= len(phase.opened.parts):
+            self._fault(peer, "bad_part")
+            return
+        part = phase.opened.parts[message.part]
+        if peer not in (part.owner, part.deputy, phase.deputies.get(message.part)):
+            self._fault(peer, "not_an_owner")
+            return
+        total = len(phase.opened.contributors)
+        phase.held.setdefault(message.part, {})[peer] = message.contributors
+        phase.refused.update(dict.fromkeys(i for i in message.refused if i < total))
+
+    def _fault(self, peer: bytes, code: str) -> None:
+        self._out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))
 
     def _phase_of(self, key: RoundKey) -> _Phase | None:
         phase = self._phases.get(key.channel)
         return phase if phase is not None and phase.key == key else None
 
-    def _ready(self, now: float, peer: PeerId, message: m.Ready) -> None:
-        fault = self._refuse(peer, message)
-        if fault:
-            fields: dict[str, object] = {"peer": peer.hex(), "fault": fault}
-            self._out.append(Emit(fx.Notice("peer_fault", fields)))
-            return
-        lobby = self._lobby(message.channel)
-        if not lobby.ready:
-            lobby.first_ready = now
-        lobby.ready[peer] = message
-        lobby.callers[peer] = None
-
-    def _refuse(self, peer: PeerId, message: m.Ready) -> str:
-        """A stable code if the announcement cannot be accepted."""
-        if message.generation != self.ledger.generation:
-            return "stale_generation"
-        if peer not in self.ledger.members:
-            return "not_a_member"
-        if not (math.isfinite(message.samples) and message.samples >= 0):
-            return "bad_weight"
-        if not 0 < message.values <= limits.VALUES_PER_CHANNEL_MAX:
-            return "bad_shape"
-        channel = self.ledger.channels.get(message.channel)
-        if message.channel.startswith("train/"):
-            if channel is None:
-                return "unknown_channel"
-            if message.values != channel.values:
-                return "bad_shape"
-            if message.codec != self.policy.scatter_codec:
-                return "bad_codec"
-            if message.base_round > channel.round:
-                return "base_from_the_future"
-        elif not message.channel.startswith("group/"):
-            return "unknown_channel"
-        return ""
-
     def disconnected(self, now: float, peer: PeerId) -> None:
         if self.active:
-            for lobby in self._lobbies.values():
-                lobby.ready.pop(peer, None)
-                lobby.reports.pop(peer, None)
+            self._lobbies.disconnected(peer)
             self.step(now)
 
     # -- following the ledger --------------------------------------------------------------
@@ -204,6 +164,11 @@ class RoundLeader:
         """The ledger moved: forget phases that are over, take up the one that is open."""
         if not self.active:
             return
+        self._lobbies.reconcile(self.ledger)
+        for member in [k for k in self._leaving if k not in self.ledger.members]:
+            del self._leaving[member]
+        for name in [n for n in self._phases if n not in self.ledger.channels]:
+            del self._phases[name]
         for name, channel in self.ledger.channels.items():
             phase = self._phases.get(name)
             if phase is not None and (channel.open is None or channel.open.key != phase.key):
@@ -213,7 +178,7 @@ class RoundLeader:
                 self._phases[name] = _Phase(
                     channel.open.key, channel.open, now, now + self._timeout(channel)
                 )
-                lobby = self._lobby(name)
+                lobby = self._lobbies.room(name)
                 lobby.proposed_open = None
                 for item in channel.open.contributors:
                     known = lobby.ready.get(item.member)
@@ -224,13 +189,13 @@ class RoundLeader:
 
     def _close(self, now: float, channel: ChannelState, phase: _Phase) -> None:
         del self._phases[channel.name]
-        lobby = self._lobby(channel.name)
-        if channel.outcome(phase.key.round) is not None:
-            if not math.isnan(lobby.last_commit):
-                gap = now - lobby.last_commit
-                old = lobby.interval_s or gap
-                lobby.interval_s = 0.7 * old + 0.3 * gap
-            lobby.last_commit = now
+        outcome = channel.outcome(phase.key.round)
+        if outcome is None or outcome.attempt != phase.key.attempt:
+            return
+        self._lobbies.room(channel.name).committed(now)
+        for member, (root, _) in phase.holding.items():
+            if root != outcome.root:
+                self._fault(member, "wrong_result")
 
     def _timeout(self, channel: ChannelState) -> float:
         """Seconds an attempt may take: measured rounds where there are any, else by size."""
@@ -242,13 +207,15 @@ class RoundLeader:
 
     def step(self, now: float) -> None:
         self._now = now
-        if not self.active or self.ledger.ended:
+        if not self.active:
             return
-        for name in list(self._lobbies):
-            if name not in self._phases:
-                self._maybe_open(now, name)
         for phase in list(self._phases.values()):
             self._push(now, phase)
+        if self.ledger.ended:
+            return  # what is open is decided, nothing is opened any more
+        for name in list(self._lobbies.rooms):
+            if name not in self._phases:
+                self._maybe_open(now, name)
         rewind = self._loss.check(now, self.ledger, self._present_reports())
         if rewind is not None:
             self._propose(now, rewind)
@@ -257,84 +224,35 @@ class RoundLeader:
         present = self.present()
         return {
             name: [lobby.reports[k] for k in present if k in lobby.reports]
-            for name, lobby in self._lobbies.items()
+            for name, lobby in self._lobbies.rooms.items()
         }
 
     def _maybe_open(self, now: float, name: str) -> None:
-        lobby = self._lobbies[name]
+        lobby = self._lobbies.rooms[name]
         if not lobby.ready or self.ledger.paused:
             return
-        channel = self.ledger.channels.get(name)
-        number = channel.round if channel is not None else 0
-        attempt = channel.attempt if channel is not None else 0
-        key = RoundKey(self.ledger.generation, name, number, attempt)
-        if lobby.proposed_open == key:
+        key = self.ledger.next_key(name)
+        if key is None or lobby.proposed_open == key:
             return
         present = self.present()
-        self._drop_stale(lobby, number)
-        ready = [k for k in sorted(lobby.ready) if k in present]
+        self._lobbies.drop_stale(lobby, key.round)
+        ready = lobby.agreeing(present)
         if not ready:
             return
-        expected, quorum = self._expected(name, lobby, present, number)
+        expected, quorum = self._lobbies.expected(now, self.ledger, name, present)
         complete = all(k in lobby.ready for k in expected) and len(ready) >= quorum
-        grace_over = now >= lobby.first_ready + self._grace(name, lobby)
+        grace_over = now >= lobby.first_ready + self._lobbies.grace_s(name)
         enough = len(ready) >= (1 if name.startswith("group/") else quorum)
         if not complete and not (grace_over and enough):
             return
         body = self._opening(now, key, lobby, ready, present)
-        if body is not None:
+        if body is not None and self._propose(now, body):
             lobby.proposed_open = key
-            self._propose(now, body)
-
-    def _drop_stale(self, lobby: _Lobby, number: int) -> None:
-        for member in list(lobby.ready):
-            ready = lobby.ready[member]
-            too_old = number - ready.base_round > self.policy.max_base_age_rounds
-            if ready.channel.startswith("train/") and too_old:
-                del lobby.ready[member]  # the member returns it to its trainer by the same rule
-
-    def _expected(
-        self, name: str, lobby: _Lobby, present: list[bytes], number: int
-    ) -> tuple[list[bytes], int]:
-        """Whose contribution is worth waiting for, and how many are needed at least."""
-        if name.startswith("group/"):
-            wanted = max((r.expect for r in lobby.ready.values()), default=0)
-            callers = [k for k in lobby.callers if k in present]
-            if wanted:
-                # Fewer once others have left: nobody waits for more members than there are.
-                return callers, min(wanted, len(self.ledger.members))
-            channel = self.ledger.channels.get(name)
-            if channel is None:
-                return present, len(present)  # the first round waits out the grace time
-            past = {member for item in channel.history for member, _, _ in item.contributors}
-            return [k for k in present if k in past or k in lobby.ready], 1
-        trainers = [
-            k for k in present if self.ledger.members[k].trains and self._at_work(lobby, k, number)
-        ]
-        first = self.policy.start_peers if number == 0 else 1
-        return trainers, max(self.policy.min_peers, first)
-
-    def _at_work(self, lobby: _Lobby, member: bytes, number: int) -> bool:
-        report = lobby.reports.get(member)
-        if report is None:
-            return self._now < self._active_since + REPORT_WAIT_S
-        # Whoever was in step a round ago is applying the result at this moment.
-        return report.ready and report.trains and number - 1 <= report.round <= number
-
-    def _grace(self, name: str, lobby: _Lobby) -> float:
-        if name.startswith("group/"):
-            expecting = any(r.expect for r in lobby.ready.values())
-            return self.policy.expect_grace_s if expecting else self.policy.group_grace_s
-        if self.policy.grace_s:
-            return self.policy.grace_s
-        return min(60.0, max(5.0, lobby.interval_s))
 
     def _opening(
-        self, now: float, key: RoundKey, lobby: _Lobby, ready: list[bytes], present: list[bytes]
+        self, now: float, key: RoundKey, lobby: Lobby, ready: list[bytes], present: list[bytes]
     ) -> e.RoundOpened | None:
         first = lobby.ready[ready[0]]
-        ready = [k for k in ready if lobby.ready[k].values == first.values]
-        ready = [k for k in ready if lobby.ready[k].codec == first.codec]
         if not any(lobby.ready[k].samples > 0 for k in ready):
             return None
         holders, state_hash = tuple(ready), ZERO_HASH
@@ -357,12 +275,14 @@ class RoundLeader:
         )
 
     def _pin(
-        self, now: float, key: RoundKey, lobby: _Lobby, present: list[bytes]
+        self, now: float, key: RoundKey, lobby: Lobby, present: list[bytes]
     ) -> tuple[tuple[bytes, ...], bytes] | None:
         """(holders, state hash) by majority of the state holders that are in step."""
         votes: dict[bytes, list[bytes]] = {}
         for member in present:
             report = lobby.reports.get(member)
+            if not self.ledger.members[member].holds_state:
+                continue
             if report is not None and report.round == key.round and report.ready:
                 votes.setdefault(report.state_hash, []).append(member)
         if not votes:
@@ -383,7 +303,9 @@ class RoundLeader:
 
     def _push(self, now: float, phase: _Phase) -> None:
         channel = self.ledger.channels[phase.key.channel]
-        present = self.present()
+        present = self.here()
+        if channel.chosen is not None and phase.proposed == "set":
+            phase.proposed = ""
         self._replace_lost_owners(now, phase, present)
         if channel.chosen is None:
             self._gather(now, phase, present)
@@ -395,8 +317,9 @@ class RoundLeader:
             current = phase.deputies.get(index, part.owner)
             if current in present or phase.proposed:
                 continue
-            choices = [part.deputy, *[k for k in present if self.ledger.members[k].reachable]]
-            choices = [k for k in choices if k in present]
+            reachable = [k for k in present if self.ledger.members[k].reachable]
+            reachable.sort(key=lambda k: k in self._leaving)
+            choices = [k for k in (part.deputy, *reachable) if k in present]
             if not choices:
                 self._abort(now, phase, "owner lost, no deputy")
                 return
@@ -447,14 +370,13 @@ class RoundLeader:
         coefficients = tuple(
             e.Coefficient(i, float(np.float32(v))) for i, v in zip(delivered, values, strict=True)
         )
-        phase.proposed = "set"
-        phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])
-        self._propose(now, e.RoundSet(phase.key, coefficients))
+        if self._propose(now, e.RoundSet(phase.key, coefficients)):
+            phase.proposed = "set"
+            phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])
 
     def _decide(self, now: float, phase: _Phase, present: list[bytes]) -> None:
         if phase.proposed in ("commit", "abort"):
             return
-        phase.proposed = ""
         holders = phase.opened.holders
         need = len(holders) if len(holders) <= 2 else len(holders) // 2 + 1
         must_sync = len(holders) < 3 and not phase.key.channel.startswith("group/")
@@ -463,16 +385,19 @@ class RoundLeader:
             root, durable = phase.holding[member]
             if durable or not must_sync:
                 votes.setdefault(root, []).append(member)
-        for root, members in votes.items():
-            if len(members) >= need:
+        best = max((len(members) for members in votes.values()), default=0)
+        if best >= need:
+            root = next(r for r, members in votes.items() if len(members) == best)
+            body = e.RoundCommitted(phase.key, root, tuple(votes[root]))
+            if self._propose(now, body):
                 phase.proposed = "commit"
-                self._propose(now, e.RoundCommitted(phase.key, root, tuple(members)))
-                return
-        if len(votes) > 1:
-            self._abort(now, phase, "results differ")
             return
-        alive = [k for k in holders if k in present or k in phase.holding]
-        if len(alive) < need:
+        silent = [k for k in holders if k not in phase.holding]
+        if best + len(silent) < need:
+            differ = "results differ" if len(votes) > 1 else "a result is not on disk"
+            self._abort(now, phase, differ)
+            return
+        if best + sum(k in present for k in silent) < need:
             phase.lost_since = min(phase.lost_since, now)
             if now >= phase.lost_since + self.policy.lost_grace_s:
                 self._abort(now, phase, "too many holders lost")
@@ -483,21 +408,22 @@ class RoundLeader:
             self._abort(now, phase, "holders did not report in time")
 
     def _abort(self, now: float, phase: _Phase, reason: str) -> None:
-        if phase.proposed != "abort":
+        if phase.proposed != "abort" and self._propose(now, e.RoundAborted(phase.key, reason)):
             phase.proposed = "abort"
-            self._propose(now, e.RoundAborted(phase.key, reason))
 
     # -- time ------------------------------------------------------------------------------
 
     def deadline(self) -> float:
         if not self.active:
             return math.inf
-        times = [self._loss.deadline()]
-        for name, lobby in self._lobbies.items():
-            if lobby.ready and name not in self._phases and lobby.proposed_open is None:
-                times.append(lobby.first_ready + self._grace(name, lobby))
-                if self._now < self._active_since + REPORT_WAIT_S:
-                    times.append(self._active_since + REPORT_WAIT_S)
+        times = []
+        if not self.ledger.ended:
+            times.append(self._loss.deadline())
+            for name, lobby in self._lobbies.rooms.items():
+                if lobby.ready and name not in self._phases and lobby.proposed_open is None:
+                    times.append(lobby.first_ready + self._lobbies.grace_s(name))
+                    if self._now < self._lobbies.complete_at:
+                        times.append(self._lobbies.complete_at)
         for phase in self._phases.values():
             if phase.proposed not in ("commit", "abort"):
                 times += [phase.deadline, phase.lost_since + self.policy.lost_grace_s]

@@ -6,6 +6,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.identity import Keyring
@@ -35,6 +37,8 @@ class Offer:
     base_round: int
     expect: int
     bound: RoundKey | None = None
+    since: int = 0
+    """The round that was next when it was offered."""
 
 
 @dataclass(slots=True)
@@ -85,6 +89,8 @@ class RoundMember:
         """
         if offer.channel in self._offers:
             raise LocalProtocolError("one contribution at a time", offer.channel)
+        channel = self.ledger.channels.get(offer.channel)
+        offer.since = channel.round if channel is not None else self.ledger.group_round
         self._offers[offer.channel] = offer
         self._send_ready(offer)
         self.reconcile(now)
@@ -142,10 +148,49 @@ class RoundMember:
             if slot[1] >= self.ledger.channels[slot[0]].round:
                 del self.in_place[slot]
 
+    def connected(self, peer: PeerId) -> None:
+        """A new link: what ``peer`` computed may have been said on the old one, and lost."""
+        for attempt in self._attempts.values():
+            attempt.ask_again(peer)
+
     # -- following the ledger --------------------------------------------------------------
+
+    def logged(self, body: e.EntryBody) -> None:
+        """An entry was accepted. What becomes of an own contribution is seen entry by entry.
+
+        Several may come at once, so that an attempt is over before this node has begun it.
+        """
+        if isinstance(body, e.RoundOpened):
+            offer = self._offers.get(body.key.channel)
+            if offer is not None and (self._me, offer.root) in (
+                (c.member, c.root) for c in body.contributors
+            ):
+                offer.bound = body.key
+        elif isinstance(body, e.RoundCommitted | e.RoundAborted):
+            self._decide_offer(body.key)
+
+    def jumped(self) -> None:
+        """A snapshot replaced the ledger: what was offered may have been decided unseen."""
+        for name, offer in list(self._offers.items()):
+            channel = self.ledger.channels.get(name)
+            past = channel.history if channel is not None else []
+            for done in past:
+                mine = [c for member, _, c in done.contributors if member == self._me]
+                if done.round >= offer.since and mine:  # one contribution at a time: this one
+                    key = RoundKey(done.generation, name, done.round, done.attempt)
+                    self._close_offer(offer, "committed", mine[0], key)
+                    break
+            else:
+                opened = channel.open if channel is not None else None
+                if offer.bound is not None and (opened is None or opened.key != offer.bound):
+                    self._decide_offer(offer.bound)
 
     def reconcile(self, now: float) -> None:
         """Compare what runs here with what the ledger says, and act on the difference."""
+        for name in [n for n in self._attempts if n not in self.ledger.channels]:
+            forgotten = self._attempts.pop(name)  # an idle group of which the ledger is rid
+            forgotten.cancel()
+            self._out.append(fx.ReleaseAttempt(forgotten.key))
         for name in list(self.ledger.channels):
             channel = self.ledger.channels[name]
             attempt = self._attempts.get(name)
@@ -180,9 +225,7 @@ class RoundMember:
         offer = self._offers.get(channel.name)
         index = attempt.own_index
         own = None if index is None else opened.contributors[index]
-        if own is not None and offer is not None and own.root == offer.root:
-            offer.bound = opened.key
-        elif own is not None:
+        if own is not None and (offer is None or own.root != offer.root):
             attempt.own_lost = True
         attempt.begin(now)
         if attempt.own_lost and self.leader is not None:
@@ -198,7 +241,6 @@ class RoundMember:
             and outcome.attempt == key.attempt
             and outcome.generation == key.generation
         )
-        self._decide_offer(channel, attempt, outcome if committed else None)
         if not committed or outcome is None:
             attempt.cancel()
             self._out.append(fx.ReleaseAttempt(key))
@@ -214,33 +256,48 @@ class RoundMember:
 
     def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
         """The committed bytes are in place."""
-        assert attempt.stored_root == outcome.root, (attempt.key, "own result differs")
         attempt.cancel()
+        if attempt.stored_root != outcome.root:
+            # An owner has told this node something else than the others.
+            why = f"the own result of {attempt.key} is not the one that was committed"
+            self._fall_back(attempt.key, why)
+            return
         self._recent[attempt.key] = [attempt.results[p] for p in sorted(attempt.results)]
         while len(self._recent) > RECENT_ATTEMPTS_MAX:
             del self._recent[next(iter(self._recent))]
         if attempt.key.channel.startswith("train/"):
-            self.in_place[attempt.key.channel, attempt.key.round] = outcome.root
+            self._placed(attempt.key, outcome.root)
         else:
             self._out.append(Emit(fx.GroupDone(attempt.key, outcome.root, outcome.contributors)))
         self._out.append(fx.ReleaseAttempt(attempt.key))
 
-    def _decide_offer(
-        self, channel: ChannelState, attempt: Attempt, outcome: Outcome | None
-    ) -> None:
-        offer = self._offers.get(channel.name)
-        if offer is None or offer.bound != attempt.key:
+    def _placed(self, key: RoundKey, root: bytes) -> None:
+        """Remember a result, and forget those that nothing here will ever be applied to."""
+        oldest = key.round - limits.HISTORY_ROUNDS
+        for slot in [s for s in self.in_place if s[0] == key.channel and s[1] < oldest]:
+            del self.in_place[slot]
+        self.in_place[key.channel, key.round] = root
+
+    def _decide_offer(self, key: RoundKey) -> None:
+        """The attempt ``key`` is over."""
+        offer = self._offers.get(key.channel)
+        if offer is None or offer.bound != key:
             return
-        if outcome is None:
+        channel = self.ledger.channels.get(key.channel)
+        outcome = channel.outcome(key.round) if channel is not None else None
+        if outcome is None or (outcome.attempt, outcome.generation) != (
+            key.attempt,
+            key.generation,
+        ):
             offer.bound = None
-            if channel.name.startswith("group/"):
+            if key.channel.startswith("group/"):
                 self._send_ready(offer)  # a group call waits for the next attempt
                 return
             verdict, coefficient = "aborted", 0.0
         else:
             mine = [c for member, _, c in outcome.contributors if member == self._me]
             verdict, coefficient = ("committed", mine[0]) if mine else ("excluded", 0.0)
-        self._close_offer(offer, verdict, coefficient, attempt.key)
+        self._close_offer(offer, verdict, coefficient, key)
 
     def _close_offer(self, offer: Offer, verdict: str, coefficient: float, key: RoundKey) -> None:
         del self._offers[offer.channel]
@@ -348,7 +405,9 @@ class RoundMember:
         self._closing.remove(closing)
         closing.attempt.cancel()
         key = closing.attempt.key
-        why = f"parts of {key} did not arrive in time"
+        self._fall_back(key, f"parts of {key} did not arrive in time")
+
+    def _fall_back(self, key: RoundKey, why: str) -> None:
         fields: dict[str, object] = {"what": "result by committed root", "why": why}
         self._out.append(Emit(fx.Notice("fallback", fields)))
         self._out.append(fx.ReleaseAttempt(key))

@@ -21,7 +21,8 @@ def plan_parts(
 
     A vector of a single chunk goes to the leader if it may own parts: that saves two hops.
     Otherwise shares are equal (to one chunk) and the owner of the first part rotates with the
-    round. A part's deputy is the next owner in the list.
+    round. A part's deputy is the next owner in the list. With more owners than parts can be
+    listed, those of this round's turn own one part each.
     """
     assert values > 0
     assert owners
@@ -33,10 +34,10 @@ def plan_parts(
     if total >= len(order):
         turn = round_number % len(order)
         order = order[turn:] + order[:turn]
-    shares = min(total, len(order))
-    while -(-total // shares) > limits.CHUNKS_PER_FETCH_MAX:
-        shares += len(order)
-    assert shares <= limits.PARTS_MAX, "the vector is too long for one channel"
+    least = -(-total // limits.CHUNKS_PER_FETCH_MAX)
+    assert least <= limits.PARTS_MAX, "the vector is too long for one channel"
+    even = -(-least // len(order)) * len(order)  # the same number of parts for every owner
+    shares = min(total, even, limits.PARTS_MAX)
     parts: list[Part] = []
     first = 0
     for index in range(shares):

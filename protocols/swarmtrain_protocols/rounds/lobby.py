@@ -1,0 +1,204 @@
+"""The leader's waiting rooms: announced contributions, and where state holders stand. Spec 08.
+
+One room per channel. Everything in it was said by others, so everything is bounded, and what the
+ledger makes void (a new generation, members that left) is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.codecs import CODEC_NAMES
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.messages.member import StateReport
+from swarmtrain_protocols.rounds.policy import RoundPolicy
+
+REPORT_WAIT_S = 2.0
+"""A new leader knows of nobody's state; links come up and reports follow within moments."""
+
+
+@dataclass(slots=True)
+class Lobby:
+    """What waits for the next attempt in one channel."""
+
+    ready: dict[bytes, m.Ready] = field(default_factory=dict)
+    first_ready: float = math.inf
+    callers: dict[bytes, None] = field(default_factory=dict)
+    reports: dict[bytes, StateReport] = field(default_factory=dict)
+    interval_s: float = 0.0
+    last_commit: float = math.nan
+    proposed_open: RoundKey | None = None
+
+    def agreeing(self, present: list[bytes]) -> list[bytes]:
+        """Present members whose contributions can be summed: the shape that most have."""
+        ready = [k for k in sorted(self.ready) if k in present]
+        shapes = Counter((self.ready[k].values, self.ready[k].codec) for k in ready)
+        if not shapes:
+            return []
+        shape = max(shapes, key=lambda s: shapes[s])  # ties: that of the lowest member
+        return [k for k in ready if (self.ready[k].values, self.ready[k].codec) == shape]
+
+    def committed(self, now: float) -> None:
+        """A round was committed: measure how far rounds are apart."""
+        if not math.isnan(self.last_commit):
+            gap = now - self.last_commit
+            self.interval_s = 0.7 * (self.interval_s or gap) + 0.3 * gap
+        self.last_commit = now
+
+
+class Lobbies:
+    """All rooms of one leadership, which began at ``now``."""
+
+    def __init__(self, policy: RoundPolicy, now: float) -> None:
+        self.policy = policy
+        self.complete_at = now + REPORT_WAIT_S
+        self.rooms: dict[str, Lobby] = {}
+        self._generation = -1
+
+    def room(self, channel: str) -> Lobby:
+        """The room of a channel that the ledger knows."""
+        return self.rooms.setdefault(channel, Lobby())
+
+    # -- messages --------------------------------------------------------------------------
+
+    def announced(self, now: float, ledger: Ledger, peer: PeerId, message: m.Ready) -> str:
+        """Take in an announcement; returns a stable code if something is wrong with it.
+
+        ``bad_shape`` of a group call: it waits, but cannot be summed with what others announced.
+        """
+        fault = self._refusal(ledger, peer, message)
+        if fault:
+            return fault
+        if message.channel not in self.rooms:
+            mine = sum(peer in lobby.ready for lobby in self.rooms.values())
+            if mine >= limits.GROUPS_PER_MEMBER_MAX or not self._has_room(ledger):
+                return "flood"
+        lobby = self.room(message.channel)
+        if not lobby.ready:
+            lobby.first_ready = now
+        lobby.ready[peer] = message
+        lobby.callers[peer] = None
+        return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
+
+    def _has_room(self, ledger: Ledger) -> bool:
+        """Forget rooms that nobody waits in and the ledger does not know."""
+        if len(self.rooms) >= 2 * limits.CHANNELS_MAX:
+            for name in [n for n, r in self.rooms.items() if not r.ready]:
+                if name not in ledger.channels:
+                    del self.rooms[name]
+        return len(self.rooms) < 2 * limits.CHANNELS_MAX
+
+    def _refusal(self, ledger: Ledger, peer: PeerId, message: m.Ready) -> str:
+        if message.generation != ledger.generation:
+            return "stale_generation"
+        if peer not in ledger.members:
+            return "not_a_member"
+        if not 0 <= message.samples <= limits.SAMPLES_MAX:  # not a number fails it too
+            return "bad_weight"
+        if not 0 < message.values <= limits.VALUES_PER_CHANNEL_MAX:
+            return "bad_shape"
+        if message.codec not in CODEC_NAMES:
+            return "bad_codec"
+        channel = ledger.channels.get(message.channel)
+        if message.channel.startswith("train/"):
+            if channel is None:
+                return "unknown_channel"
+            if message.values != channel.values:
+                return "bad_shape"
+            if message.codec != self.policy.scatter_codec:
+                return "bad_codec"
+            if message.base_round > channel.round:
+                return "base_from_the_future"
+        elif not message.channel.startswith("group/"):
+            return "unknown_channel"
+        return ""
+
+    def withdrawn(self, peer: PeerId, message: m.Withdraw) -> None:
+        lobby = self.rooms.get(message.channel)
+        known = lobby.ready.get(peer) if lobby is not None else None
+        if lobby is not None and known is not None and known.root == message.root:
+            del lobby.ready[peer]
+
+    def reported(self, ledger: Ledger, peer: PeerId, message: StateReport) -> None:
+        """Where a member stands; only members and state channels of the ledger count."""
+        channel = ledger.channels.get(message.channel)
+        known = channel is not None and channel.holds_state
+        if message.generation == ledger.generation and known and peer in ledger.members:
+            self.room(message.channel).reports[peer] = message
+
+    def disconnected(self, peer: PeerId) -> None:
+        for lobby in self.rooms.values():
+            lobby.ready.pop(peer, None)
+            lobby.reports.pop(peer, None)
+
+    # -- following the ledger --------------------------------------------------------------
+
+    def reconcile(self, ledger: Ledger) -> None:
+        """Drop what the ledger has made void."""
+        if ledger.generation != self._generation:
+            # What was announced in an older generation is with its trainers again.
+            self._generation = ledger.generation
+            for name, lobby in self.rooms.items():
+                if name.startswith("train/"):
+                    lobby.ready.clear()
+                    lobby.reports.clear()
+        for lobby in self.rooms.values():
+            if ledger.paused:
+                lobby.proposed_open = None  # an opening behind the pause is ignored by everybody
+            for member in [k for k in lobby.callers if k not in ledger.members]:
+                del lobby.callers[member]
+
+    def drop_stale(self, lobby: Lobby, number: int) -> None:
+        for member in list(lobby.ready):
+            ready = lobby.ready[member]
+            too_old = number - ready.base_round > self.policy.max_base_age_rounds
+            if ready.channel.startswith("train/") and too_old:
+                del lobby.ready[member]  # the member returns it to its trainer by the same rule
+
+    # -- whom to wait for ------------------------------------------------------------------
+
+    def expected(
+        self, now: float, ledger: Ledger, name: str, present: list[bytes]
+    ) -> tuple[list[bytes], int]:
+        """Whose contribution is worth waiting for, and how many are needed at least."""
+        lobby = self.rooms[name]
+        if name.startswith("group/"):
+            wanted = max((r.expect for r in lobby.ready.values()), default=0)
+            callers = [k for k in lobby.callers if k in present]
+            if wanted:
+                # Fewer once others have left: nobody waits for more members than there are.
+                return callers, min(wanted, len(ledger.members))
+            channel = ledger.channels.get(name)
+            if channel is None:
+                return present, len(present)  # the first round waits out the grace time
+            past = {member for item in channel.history for member, _, _ in item.contributors}
+            return [k for k in present if k in past or k in lobby.ready], 1
+        number = ledger.channels[name].round
+        trainers = [
+            k for k in present if ledger.members[k].trains and self._at_work(now, lobby, k, number)
+        ]
+        first = self.policy.start_peers if number == 0 else 1
+        return trainers, max(self.policy.min_peers, first)
+
+    def grace_s(self, name: str) -> float:
+        """Seconds from the first announcement after which fewer than expected will do."""
+        lobby = self.rooms[name]
+        if name.startswith("group/"):
+            expecting = any(r.expect for r in lobby.ready.values())
+            return self.policy.expect_grace_s if expecting else self.policy.group_grace_s
+        if self.policy.grace_s:
+            return self.policy.grace_s
+        return min(60.0, max(5.0, lobby.interval_s))
+
+    def _at_work(self, now: float, lobby: Lobby, member: bytes, number: int) -> bool:
+        report = lobby.reports.get(member)
+        if report is None:
+            return now < self.complete_at
+        # Whoever was in step a round ago is applying the result at this moment.
+        return report.ready and report.trains and number - 1 <= report.round <= number

@@ -25,6 +25,7 @@ from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 
+ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
 
 
@@ -198,10 +199,15 @@ class RoundLeader:
                 self._fault(member, "wrong_result")
 
     def _timeout(self, channel: ChannelState) -> float:
-        """Seconds an attempt may take: measured rounds where there are any, else by size."""
+        """Seconds a phase of an attempt may take: by size, and longer after each failure.
+
+        A link that breaks is noticed sooner; this bounds what is connected and slow. The base is
+        four hops of a link that is five seconds away, twice over.
+        """
         if self.policy.round_timeout_s:
             return self.policy.round_timeout_s
-        return 15.0 + channel.values * 4 / (1024 * 1024)
+        once = ATTEMPT_BASE_S + channel.values * 4 / (1024 * 1024)
+        return float(once * 2 ** min(channel.attempt, 3))
 
     # -- deciding --------------------------------------------------------------------------
 

@@ -169,6 +169,7 @@ class Backend:
     async def _rounds(self, args: Document, connection: ControlConnection) -> Document:
         last = min(int(args.get("last") or 20), ROUNDS_LISTED)
         found: list[Document] = []
+        moved = self._desk.figures.bytes_by_attempt()
         for channel in self._runtime.node.ledger.channels.values():
             found += self._channel_rounds(channel)
         found += [
@@ -176,6 +177,8 @@ class Backend:
             for item in self._aborted
         ]
         found.sort(key=lambda r: (r["opened_wall_s"] or 0.0, r["round"], r["attempt"]))
+        for item in found:
+            item["bytes"] = moved.get((item["channel"], item["round"], item["attempt"]), 0)
         return {"rounds": found[-last:]}
 
     def _times(self, item: Document) -> Document:

@@ -25,6 +25,7 @@ from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
 from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.messages import RoundKey
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
@@ -49,6 +50,9 @@ class _Flight:
     coefficient: float = 0.0
     need_round: int = 0
     told: bool = False
+    key: RoundKey | None = None
+    handed_s: float = math.nan
+    encode_s: float = 0.0
     figures: Document = field(default_factory=dict)
 
 
@@ -292,13 +296,13 @@ class TrainerDesk:
         started = host.mono_s()
         codec = runtime.manifest.keys.codec_scatter
         blob, nvalues = await self._encode(channel, seq, codec)
-        flight = _Flight(seq, blob.root, figures=dict(args))
+        flight = _Flight(seq, blob.root, handed_s=started, figures=dict(args))
         self._flights[channel] = flight
         self._account(args)
         index = runtime.node.ledger.index
         self._memo.sent[channel] = Sent(seq=seq, root=blob.root.hex(), index=index)
         write_memo(self._memo_path, self._memo)
-        flight.figures["encode_s"] = host.mono_s() - started
+        flight.encode_s = host.mono_s() - started
         runtime.events.emit(
             "handover",
             channel=channel,
@@ -313,7 +317,7 @@ class TrainerDesk:
             channel=channel,
             samples=args["samples"],
             bytes=blob.nbytes,
-            encode_s=round(flight.figures["encode_s"], 6),
+            encode_s=round(flight.encode_s, 6),
         )
         offer = Offer(
             channel, blob.root, nvalues, codec, float(args["samples"]), int(args["base_round"]), 0
@@ -373,7 +377,7 @@ class TrainerDesk:
         flight.outcome, flight.coefficient = event.outcome, event.coefficient
         channel = self._runtime.node.ledger.channels[event.channel]
         flight.need_round = channel.round if event.outcome != "aborted" else 0
-        flight.figures["key"] = event.key
+        flight.key = event.key
         self._tell(event.channel)
 
     def _tell(self, channel: str) -> None:
@@ -387,27 +391,24 @@ class TrainerDesk:
             return
         flight.told = True
         self._port.decided(channel, flight.seq, flight.outcome, flight.coefficient, reached)
-        self._report(channel, flight)
+        self._report(flight)
         for connection in self._connections:
             connection.push(
                 {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
             )
 
-    def _report(self, channel: str, flight: _Flight) -> None:
-        given = flight.figures
-        self.figures.report(
-            channel,
-            given.get("key"),
-            flight.outcome,
-            {
-                "compute_s": round(float(given.get("phase_s", 0.0)), 6),
-                "wait_s": round(float(given.get("blocked_s", 0.0)), 6),
-                "encode_s": round(float(given.get("encode_s", 0.0)), 6),
-                "samples": given.get("samples"),
-                "loss": given.get("loss"),
-                "compute_utilization": round(self.utilization(), 6),
-            },
-        )
+    def _report(self, flight: _Flight) -> None:
+        given, key = flight.figures, flight.key
+        assert key is not None, "an outcome came with its round"
+        figures = {
+            "compute_s": round(float(given.get("phase_s", 0.0)), 6),
+            "wait_s": round(float(given.get("blocked_s", 0.0)), 6),
+            "encode_s": round(flight.encode_s, 6),
+            "samples": given.get("samples"),
+            "loss": given.get("loss"),
+            "compute_utilization": round(self.utilization(), 6),
+        }
+        self.figures.report(key, flight.outcome, figures, flight.handed_s)
 
     def _on_state(self, state: CanonicalState) -> None:
         """On a pool thread, while the state holds still."""
@@ -475,4 +476,5 @@ class TrainerDesk:
     def close(self) -> None:
         for task in (*self._tasks, *self._taking):
             task.cancel()
+        self.figures.close()
         self._port.close()

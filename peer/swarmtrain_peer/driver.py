@@ -12,12 +12,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.recordfile import RecordFile
+from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import (
@@ -46,6 +48,15 @@ FETCH_TIMEOUT_S = 600.0
 """The core has its own, shorter deadlines; this one only bounds a forgotten transfer."""
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A fetch under way."""
+
+    purpose: object
+    nbytes: int
+    begin_s: float
+
+
 class Driver:
     """One node on real sockets.
 
@@ -64,6 +75,7 @@ class Driver:
         pool: Executor,
         on_event: Callable[[object], None],
         on_state: Callable[[str], None],
+        clock: RoundClock,
     ) -> None:
         self.node = node
         self.data = data
@@ -73,12 +85,13 @@ class Driver:
         self._pool = pool
         self._on_event = on_event
         self._on_state = on_state
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._persisting = False
         self._pumping = False
-        self._purposes: dict[int, object] = {}
+        self._asked: dict[int, _Asked] = {}
         self._closed = False
         self.released: dict[RoundKey, None] = {}
 
@@ -135,7 +148,7 @@ class Driver:
         elif isinstance(effect, Fetch):
             self._fetch(effect)
         elif isinstance(effect, CancelFetch):
-            self._purposes.pop(effect.ticket, None)
+            self._asked.pop(effect.ticket, None)
             self._transport.cancel(effect.ticket)
         elif isinstance(effect, Learn):
             self._transport.learn(effect.peer, effect.addresses)
@@ -156,9 +169,7 @@ class Driver:
         elif isinstance(effect, fx.StoreResult):
             self._store_result(effect.key)
         elif isinstance(effect, fx.ApplyResult):
-            apply = partial(self.data.apply, effect.channel, effect.round, effect.root)
-            work = partial(self._advance, effect.channel, apply)
-            self._offload(work, partial(self._applied, effect.channel))
+            self._apply(effect)
         elif isinstance(effect, fx.InstallSnapshot):
             install = partial(self.data.install, effect.snapshot)
             self._offload(
@@ -264,16 +275,19 @@ class Driver:
             # The attempt was released meanwhile; the core no longer waits for the answer.
             self._loop.call_soon(self.fetch_failed, effect.ticket, "released")
             return
-        self._purposes[effect.ticket] = effect.purpose
+        nbytes = sum(place.nbytes for place in places)
+        self._asked[effect.ticket] = _Asked(effect.purpose, nbytes, host.mono_s())
         self._transport.fetch(
             effect.ticket, effect.peer, effect.root, effect.first, total, places, FETCH_TIMEOUT_S
         )
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
         """The transport has verified chunks in place; check that they are valid values."""
-        purpose = self._purposes.pop(ticket, None)
-        if purpose is None:
+        asked = self._asked.pop(ticket, None)
+        if asked is None:
             return
+        purpose = asked.purpose
+        self._time_fetch(asked)
         if isinstance(purpose, fx.WholeResult | fx.Snapshot):
             self.run(self.node.fetched, ticket)
             return
@@ -285,8 +299,19 @@ class Driver:
         )
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
-        self._purposes.pop(ticket, None)
+        self._asked.pop(ticket, None)
         self.run(self.node.fetch_failed, ticket, reason)
+
+    def _time_fetch(self, asked: _Asked) -> None:
+        purpose = asked.purpose
+        if isinstance(purpose, fx.ContributionPart | fx.ResultPart):
+            key: RoundKey | None = purpose.key
+        elif isinstance(purpose, fx.WholeResult):
+            key = self._clock.latest(purpose.channel, purpose.round)
+        else:
+            key = None  # a snapshot belongs to no round
+        if key is not None:
+            self._clock.received(key, asked.nbytes, asked.begin_s, host.mono_s())
 
     def _attempt_bytes(self, purpose: object) -> int:
         key = getattr(purpose, "key", None)
@@ -299,10 +324,16 @@ class Driver:
     # -- results and states -------------------------------------------------------------------
 
     def _reduce(self, effect: fx.ReducePart) -> None:
-        key, part = effect.key, effect.part
+        key, part, begin_s = effect.key, effect.part, host.mono_s()
+
+        def done(root: bytes) -> None:
+            self._clock.worked(key, "reduce", begin_s, host.mono_s())
+            self._clock.names(root, key)
+            self.run(self.node.reduced, key, part, root)
+
         self._offload(
             partial(self.data.reduce, key, part, effect.chosen),
-            lambda root: self.run(self.node.reduced, key, part, root),
+            done,
             lambda error: self._on_event(
                 fx.Notice("contribution_rejected", {"reason": f"{key} part {part}: {error}"})
             ),
@@ -315,6 +346,7 @@ class Driver:
             return blob, self._to_disk(key.channel, key.round, blob)
 
         def done(outcome: tuple[Blob, bool]) -> None:
+            self._clock.names(outcome[0].root, key)
             self.run(self.node.stored, key, outcome[0].root, outcome[1])
 
         group = not key.channel.startswith("train/")
@@ -342,6 +374,18 @@ class Driver:
     def _complete(self, result: fx.WholeResult) -> None:
         blob = self.data.complete(result)
         self._to_disk(result.channel, result.round, blob)
+
+    def _apply(self, effect: fx.ApplyResult) -> None:
+        begin_s = host.mono_s()
+
+        def done(outcome: tuple[int, bytes]) -> None:
+            key = self._clock.latest(effect.channel, effect.round)
+            if key is not None:
+                self._clock.worked(key, "apply", begin_s, host.mono_s())
+            self._applied(effect.channel, outcome)
+
+        apply = partial(self.data.apply, effect.channel, effect.round, effect.root)
+        self._offload(partial(self._advance, effect.channel, apply), done)
 
     def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
         """Move a state, then show it to whoever watches while it holds still."""

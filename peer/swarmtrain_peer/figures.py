@@ -6,79 +6,188 @@ here runs on the loop's thread.
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import math
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from swarmtrain_peer import host
+from swarmtrain_peer.roundclock import SPANS_TOLD
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import RoundKey
+from swarmtrain_protocols.node_events import LedgerChanged
+from swarmtrain_protocols.rounds import effects as fx
 
 Document = dict[str, Any]
 
 ROWS_KEPT = 1024
 LOSSES_KEPT = 4096
-FIELD_CHARS_MAX = 32
+SETTLE_S = 0.25
+"""Between the end of a round here and its figures: others may still be fetching the result."""
+Seconds = Annotated[float, Meta(ge=-1e7, le=1e7)]
+Amount = Annotated[int, Meta(ge=0, le=1 << 60)]
+Spans = Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=SPANS_TOLD)]
+
+
+class RoundBody(msgspec.Struct, tag="round", tag_field="kind", omit_defaults=True):
+    """What a member tells of one attempt; unknown fields are for later versions.
+
+    See ``RoundClock.figures`` for times and spans. ``wait_s``: the trainer stood still.
+    """
+
+    channel: Annotated[str, Meta(max_length=64)]
+    outcome: Annotated[str, Meta(max_length=16)]
+    round: Amount
+    attempt: Amount
+    bytes_sent: Amount
+    bytes_received: Amount
+    bytes_up: Amount = 0
+    bytes_down: Amount = 0
+    compute_s: Seconds | None = None
+    wait_s: Seconds | None = None
+    encode_s: Seconds | None = None
+    send_s: Seconds | None = None
+    receive_s: Seconds | None = None
+    reduce_s: Seconds | None = None
+    apply_s: Seconds | None = None
+    t_open_offset_s: Seconds | None = None
+    t_send_offset_s: Seconds | None = None
+    t_receive_offset_s: Seconds | None = None
+    t_reduce_offset_s: Seconds | None = None
+    t_apply_offset_s: Seconds | None = None
+    send_spans_s: Spans = []
+    receive_spans_s: Spans = []
+    samples: float | None = None
+    loss: float | None = None
+    compute_utilization: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class LossBody(msgspec.Struct, tag="evaluated", tag_field="kind"):
+    """A loss of θ before ``round`` on the fixed held-out set, nats per token."""
+
+    round: Amount
+    loss: float
+
+
+class FinalBody(msgspec.Struct, tag="final", tag_field="kind"):
+    """The sender has the last state of an ended run."""
+
+
+_decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | FinalBody)
 
 
 class Figures:
-    """One per peer process. ``rows`` are figures by member and round, oldest first."""
+    """One per peer process. ``rows`` are figures by member and attempt, oldest first."""
 
     def __init__(self, runtime: PeerRuntime) -> None:
         self._runtime = runtime
         self._bytes_before = (0, 0)
         self._losses: dict[int, float] = {}
         self._final: dict[bytes, None] = {}
+        self._decided: dict[str, RoundKey] = {}
+        self._timers: dict[RoundKey, asyncio.TimerHandle] = {}
         self.rows: list[Document] = []
         runtime.metrics_listeners.append(self._on_metrics)
+        runtime.listeners.append(self._on_core_event)
 
     # -- rounds -------------------------------------------------------------------------------
 
-    def report(self, channel: str, key: RoundKey | None, outcome: str, figures: Document) -> None:
-        """This site's figures of a round: kept, put in the event log, told to the others."""
+    def report(
+        self, key: RoundKey, outcome: str, given: Document, handed_s: float | None = None
+    ) -> None:
+        """Soon tell this site's figures of an attempt: to the event log and to the others.
+
+        ``given`` are those that only the caller knows; the trainer handed over at ``handed_s``.
+        """
+        before = self._timers.pop(key, None)
+        if before is not None:
+            before.cancel()
+        loop = asyncio.get_running_loop()
+        self._timers[key] = loop.call_later(SETTLE_S, self._tell, key, outcome, given, handed_s)
+
+    def _tell(self, key: RoundKey, outcome: str, given: Document, handed_s: float | None) -> None:
+        self._timers.pop(key, None)
         stats = self._runtime.transport.stats
         before = self._bytes_before
         now = total_bytes(stats, "sent"), total_bytes(stats, "received")
         self._bytes_before = now
         traffic = {"bytes_sent": now[0] - before[0], "bytes_received": now[1] - before[1]}
-        figures = traffic | figures
+        figures = traffic | given | self._runtime.clock.figures(key, handed_s)
         self._runtime.events.emit("round_figures", key, **figures)
-        body: Document = {"kind": "round", "channel": channel, "outcome": outcome} | figures
-        if key is not None:
-            body |= {"round": key.round, "attempt": key.attempt}
+        body = RoundBody(key.channel, outcome, key.round, key.attempt, **figures)
         self._keep(self._runtime.node.me, body)
         self._runtime.send_metrics(msgspec.msgpack.encode(body))
+
+    def _on_core_event(self, event: object) -> None:
+        if isinstance(event, LedgerChanged):
+            for _, body, accepted in event.entries:
+                if accepted:
+                    self._entry(body)
+        elif isinstance(event, fx.StateAdvanced):
+            key = self._decided.get(event.channel)
+            if key is not None and event.round > key.round:
+                self._helped(self._decided.pop(event.channel), "committed")
+
+    def _entry(self, body: e.EntryBody) -> None:
+        if isinstance(body, e.RoundOpened) and body.key.channel.startswith("train/"):
+            me = self._runtime.node.me
+            own = next((c.root for c in body.contributors if c.member == me), None)
+            self._runtime.clock.opened(body.key, host.mono_s(), own)
+        elif isinstance(body, e.RoundCommitted) and self._runtime.settings.holds_state:
+            self._decided[body.key.channel] = body.key  # told of once it is applied
+        elif isinstance(body, e.RoundCommitted):
+            self._helped(body.key, "committed")
+        elif isinstance(body, e.RoundAborted):
+            self._helped(body.key, "aborted")
+
+    def _helped(self, key: RoundKey, outcome: str) -> None:
+        """An attempt is over in which this site may have carried bytes without a trainer's."""
+        if self._runtime.clock.is_busy(key) and key not in self._timers:
+            self.report(key, outcome, {})
+
+    def bytes_by_attempt(self) -> dict[tuple[str, int, int], int]:
+        """(channel, round, attempt) to the bytes that all members together are known to have sent
+        for it."""
+        out: dict[tuple[str, int, int], int] = {}
+        for row in self.rows:
+            at = row["channel"], row["round"], row["attempt"]
+            out[at] = out.get(at, 0) + int(row.get("bytes_up", 0))
+        return out
 
     def last_of(self, member: bytes) -> Document:
         """The newest figures of a member; empty if it told none."""
         name = member.hex()
         return next((row for row in reversed(self.rows) if row["id"] == name), {})
 
-    def _keep(self, member: bytes, body: Document) -> None:
-        self.rows.append({"id": member.hex(), "mono_s": host.mono_s()} | body)
+    def _keep(self, member: bytes, body: RoundBody) -> None:
+        row = msgspec.to_builtins(body)
+        self.rows.append({**row, "id": member.hex(), "mono_s": host.mono_s()})
         del self.rows[:-ROWS_KEPT]
 
     def _on_metrics(self, peer: PeerId, data: bytes) -> None:
         try:
-            body = msgspec.msgpack.decode(data)
-            kind = body.get("kind")
-            if kind == "evaluated":
-                self._heard_loss(int(body["round"]), float(body["loss"]), peer)
-            elif kind == "final":
-                self._final[peer] = None
-                self._runtime.changed()
-            elif kind == "round":
-                self._keep(peer, {str(k)[:FIELD_CHARS_MAX]: v for k, v in body.items()})
-        except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            body = _decoder.decode(data)
+        except msgspec.DecodeError as error:
             self._runtime.peer_fault(peer, "bad_metrics", str(error))
+            return
+        if isinstance(body, RoundBody):
+            self._keep(peer, body)
+        elif isinstance(body, LossBody):
+            if math.isfinite(body.loss):
+                self._heard_loss(body.round, body.loss, peer)
+        else:
+            self._final[peer] = None
+            self._runtime.changed()
 
     # -- losses -------------------------------------------------------------------------------
 
     def evaluated(self, round_number: int, loss: float) -> None:
         """The own trainer's loss of θ on the fixed held-out set, nats per token."""
-        body = {"kind": "evaluated", "round": round_number, "loss": loss}
-        self._runtime.send_metrics(msgspec.msgpack.encode(body))
+        self._runtime.send_metrics(msgspec.msgpack.encode(LossBody(round_number, loss)))
         self._heard_loss(round_number, loss, self._runtime.node.me)
 
     def _heard_loss(self, round_number: int, loss: float, member: bytes) -> None:
@@ -110,5 +219,9 @@ class Figures:
             holders = [m.id for m in node.ledger.ordered_members() if m.holds_state]
             return all(h in self._final or h not in node.linked() for h in holders)
 
-        runtime.send_metrics(msgspec.msgpack.encode({"kind": "final"}))
+        runtime.send_metrics(msgspec.msgpack.encode(FinalBody()))
         await runtime.until(all_final, timeout_s)
+
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()

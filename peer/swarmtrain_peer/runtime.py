@@ -22,6 +22,7 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
 from swarmtrain_peer.recordfile import RecordFile
+from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
@@ -90,6 +91,7 @@ class PeerRuntime:
         self.driver: Driver
         self.data: DataPlane
         self.keeper: Keeper | None = None
+        self.clock = RoundClock()
         self.manifest: Manifest
         self.listeners: list[Callable[[object], None]] = []
         self.state_hooks: list[Callable[[CanonicalState], None]] = []
@@ -221,6 +223,7 @@ class PeerRuntime:
             pool=self.pool,
             on_event=self._on_event,
             on_state=self._on_state,
+            clock=self.clock,
         )
 
     def capability(self) -> bytes:
@@ -358,6 +361,9 @@ class PeerRuntime:
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
         self._pass("fetch_failed", ticket, reason)
+
+    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None:
+        self.clock.sent(root, nbytes, begin_s, host.mono_s())
 
     # -- events of the core ---------------------------------------------------------------------
 

@@ -69,6 +69,8 @@ class TransportHandler(Protocol):
     def fetch_failed(self, ticket: int, reason: str) -> None:
         """``reason``: refused:<code>, timeout, disconnected or corrupt."""
 
+    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None: ...
+
 
 class Transport:
     """See the module; ``start`` first, ``close`` last.
@@ -135,9 +137,8 @@ class Transport:
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
         )
-        self._serving = Serving(
-            self._loop, self._provide, self._send_open, self._bulk.need, self._bulk.connections
-        )
+        bulk, sent = self._bulk, self._handler.sent
+        self._serving = Serving(self._loop, self._provide, self._send_open, bulk, sent)
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
         self._started = True
         if self._listener is None:

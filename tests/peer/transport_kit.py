@@ -33,6 +33,7 @@ class Node:
     ) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.blobs: dict[bytes, Blob] = {}
+        self.sent_bytes: dict[bytes, int] = {}
         self._changed = asyncio.Event()
         self.address = ""
         self.transport = Transport(
@@ -126,6 +127,9 @@ class Node:
 
     def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
         self._add("refused", code, peer, address, reason)
+
+    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None:
+        self.sent_bytes[root] = self.sent_bytes.get(root, 0) + nbytes
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
         self._add("fault", peer, code, why)

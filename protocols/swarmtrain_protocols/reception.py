@@ -69,6 +69,8 @@ class Reception:
         if not self._joiner.asked(peer):
             if isinstance(message, mm.JoinRefused):
                 self._fault(peer, "unexpected")
+        elif self._joiner.refused:
+            return  # once is enough
         elif isinstance(message, mm.Redirect):
             self._joiner.redirected(now, message)
         else:

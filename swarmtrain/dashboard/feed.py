@@ -259,7 +259,7 @@ class Feed:
     def _timeline(self) -> list[Document]:
         """Figures by member and round, newest rounds last, with when the round was opened.
 
-        Times in a row are seconds relative to ROUND_OPENED: the member handed over at
+        Offsets and spans in a row count from ROUND_OPENED as the member saw it: it handed over at
         ``t_open_offset_s``, computed for ``compute_s`` before and waited ``wait_s`` after it. A row
         without ``send_s`` and ``receive_s`` is drawn as one exchange until ``decided_wall_s``.
         """

@@ -138,6 +138,7 @@ class FakeRun:
             for index, peer in enumerate(IDS):
                 slow = 1.9 if index == 1 else 1.0
                 offset = -draws.uniform(0.05, 0.9)
+                send_s, receive_s = 0.7 * slow + draws.uniform(0, 0.2), 0.8 + draws.uniform(0, 0.2)
                 rows.append(
                     {
                         "id": peer,
@@ -146,9 +147,16 @@ class FakeRun:
                         "compute_s": ROUND_S - 0.25 + draws.uniform(-0.2, 0.1),
                         "wait_s": 0.04 + 0.03 * draws.random(),
                         "encode_s": 0.12 * slow,
-                        "send_s": 0.7 * slow + draws.uniform(0, 0.2),
-                        "receive_s": 0.8 + draws.uniform(0, 0.2),
+                        "send_s": send_s,
+                        "t_send_offset_s": 0.02,
+                        "send_spans_s": [[0.02, 0.02 + send_s]],
+                        "receive_s": receive_s,
+                        "t_receive_offset_s": 0.3,
+                        "receive_spans_s": [[0.3, 0.7], [1.2, 0.8 + receive_s]],
+                        "reduce_s": 0.2,
+                        "t_reduce_offset_s": 1.0,
                         "apply_s": 0.15,
+                        "t_apply_offset_s": 2.45,
                         "bytes_up": 1_480_000,
                         "bytes_down": 1_500_000,
                         "loss": self.loss(number),

@@ -212,7 +212,7 @@ function slowest() {
   const rows = state.timeline.filter((r) => r.round === newest);
   if (rows.length < 2) return "";
   let worst = ["", "", 0, 0];
-  for (const phase of ["compute", "encode", "send", "receive", "apply"]) {
+  for (const phase of ["compute", "encode", "send", "receive", "reduce", "apply"]) {
     for (const row of rows) {
       const others = median(rows.filter((r) => r !== row).map((r) => r[`${phase}_s`] || 0));
       const excess = (row[`${phase}_s`] || 0) - others;
@@ -224,9 +224,8 @@ function slowest() {
   return `${nameOf(names(), worst[0])} held round ${newest} by ${seconds(worst[2])}: its ${worst[1]} took ${seconds(worst[2] + worst[3])}, the others' ${seconds(worst[3])}`;
 }
 function drawLegend() {
-  const whole = state.timeline.some((row) => row.send_s === undefined);
-  const hidden = whole ? ["send", "receive", "apply"] : ["exchange"];
-  $("legend").replaceChildren(...PHASES.filter((phase) => !hidden.includes(phase)).map((phase) => {
+  const seen = new Set(state.timeline.flatMap(segmentsOf).map((segment) => segment[2]));
+  $("legend").replaceChildren(...PHASES.filter((phase) => seen.has(phase)).map((phase) => {
     const item = node("li");
     item.append(node("span", phase), node("b", "", phase));
     return item;

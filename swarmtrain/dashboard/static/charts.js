@@ -2,7 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const PHASES = ["compute", "wait", "encode", "send", "receive", "apply", "exchange"];
+const PHASES = ["compute", "wait", "encode", "send", "receive", "reduce", "apply", "exchange"];
 
 // Peers choose their names: control and direction characters are shown as what they are.
 function clean(text) {
@@ -75,26 +75,33 @@ function drawLoss(box, losses, abortedRounds) {
   box.replaceChildren(svg);
 }
 
-// Segments of one member in one round: [lane, phase, begin, end] in wall seconds.
+// Segments of one member in one round: [lane, part, phase, begin, end] in wall seconds. Lane 0 is the
+// trainer's, lane 1 the network's. Part 0 fills the lane; sending has its upper half (1), receiving its
+// lower half (2), for both go on at once.
 function segmentsOf(row) {
-  const opened = row.opened_wall_s, offset = row.t_open_offset_s || 0;
-  const handed = opened + offset, value = (name) => Math.max(0, row[name] || 0);
+  const opened = row.opened_wall_s, handed = opened + (row.t_open_offset_s || 0);
+  const value = (name) => Math.max(0, row[name] || 0);
   const out = [
-    [0, "compute", handed - value("compute_s"), handed],
-    [0, "wait", handed, handed + value("wait_s")],
-    [1, "encode", handed, handed + value("encode_s")],
+    [0, 0, "compute", handed - value("compute_s"), handed],
+    [0, 0, "wait", handed, handed + value("wait_s")],
+    [1, 0, "encode", handed, handed + value("encode_s")],
   ];
-  if (row.send_s === undefined && row.receive_s === undefined && row.decided_wall_s) {
-    out.push([1, "exchange", Math.max(opened, handed), row.decided_wall_s]);
-    return out.filter((segment) => segment[3] > segment[2]);
+  if (!hasPhases(row) && row.decided_wall_s) {
+    out.push([1, 0, "exchange", Math.max(opened, handed), row.decided_wall_s]);
   }
-  let at = Math.max(opened, handed + value("encode_s"));
-  for (const phase of ["send", "receive", "apply"]) {
-    const spent = value(`${phase}_s`);
-    out.push([1, phase, at, at + spent]);
-    at += spent;
+  for (const phase of ["reduce", "apply"]) {
+    const at = opened + (row[`t_${phase}_offset_s`] || 0);
+    out.push([1, 0, phase, at, at + value(`${phase}_s`)]);
   }
-  return out.filter((segment) => segment[3] > segment[2]);
+  for (const [part, phase] of [[1, "send"], [2, "receive"]]) {
+    const at = row[`t_${phase}_offset_s`] || 0;
+    const spans = row[`${phase}_spans_s`] || [[at, at + value(`${phase}_s`)]];
+    for (const [begin, end] of spans) out.push([1, part, phase, opened + begin, opened + end]);
+  }
+  return out.filter((segment) => segment[4] > segment[3]);
+}
+function hasPhases(row) {
+  return row.send_s !== undefined || row.receive_s !== undefined;
 }
 
 function drawTimeline(box, rows, names, count) {
@@ -105,8 +112,8 @@ function drawTimeline(box, rows, names, count) {
   const shown = rows.filter((r) => wanted.has(`${r.channel || ""}#${r.round}`));
   const members = [...new Set(shown.map((r) => r.id))].sort((a, b) => nameOf(names, a).localeCompare(nameOf(names, b)));
   const spans = shown.flatMap(segmentsOf);
-  const from = Math.min(...rounds.map((r) => r.opened_wall_s), ...spans.map((s) => s[2]));
-  const to = Math.max(...rounds.map((r) => r.opened_wall_s), ...spans.map((s) => s[3]));
+  const from = Math.min(...rounds.map((r) => r.opened_wall_s), ...spans.map((s) => s[3]));
+  const to = Math.max(...rounds.map((r) => r.opened_wall_s), ...spans.map((s) => s[4]));
   const total = Math.max(1e-3, to - from);
   const width = Math.max(640, box.clientWidth), left = 104, right = 12, top = 22;
   const lane = 15, gap = 2, rowHeight = 2 * lane + gap + 13;
@@ -127,9 +134,10 @@ function drawTimeline(box, rows, names, count) {
       svg.append(svgNode("rect", { x: left, y: y + at * (lane + gap), width: width - left - right, height: lane, rx: 3, class: "lane" }));
     }
     for (const row of shown.filter((r) => r.id === id)) {
-      for (const [at, phase, begin, end] of segmentsOf(row)) {
-        const bar = svgNode("rect", { x: x(begin), y: y + at * (lane + gap), width: Math.max(1, x(end) - x(begin)), height: lane, rx: 2, class: phase });
-        bar.append(svgNode("title", {}, `${label}, round ${row.round}: ${phase} ${(end - begin).toFixed(3)} s`));
+      for (const [at, part, phase, begin, end] of segmentsOf(row)) {
+        const half = (lane - 1) / 2, down = at * (lane + gap) + (part === 2 ? half + 1 : 0);
+        const bar = svgNode("rect", { x: x(begin), y: y + down, width: Math.max(2, x(end) - x(begin)), height: part ? half : lane, rx: part ? 1 : 2, class: phase });
+        bar.append(svgNode("title", {}, `${label}, round ${row.round}: ${phase} ${(1000 * (end - begin)).toPrecision(3)} ms, ${(1000 * (begin - row.opened_wall_s)).toFixed(0)} ms after it was opened`));
         svg.append(bar);
       }
     }

@@ -171,7 +171,7 @@ class Figures:
     def _on_metrics(self, peer: PeerId, data: bytes) -> None:
         try:
             body = _decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._runtime.peer_fault(peer, "bad_metrics", str(error))
             return
         if isinstance(body, RoundBody):

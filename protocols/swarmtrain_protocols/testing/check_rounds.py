@@ -95,6 +95,8 @@ class RoundsAreRight(LogIsOne):
         self.counted: dict[bytes, RoundKey] = {}
         self.returned: dict[bytes, str] = {}
         self.aborted = 0
+        self.served: dict[bytes, int] = {}
+        """Contributions to state channels that were counted, by member."""
 
     # --- entries ---------------------------------------------------------------------------------
 
@@ -116,6 +118,22 @@ class RoundsAreRight(LogIsOne):
         elif isinstance(body, e.RoundAborted):
             self.aborted += 1
             world.seen["abort:" + body.reason] += 1
+        elif isinstance(body, e.Rewound):
+            self._rewound(world, body)
+
+    def _rewound(self, world: World, body: e.Rewound) -> None:
+        """A rewind for data loss is wrong while somebody alive holds what is said to be lost."""
+        for channel, number, root in zip(body.channels, body.rounds, body.roots, strict=True):
+            states = self.states[channel]
+            for host in world.hosts.values():
+                held = host.node.plane.states.get(channel) if host.node is not None else None
+                if held is not None and held.round == len(states) - 1 > number:
+                    world.violation("false-loss", f"{host.name} holds the newest {channel}: {body}")
+            if states[number].state_hash != root:
+                world.violation("OS1", f"{body} goes to a state that never was")
+            del states[number + 1 :]
+            for key in [key for key in self.committed if key[0] == channel and key[1] >= number]:
+                del self.committed[key]
 
     def _model(self, world: World, body: e.ModelDefined) -> None:
         for item, root in zip(body.layout, body.roots, strict=True):
@@ -187,6 +205,9 @@ class RoundsAreRight(LogIsOne):
             if root in self.returned:
                 world.violation("AR3", f"{key} counts what was {self.returned[root]}")
             self.counted[root] = key
+            if key.channel in self.states:
+                member = opened.contributors[item.index].member
+                self.served[member] = self.served.get(member, 0) + 1
         for index in range(-(-opened.values // self.chunk_values)):
             first = index * self.chunk_values
             n = min(self.chunk_values, opened.values - first)

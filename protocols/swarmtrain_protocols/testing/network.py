@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DIAL_QUEUE_MAX = 4096
 ORDER_GAP_S = 1e-7
 TAIL_S_MAX = 5.0
+DOUBLE_S_MAX = 4.0
+"""A second copy may come this much later, when what it speaks of is long decided."""
 
 
 def address_of(name: str) -> str:
@@ -308,8 +310,8 @@ class Network:
         duplicate = LOSSY if self._has("duplicate", a, b) else model.duplicate
         if not stream and doubled < duplicate and packet.kind == "message":
             self.world.seen["net:doubled"] += 1
-            again_s = self._latency_s(a, b, *self._stream(a, b, "double").four()[:2])
-            self._schedule(connection, b, packet, at_s + again_s)
+            late, _, _, much = self._stream(a, b, "double").four()
+            self._schedule(connection, b, packet, at_s + DOUBLE_S_MAX * late * (much < 0.5))
 
     def _schedule(self, connection: Connection, b: str, packet: Packet, at_s: float) -> None:
         host = self.world.hosts[b]

@@ -24,7 +24,7 @@ SOMETIMES = (
     *("fault:slow", "fault:lossy", "fault:duplicate", "fault:slowdisk", "fault:vanish"),
     *("fault:aim-crash", "fault:aim-cut", "fault:aim-pause"),
     *("net:lost", "net:reset", "net:doubled", "net:dial-failed", "net:lost-in-cut"),
-    *("disk:lost", "disk:torn", "disk:file-lost"),
+    *("disk:lost", "disk:file-lost"),
     *("fetch:done", "fetch:disconnected", "fetch:corrupt", "fetch:refused:unknown"),
     *("round:train", "round:group", "round:partial", "round:later-attempt", "group:done"),
     *("decided:committed", "decided:excluded", "decided:aborted"),

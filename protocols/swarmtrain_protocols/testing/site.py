@@ -135,6 +135,7 @@ class Site:
             chunk_values=spec.chunk_values,
         )
         self._restore(ctx.now)
+        self.core.set_training(ctx.now, part.trains)
         if part.trains:
             for channel, _ in spec.layout:
                 self._phase_at[channel] = ctx.now + self._luck.between(*spec.phase_s)
@@ -177,14 +178,8 @@ class Site:
         """
         round_number = state.round
         while (saved := self._saved_result(state.channel, round_number)) is not None:
-            purpose = fx.WholeResult(
-                saved.channel, saved.round, saved.root, saved.values, saved.codec
-            )
-            places = self.plane.destinations(purpose, 0, len(saved.chunks))
-            for place, chunk in zip(places, saved.chunks, strict=True):
-                place[:] = chunk
-            self.plane.complete(purpose)
-            self.core.member.in_place[saved.channel, saved.round] = saved.root
+            self.plane.adopt_result(Blob.of(saved.chunks), saved.values, saved.codec)
+            self.core.stored_earlier(saved.channel, saved.round, saved.root)
             round_number += 1
 
     def _saved_result(self, channel: str, round_number: int) -> _SavedResult | None:

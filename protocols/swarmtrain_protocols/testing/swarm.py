@@ -215,7 +215,9 @@ def excused(swarm: Swarm) -> bool:
 
 
 class _Recovered:
-    """Everybody alive is a member and holds the state of a round committed after healing."""
+    """Everybody alive is a member, holds the state of a round committed after healing, and, if it
+    trains, has contributed to one since: nobody is left behind.
+    """
 
     def __init__(self, swarm: Swarm) -> None:
         self.swarm = swarm
@@ -223,6 +225,7 @@ class _Recovered:
         for channel, _ in swarm.spec.layout:
             done = [r for c, r in swarm.rounds.committed if c == channel]
             self.target[channel] = max(done, default=-1) + 1 + ROUNDS_AFTER_HEALING
+        self.served = dict(swarm.rounds.served)
 
     def __call__(self) -> bool:
         for name, host in self.swarm.world.hosts.items():
@@ -230,6 +233,9 @@ class _Recovered:
                 continue
             site = self.swarm.site(name)
             if site is None or not site.core.joiner.is_member:
+                return False
+            served = self.swarm.rounds.served.get(host.peer, 0)
+            if site.part.trains and served <= self.served.get(host.peer, 0):
                 return False
             if site.part.holds_state and any(
                 channel not in site.plane.states or site.plane.states[channel].round < least

@@ -48,8 +48,10 @@ from swarmtrain_protocols.outer import auto_outer
 from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
 
-MANIFEST_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 10.0
+MANIFEST_TIMEOUT_S = 15.0
+MANIFEST_TRIES = 3
+MANIFEST_PAUSE_S = 0.5
+CONNECT_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 60.0
 RECHECK_S = 0.5
 
@@ -241,25 +243,33 @@ class PeerRuntime:
         s = self.settings
         if s.ticket is None:
             raise NoPeerReachable("no address is known", "no ticket was given", "pass a ticket")
-        last: SwarmError | None = None
-        for address in s.ticket.addresses:
-            self._manifest_reply = asyncio.get_running_loop().create_future()
-            try:
-                peer = await self.transport.connect_address(address, CONNECT_TIMEOUT_S)
-                self.transport.send(peer, mm.ManifestRequest(s.run))
-                async with asyncio.timeout(MANIFEST_TIMEOUT_S):
-                    data = await self._manifest_reply
-            except SwarmError as error:
-                last = error
-                continue
-            except TimeoutError:
-                last = NoPeerReachable(f"{address} does not answer", "no manifest came", "")
-                continue
-            manifest = parse_manifest(data, s.run)
-            if s.save_manifest is not None:
-                s.save_manifest(data)
-            return manifest
-        raise last or NoPeerReachable("the ticket holds no address", "", "ask for a new ticket")
+        last: SwarmError = NoPeerReachable("no address answers", "", "ask for a new ticket")
+        for number in range(MANIFEST_TRIES):
+            if number:
+                await asyncio.sleep(MANIFEST_PAUSE_S)  # they may be busy, or just restarting
+            for address in s.ticket.addresses:
+                try:
+                    data = await self._manifest_from(address)
+                except SwarmError as error:
+                    last = error
+                    continue
+                manifest = parse_manifest(data, s.run)
+                if s.save_manifest is not None:
+                    s.save_manifest(data)
+                return manifest
+            if not isinstance(last, NoPeerReachable):
+                break  # a refusal: asking again changes nothing
+        raise last
+
+    async def _manifest_from(self, address: str) -> bytes:
+        self._manifest_reply = asyncio.get_running_loop().create_future()
+        peer = await self.transport.connect_address(address, CONNECT_TIMEOUT_S)
+        self.transport.send(peer, mm.ManifestRequest(self.settings.run))
+        try:
+            async with asyncio.timeout(MANIFEST_TIMEOUT_S):
+                return await self._manifest_reply
+        except TimeoutError:
+            raise NoPeerReachable(f"{address} does not answer", "no manifest came", "") from None
 
     def _dial_ticket(self, ticket: Ticket) -> None:
         """A restarted member dials the ticket's addresses besides those the log knows."""

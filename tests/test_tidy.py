@@ -288,7 +288,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rule_tests_can_fail, TEST, "def test_x():\n    with pytest.raises(OSError):\n        f()"),
     (rule_specs_quote_limits, "protocols/spec/a.md", "| `CHUNK_VALUES` | 2^18 | values |"),
     (rule_specs_quote_limits, "protocols/spec/a.md", "| FRAME_BYTES_BULK_MAX | 1 MiB | bytes |"),
-    (rule_specs_quote_limits, "protocols/spec/a.md", "`HANDSHAKE_TIMEOUT_S` = 5 s"),
+    (rule_specs_quote_limits, "protocols/spec/a.md", "`KEEPALIVE_INTERVAL_S` = 5 s"),
 ]
 
 

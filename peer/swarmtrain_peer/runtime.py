@@ -160,8 +160,7 @@ class PeerRuntime:
             try:
                 return await self.transport.start(wanted)
             except OSError as error:
-                why = error.strerror or str(error)
-                raise ConfigError(f"cannot listen on {wanted}", why, "choose a free one") from None
+                raise ConfigError(f"cannot listen on {wanted}", str(error)) from None
         with contextlib.suppress(OSError, ValueError):
             port = int(memory.read_text())
             return await self.transport.start(f"{wanted.removesuffix(':0')}:{port}")
@@ -253,10 +252,9 @@ class PeerRuntime:
                 except SwarmError as error:
                     last = error
                     continue
-                manifest = parse_manifest(data, s.run)
                 if s.save_manifest is not None:
                     s.save_manifest(data)
-                return manifest
+                return parse_manifest(data, s.run)
             if not isinstance(last, NoPeerReachable):
                 break  # a refusal: asking again changes nothing
         raise last

@@ -50,7 +50,6 @@ from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, s
 
 MANIFEST_TIMEOUT_S = 15.0
 MANIFEST_TRIES = 3
-MANIFEST_PAUSE_S = 0.5
 CONNECT_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 60.0
 RECHECK_S = 0.5
@@ -245,7 +244,7 @@ class PeerRuntime:
         last: SwarmError = NoPeerReachable("no address answers", "", "ask for a new ticket")
         for number in range(MANIFEST_TRIES):
             if number:
-                await asyncio.sleep(MANIFEST_PAUSE_S)  # they may be busy, or just restarting
+                await asyncio.sleep(RECHECK_S)  # they may be busy, or just restarting
             for address in s.ticket.addresses:
                 try:
                     data = await self._manifest_from(address)

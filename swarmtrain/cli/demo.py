@@ -357,7 +357,7 @@ def demo(
         ),
     ] = None,
     overlap: Annotated[str, typer.Option("--overlap", help="auto, off, delayed, eager.")] = "auto",
-    codec: Annotated[str, typer.Option("--codec", help="fp32, bf16, int8, int4, ...")] = "int8",
+    codec: Annotated[str, typer.Option("--codec", help="fp32, bf16 or int8.")] = "int8",
     chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
     dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard")] = True,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data.")] = 1234,

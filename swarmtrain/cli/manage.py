@@ -173,7 +173,7 @@ inner_steps = 20        # steps between two rounds
 overlap = "auto"        # off | delayed | eager
 
 [comm]
-codec = "int8"          # fp32 | bf16 | int8 | int4 | e3m0 | topk
+codec = "int8"          # fp32 | bf16 | int8
 """
 TRAIN_PY = '''\
 """Your own model in the swarm: three lines more than without.

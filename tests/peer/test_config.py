@@ -33,7 +33,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     path = tmp_path / "run.toml"
     path.write_text(
         '[run]\nname = "a"\nseed = 7\n[train]\ninner_steps = 30\n[net]\nup = "8Mbit"\n'
-        "[comm]\ncodec_gather = 'fp32'\ncodec = 'int4'\n"
+        "[comm]\ncodec_gather = 'fp32'\ncodec = 'bf16'\n"
     )
     environ = {
         "SWARMTRAIN_RUN__NAME": "b",
@@ -46,7 +46,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert settings.run.name == "c"
     assert settings.run.seed == 7
     assert settings.run.inner_steps == 40
-    assert (settings.run.codec_scatter, settings.run.codec_gather) == ("int4", "fp32")
+    assert (settings.run.codec_scatter, settings.run.codec_gather) == ("bf16", "fp32")
     assert settings.run.batch_size == RunKeys().batch_size
     assert settings.peer.up_bytes_per_s == 1_000_000
     assert settings.peer.listen == "127.0.0.1:0"

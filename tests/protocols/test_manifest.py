@@ -11,7 +11,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain_protocols import limits
+from swarmtrain_protocols import codecs, limits
 from swarmtrain_protocols.errors import (
     ConfigError,
     PeerFault,
@@ -21,6 +21,7 @@ from swarmtrain_protocols.errors import (
 )
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import (
+    CODECS,
     Manifest,
     RunKeys,
     check_genesis,
@@ -71,7 +72,7 @@ def test_every_key_is_in_the_run_id() -> None:
         "corpus_hash": "ab" * 32, "batch_size": 5, "inner_steps": 21, "inner_lr": 0.1,
         "inner_weight_decay": 0.2, "inner_clip": 2.0, "inner_warmup_steps": 1, "total_steps": 9,
         "inner_optimizer": "sgd", "outer_lr": 0.7, "outer_momentum": 0.9, "overlap": "eager",
-        "codec_scatter": "int4", "codec_gather": "fp32", "fragments": 2, "delay": 3, "mix": 0.1,
+        "codec_scatter": "bf16", "codec_gather": "fp32", "fragments": 2, "delay": 3, "mix": 0.1,
         "max_rounds": 5, "checkpoint_every_rounds": 3, "min_peers": 2, "start_peers": 3,
         "grace_s": 1.0, "round_timeout_s": 2.0, "max_base_age_rounds": 1,
         "max_extra_steps_factor": 1.0,
@@ -215,3 +216,9 @@ def test_genesis() -> None:
     stranger = replace(make_genesis(steward, run, steward.peer_id), founder=FOUNDER.peer_id)
     with pytest.raises(PeerFault, match="did not sign"):
         check_genesis(stranger, run=run, founder=FOUNDER.peer_id)
+
+
+def test_the_codecs_a_run_may_name_are_those_that_exist() -> None:
+    assert CODECS == codecs.CODEC_NAMES
+    with pytest.raises(ConfigError, match="codec_scatter"):
+        RunKeys(codec_scatter="int4")

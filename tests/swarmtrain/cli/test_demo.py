@@ -19,10 +19,10 @@ from swarmtrain_protocols.errors import QuorumLost, SwarmError
 
 
 def test_the_runs_keys_follow_the_options() -> None:
-    keys = DemoOptions(peers=5, steps=70, overlap="delayed", codec="int4").run_keys()
+    keys = DemoOptions(peers=5, steps=70, overlap="delayed", codec="bf16").run_keys()
     assert (keys.inner_steps, keys.max_rounds, keys.total_steps) == (20, 3, 60)
     assert (keys.start_peers, keys.min_peers) == (5, 1)
-    assert (keys.overlap, keys.codec_scatter, keys.codec_gather) == ("delayed", "int4", "int4")
+    assert (keys.overlap, keys.codec_scatter, keys.codec_gather) == ("delayed", "bf16", "bf16")
 
 
 class FakeProcess:

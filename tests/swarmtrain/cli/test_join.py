@@ -113,7 +113,7 @@ def test_a_ticket_for_seeds_does_not_train(tmp_path: Path) -> None:
 
 def test_run_keys_cannot_be_brought_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticket = str(make_ticket(tmp_path / "one"))
-    monkeypatch.setenv("SWARMTRAIN_COMM__CODEC", "int4")
+    monkeypatch.setenv("SWARMTRAIN_COMM__CODEC", "bf16")
     refused = invoke(tmp_path / "two", "join", ticket)
     assert isinstance(refused.exception, ConfigError)
     assert "codec_scatter" in refused.exception.why

@@ -57,7 +57,7 @@ def test_bad_durations(text: str) -> None:
 def test_settings_with_their_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[train]\ninner_steps = 30\n")
-    monkeypatch.setenv("SWARMTRAIN_COMM__CODEC", "int4")
+    monkeypatch.setenv("SWARMTRAIN_COMM__CODEC", "bf16")
     document = json.loads(invoke("config", "show", str(path), "--json").stdout)
     assert document["train.inner_steps"] == {
         "kind": "run",

@@ -19,8 +19,9 @@ import msgspec
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.figures import Figures
-from swarmtrain_peer.memo import Sent, read_memo, write_memo
+from swarmtrain_peer.memo import Sent, read_memo
 from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.site import write_private
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
@@ -64,6 +65,7 @@ class TrainerDesk:
         self._port = TrainerPort(folder)
         self._memo_path = folder / "position.json"
         self._memo = read_memo(self._memo_path)
+        self._memo_lock = asyncio.Lock()
         self._connections: list[ControlConnection] = []
         self._flights: dict[str, _Flight] = {}
         self._taking: list[asyncio.Task[Document]] = []
@@ -301,8 +303,8 @@ class TrainerDesk:
         self._account(args)
         index = runtime.node.ledger.index
         self._memo.sent[channel] = Sent(seq=seq, root=blob.root.hex(), index=index)
-        write_memo(self._memo_path, self._memo)
         flight.encode_s = host.mono_s() - started
+        await self._remember()
         runtime.events.emit(
             "handover",
             channel=channel,
@@ -323,6 +325,12 @@ class TrainerDesk:
             channel, blob.root, nvalues, codec, float(args["samples"]), int(args["base_round"]), 0
         )
         runtime.driver.run(runtime.node.contribute, offer)
+
+    async def _remember(self) -> None:
+        """Make the memo durable; a sync may take long, so not on the loop."""
+        async with self._memo_lock:
+            write = partial(write_private, self._memo_path, msgspec.json.encode(self._memo))
+            await asyncio.get_running_loop().run_in_executor(self._runtime.pool, write)
 
     async def _encode(self, channel: str, seq: int, codec: str) -> tuple[Blob, int]:
         """Read hand-over ``seq`` from its slot; returns the encoded chunks and how many values.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 
-from swarmtrain_peer.site import write_private
 from swarmtrain_protocols.ledger import ChannelState
 
 
@@ -55,8 +54,3 @@ def read_memo(path: Path) -> Memo:
         return msgspec.json.decode(path.read_bytes(), type=Memo)
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return Memo()
-
-
-def write_memo(path: Path, memo: Memo) -> None:
-    """Replace the memo, privately and atomically."""
-    write_private(path, msgspec.json.encode(memo))

@@ -359,7 +359,7 @@ class Network:
         uniform, tail, back, _ = self._stream(a.name, b.name, "dial").four()
         there_s = self._latency_s(a.name, b.name, uniform, tail)
         back_s = self._latency_s(b.name, a.name, back, 1.0)
-        timeout_s = limits.HANDSHAKE_TIMEOUT_S
+        timeout_s = limits.DIAL_TIMEOUT_S  # of the connection; handshakes are not simulated
 
         def arrived() -> None:
             shut = self.is_cut(a.name, b.name) or self.is_cut(b.name, a.name)

@@ -240,9 +240,7 @@ class Trainer:
             )
             self._say(f"told {seq} {decision.outcome}")
 
-    def _wait_decision(
-        self, client: ControlClient, side: TrainerSide, seq: int
-    ) -> Decision | None:
+    def _wait_decision(self, client: ControlClient, side: TrainerSide, seq: int) -> Decision | None:
         deadline_s = time.monotonic() + DECISION_S
         while not self.stopped.is_set() and side.should_stop() is None:
             found = side.decision(CHANNEL)

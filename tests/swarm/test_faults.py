@@ -53,9 +53,7 @@ def test_a_joiner_killed_in_mid_round_returns_with_the_same_state(tmp_path: Path
             )
             joiner.start()
             back = founder.last_seq
-            founder.wait_event(
-                "round_opened", lambda r: set(r["contributors"]) == both, back
-            )
+            founder.wait_event("round_opened", lambda r: set(r["contributors"]) == both, back)
             wait_round(founder, committed["round"] + 5)
         wait_same_stand([founder, joiner], committed["round"] + 1)
         swarm.check_hashes()

@@ -36,9 +36,7 @@ class Loop:
         )
         self._thread.start()
 
-    def _run(
-        self, seat: Seat, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _run(self, seat: Seat, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         try:
             with Trainer(model, optimizer, connect=seat.site.connect) as trainer:
                 x = torch.ones(4, WIDTH)

@@ -255,7 +255,8 @@ class Attempt:
                     want.next_try = now
                 self.step(now)
                 return
-        sources = [owner] if owner == sender else [sender, owner]
+        # After a restart the owner may be this very node, which has forgotten what it computed.
+        sources = [p for p in dict.fromkeys((sender, owner)) if p != self.me]
         self.wanted.append(_Wanted(fx.ResultPart(self.key, part), sources))
         self.step(now)
 

@@ -1,4 +1,4 @@
-"""What entries make of the ledger, entry by entry; what does not fit is ignored by everybody alike."""
+"""What entries make of the ledger; what does not fit is ignored by everybody alike."""
 
 from __future__ import annotations
 

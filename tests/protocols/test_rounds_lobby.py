@@ -1,0 +1,164 @@
+"""The leader's waiting rooms: bounded, and emptied of what the ledger has made void."""
+
+from __future__ import annotations
+
+import msgspec
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.member import StateReport
+from swarmtrain_protocols.rounds.lobby import REPORT_WAIT_S, Lobbies, Lobby
+from swarmtrain_protocols.rounds.policy import RoundPolicy
+from tests.protocols.rounds_kit import GROUP, TRAIN, VALUES, A, B, C, D, Log, hash_of
+
+POLICY = RoundPolicy("fp32", "fp32", chunk_values=8)
+
+
+def ready(channel: str = GROUP, **changes: object) -> m.Ready:
+    good = m.Ready(0, channel, hash_of("given"), VALUES, "fp32", 1.0, 0)
+    return msgspec.structs.replace(good, **changes)
+
+
+def at(round_number: int, **changes: object) -> StateReport:
+    good = StateReport(0, TRAIN, round_number, hash_of("state"), True, True)
+    return msgspec.structs.replace(good, **changes)
+
+
+def rooms(policy: RoundPolicy = POLICY) -> Lobbies:
+    return Lobbies(policy, 0.0)
+
+
+def test_rooms_for_invented_names_are_bounded() -> None:
+    """Bad input: a member announces to ever new groups, or withdraws from and reports to them."""
+    log, lobbies = Log(A, B, C), rooms()
+    for number in range(10 * limits.CHANNELS_MAX):
+        name = f"group/{number}"
+        lobbies.withdrawn(PeerId(B), m.Withdraw(0, name, hash_of("given")))
+        lobbies.reported(log.ledger, PeerId(B), at(0, channel=name))
+        lobbies.reported(log.ledger, PeerId(B), at(0, channel=f"train/7/{number}"))
+    assert lobbies.rooms == {}
+    codes = [
+        lobbies.announced(0.0, log.ledger, PeerId(B), ready(f"group/{number}"))
+        for number in range(2 * limits.GROUPS_PER_MEMBER_MAX)
+    ]
+    assert codes == [""] * limits.GROUPS_PER_MEMBER_MAX + ["flood"] * limits.GROUPS_PER_MEMBER_MAX
+    assert lobbies.announced(0.0, log.ledger, PeerId(C), ready("group/own")) == ""
+    # One that takes everything back has room again, and empty rooms do not pile up.
+    for number in range(20 * limits.CHANNELS_MAX):
+        name = f"group/new {number}"
+        assert lobbies.announced(0.0, log.ledger, PeerId(A), ready(name)) == ""
+        lobbies.withdrawn(PeerId(A), m.Withdraw(0, name, hash_of("given")))
+    assert len(lobbies.rooms) <= 2 * limits.CHANNELS_MAX
+
+
+def test_what_strangers_report_is_not_kept() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.reported(log.ledger, PeerId(D), at(0))
+    lobbies.reported(log.ledger, PeerId(B), at(0, generation=3))
+    assert lobbies.rooms == {}
+    lobbies.reported(log.ledger, PeerId(B), at(0))
+    assert list(lobbies.room(TRAIN).reports) == [B]
+
+
+def test_only_the_very_contribution_is_withdrawn() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.announced(1.0, log.ledger, PeerId(B), ready())
+    lobbies.withdrawn(PeerId(B), m.Withdraw(0, GROUP, hash_of("older")))
+    lobbies.withdrawn(PeerId(A), m.Withdraw(0, GROUP, hash_of("given")))
+    assert list(lobbies.room(GROUP).ready) == [B]
+    lobbies.withdrawn(PeerId(B), m.Withdraw(0, GROUP, hash_of("given")))
+    assert lobbies.room(GROUP).ready == {}
+
+
+def test_the_clock_starts_with_the_first_announcement() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.announced(1.0, log.ledger, PeerId(A), ready())
+    lobbies.announced(2.0, log.ledger, PeerId(B), ready())
+    assert lobbies.room(GROUP).first_ready == 1.0
+
+
+def test_a_broken_link_takes_announcement_and_report_away() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.announced(1.0, log.ledger, PeerId(B), ready(TRAIN))
+    lobbies.reported(log.ledger, PeerId(B), at(0))
+    lobbies.disconnected(PeerId(B))
+    assert (lobbies.room(TRAIN).ready, lobbies.room(TRAIN).reports) == ({}, {})
+
+
+def test_a_new_generation_empties_the_rooms_of_training_only() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.reconcile(log.ledger)
+    for channel in (TRAIN, GROUP):
+        lobbies.announced(1.0, log.ledger, PeerId(B), ready(channel))
+    lobbies.reported(log.ledger, PeerId(B), at(0))
+    lobbies.reconcile(log.ledger)
+    assert list(lobbies.room(TRAIN).ready) == [B]
+    log.add(e.Rewound(1, "test", (TRAIN,), (0,), (hash_of("state 0"),)))
+    lobbies.reconcile(log.ledger)
+    assert (lobbies.room(TRAIN).ready, lobbies.room(TRAIN).reports) == ({}, {})
+    assert list(lobbies.room(GROUP).ready) == [B]
+    assert lobbies.announced(2.0, log.ledger, PeerId(B), ready(TRAIN)) == "stale_generation"
+
+
+def test_callers_that_left_are_forgotten() -> None:
+    log, lobbies = Log(A, B), rooms()
+    for peer in (A, B):
+        lobbies.announced(1.0, log.ledger, PeerId(peer), ready())
+    log.add(e.MemberLeft(B, "leave"))
+    lobbies.reconcile(log.ledger)
+    assert list(lobbies.room(GROUP).callers) == [A]
+
+
+def test_the_shape_of_the_majority_is_summed_and_a_tie_goes_to_the_lowest_member() -> None:
+    lobby = Lobby()
+    lobby.ready = {A: ready(values=7), B: ready(), C: ready()}
+    assert lobby.agreeing([A, B, C]) == [B, C]
+    assert lobby.agreeing([A, B]) == [A]
+    assert lobby.agreeing([]) == []
+    lobby.ready[C] = ready(codec="int8")
+    assert lobby.agreeing([B, C]) == [B]
+
+
+def test_the_odd_one_is_told_apart_when_it_announces() -> None:
+    log, lobbies = Log(A, B, C), rooms()
+    for peer in (A, B):
+        assert lobbies.announced(1.0, log.ledger, PeerId(peer), ready()) == ""
+    assert lobbies.announced(1.0, log.ledger, PeerId(C), ready(values=7)) == "bad_shape"
+
+
+def test_who_has_not_reported_yet_is_waited_for_a_moment() -> None:
+    log, lobbies = Log(A, B), rooms()
+    lobbies.reported(log.ledger, PeerId(A), at(0))
+    early = lobbies.expected(0.1, log.ledger, TRAIN, [A, B])
+    late = lobbies.expected(REPORT_WAIT_S, log.ledger, TRAIN, [A, B])
+    assert (early, late) == (([A, B], 1), ([A], 1))
+
+
+def test_the_first_round_waits_for_the_peers_to_start_with() -> None:
+    log, lobbies = Log(A), rooms(RoundPolicy("fp32", "fp32", min_peers=2, start_peers=5))
+    lobbies.room(TRAIN)
+    assert lobbies.expected(9.0, log.ledger, TRAIN, [])[1] == 5
+    opened = log.open([A])
+    log.choose(opened)
+    log.commit(opened, hash_of("result"))
+    assert lobbies.expected(9.0, log.ledger, TRAIN, [])[1] == 2
+
+
+def test_patience_follows_measured_rounds_within_bounds() -> None:
+    log, lobbies = Log(A), rooms()
+    lobby = lobbies.room(TRAIN)
+    assert lobbies.grace_s(TRAIN) == 5.0
+    for now in (100.0, 120.0, 140.0):
+        lobby.committed(now)
+    assert lobbies.grace_s(TRAIN) == 20.0
+    lobby.committed(1e6)
+    assert lobbies.grace_s(TRAIN) == 60.0
+    fixed = rooms(RoundPolicy(grace_s=3.0))
+    fixed.room(TRAIN)
+    assert fixed.grace_s(TRAIN) == 3.0
+    lobbies.announced(0.0, log.ledger, PeerId(A), ready())
+    assert lobbies.grace_s(GROUP) == POLICY.group_grace_s
+    lobbies.announced(0.0, log.ledger, PeerId(A), ready(expect=3))
+    assert lobbies.grace_s(GROUP) == POLICY.expect_grace_s

@@ -10,9 +10,11 @@ from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 from swarmtrain_protocols.ledger import ChannelState, Member
+from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
 
 Document = dict[str, Any]
@@ -52,7 +54,7 @@ class Backend:
             "detach": lambda args, connection: desk.detach(connection),
             "scalars": self._scalars,
         }
-        runtime.events.subscribe(self._watch)
+        runtime.listeners.append(self._watch)
 
     async def call(self, name: str, args: Document, connection: ControlConnection) -> Document:
         """Answer one call.
@@ -65,19 +67,30 @@ class Backend:
             raise ConfigError(f"unknown call {name!r}", "this peer process does not know it", "")
         return await handler(args, connection)
 
-    def _watch(self, record: Document) -> None:
-        """Times of rounds, as this site saw them."""
-        if "round" not in record:
+    def _watch(self, event: object) -> None:
+        """Times of rounds, as this site saw them.
+
+        A round that comes opened and decided in one batch of entries is history: nobody here knows
+        when it was.
+        """
+        if not isinstance(event, LedgerChanged):
             return
-        key = (record.get("channel", ""), record["round"], record.get("attempt", 0))
-        if record["name"] == "round_opened":
-            self._opened[key] = record["wall_s"]
-        elif record["name"] in ("round_committed", "round_aborted"):
-            self._decided[key] = record["wall_s"]
-            if record["name"] == "round_aborted":
+        now = host.wall_s()
+        bodies = [body for _, body, accepted in event.entries if accepted]
+        fresh = {body.key: body for body in bodies if isinstance(body, e.RoundOpened)}
+        for key in fresh:
+            self._opened[key.channel, key.round, key.attempt] = now
+        for body in bodies:
+            if not isinstance(body, e.RoundCommitted | e.RoundAborted):
+                continue
+            at = body.key.channel, body.key.round, body.key.attempt
+            if body.key in fresh:
+                del self._opened[at]
+            else:
+                self._decided[at] = now
+            if isinstance(body, e.RoundAborted):
                 self._aborted.append(
-                    {"channel": key[0], "round": key[1], "attempt": key[2]}
-                    | {"reason": record.get("reason", "")}
+                    {"channel": at[0], "round": at[1], "attempt": at[2], "reason": body.reason}
                 )
                 del self._aborted[:-ROUNDS_LISTED]
         for table in (self._opened, self._decided):

@@ -28,6 +28,7 @@ ROWS_KEPT = 1024
 LOSSES_KEPT = 4096
 SETTLE_S = 0.25
 """Between the end of a round here and its figures: others may still be fetching the result."""
+HISTORY_MAX = 200
 Seconds = Annotated[float, Meta(ge=-1e7, le=1e7)]
 Amount = Annotated[int, Meta(ge=0, le=1 << 60)]
 Spans = Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=SPANS_TOLD)]
@@ -73,11 +74,17 @@ class LossBody(msgspec.Struct, tag="evaluated", tag_field="kind"):
     loss: float
 
 
+class HistoryBody(msgspec.Struct, tag="history", tag_field="kind"):
+    """Losses that a member knows, as (round, loss): told to whoever has just linked to it."""
+
+    losses: Annotated[list[tuple[Amount, float]], Meta(max_length=HISTORY_MAX)]
+
+
 class FinalBody(msgspec.Struct, tag="final", tag_field="kind"):
     """The sender has the last state of an ended run."""
 
 
-_decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | FinalBody)
+_decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | HistoryBody | FinalBody)
 
 
 class Figures:
@@ -93,6 +100,7 @@ class Figures:
         self.rows: list[Document] = []
         runtime.metrics_listeners.append(self._on_metrics)
         runtime.listeners.append(self._on_core_event)
+        runtime.link_listeners.append(self._on_link)
 
     # -- rounds -------------------------------------------------------------------------------
 
@@ -177,8 +185,11 @@ class Figures:
         if isinstance(body, RoundBody):
             self._keep(peer, body)
         elif isinstance(body, LossBody):
-            if math.isfinite(body.loss):
-                self._heard_loss(body.round, body.loss, peer)
+            self._heard_loss(body.round, body.loss, peer)
+        elif isinstance(body, HistoryBody):
+            for number, loss in body.losses:
+                if number not in self._losses:
+                    self._heard_loss(number, loss, peer)
         else:
             self._final[peer] = None
             self._runtime.changed()
@@ -190,7 +201,17 @@ class Figures:
         self._runtime.send_metrics(msgspec.msgpack.encode(LossBody(round_number, loss)))
         self._heard_loss(round_number, loss, self._runtime.node.me)
 
+    def _on_link(self, peer: PeerId) -> None:
+        """A newcomer, or a dashboard, wants to know how the run went before it came."""
+        numbers = sorted(self._losses)
+        every = -(-len(numbers) // HISTORY_MAX)
+        told = [(n, self._losses[n]) for n in numbers[::-every][::-1]] if numbers else []
+        if told:
+            self._runtime.send_metrics(msgspec.msgpack.encode(HistoryBody(told)), peer)
+
     def _heard_loss(self, round_number: int, loss: float, member: bytes) -> None:
+        if not math.isfinite(loss):
+            return
         self._losses[round_number] = loss
         while len(self._losses) > LOSSES_KEPT:
             del self._losses[next(iter(self._losses))]

@@ -1,4 +1,4 @@
-"""The machine: the only reader of its clocks, its entropy and its processor count.
+"""The machine: the only reader of its clocks, entropy, processor count and own address.
 
 Everything else gets these as arguments or calls here, so that one file says what a run depends on
 beyond its inputs.
@@ -7,6 +7,7 @@ beyond its inputs.
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 
@@ -30,3 +31,13 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
+
+
+def outward_ip() -> str:
+    """The address of the interface that faces the internet, loopback's if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a UDP connect sends nothing; it picks a route
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])

@@ -18,6 +18,7 @@ from swarmtrain_peer.control import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.loop import run
+from swarmtrain_peer.onlooker import Onlooker
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
@@ -96,6 +97,8 @@ class PeerProcess:
                 asyncio.ensure_future(desk.beat()),
                 asyncio.ensure_future(self._watch_end(runtime, desk)),
             ]
+            if not settings.trains and not settings.holds_state:
+                tasks.append(asyncio.ensure_future(Onlooker(runtime).watch()))
             await self._until_done(runtime)
             if not self._now and self._reason == "left":
                 grace_s = site.config().leave_grace_s

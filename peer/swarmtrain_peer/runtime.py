@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -97,6 +96,7 @@ class PeerRuntime:
         self.listeners: list[Callable[[object], None]] = []
         self.state_hooks: list[Callable[[CanonicalState], None]] = []
         self.metrics_listeners: list[Callable[[PeerId, bytes], None]] = []
+        self.link_listeners: list[Callable[[PeerId], None]] = []
         self.failure: asyncio.Future[BaseException]
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
@@ -332,6 +332,8 @@ class PeerRuntime:
         self.events.emit("peer_connected", peer=peer.hex(), peer_name=hello.name)
         self.transport.learn(peer, hello.listen)
         self._pass("connected", peer, hello, outgoing)
+        for listener in self.link_listeners:
+            listener(peer)
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self.events.emit("peer_disconnected", peer=peer.hex(), reason=f"{code}: {reason}")
@@ -404,10 +406,10 @@ class PeerRuntime:
             hook(state)
         self.driver.run(self.node.restore, state.channel, state.round, state.root())
 
-    def send_metrics(self, body: bytes) -> None:
-        """Tell every linked member this site's figures; at most 4 kB."""
-        message = mm.Metrics(self.node.me, body[:4096])
-        for peer in self.transport.connected_peers():
+    def send_metrics(self, body: bytes, only: PeerId | None = None) -> None:
+        """Tell every linked member, or ``only`` one, this site's figures; at most 4 kB."""
+        message = mm.Metrics(self.node.me, body)
+        for peer in self.transport.connected_peers() if only is None else [only]:
             self.transport.send(peer, message)
 
     # -- membership -----------------------------------------------------------------------------
@@ -491,10 +493,4 @@ def _announced(bound: str) -> tuple[str, ...]:
     host_part, _, port = bound.rpartition(":")
     if host_part not in ("0.0.0.0", "[::]"):
         return (bound,)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a UDP connect sends nothing; it picks a route
-            outward = probe.getsockname()[0]
-        except OSError:
-            outward = "127.0.0.1"
-    return (f"{outward}:{port}",)
+    return (f"{host.outward_ip()}:{port}",)

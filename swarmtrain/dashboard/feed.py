@@ -224,6 +224,9 @@ class Feed:
                 if record.get("name") == "evaluated" and loss is not None and number is not None:
                     self._losses[int(number)] = float(loss)
                     delta.setdefault("losses", []).append([int(number), float(loss)])
+                if record.get("name") == "run_ended":  # the peer process may be gone before a poll
+                    self._run = {**self._run, "ended": record.get("reason")}
+                    delta["run"] = self._run
             while len(self._losses) > LOSSES_KEPT:
                 del self._losses[min(self._losses)]
         if fresh:

@@ -28,10 +28,12 @@ class Runtime:
     """The little of a runtime that figures need."""
 
     def __init__(self, path: Path, *, holds_state: bool = False) -> None:
+        path.mkdir(exist_ok=True)
         self.events = EventLog(path / "events.jsonl", ME.hex())
         self.clock = RoundClock()
         self.metrics_listeners: list[Callable[[PeerId, bytes], None]] = []
         self.listeners: list[Callable[[object], None]] = []
+        self.link_listeners: list[Callable[[PeerId], None]] = []
         self.transport: Any = SimpleNamespace(stats=self.traffic(0))
         self.node: Any = SimpleNamespace(me=ME)
         self.settings: Any = SimpleNamespace(holds_state=holds_state)
@@ -43,7 +45,8 @@ class Runtime:
         names = ("control_sent", "control_received", "bulk_sent", "bulk_received")
         return {f"{name}_bytes": nbytes * (at + 1) for at, name in enumerate(names)}
 
-    def send_metrics(self, body: bytes) -> None:
+    def send_metrics(self, body: bytes, only: PeerId | None = None) -> None:
+        assert len(body) <= 4096
         self.told.append(body)
 
     def peer_fault(self, peer: PeerId, code: str, why: str) -> None:
@@ -151,6 +154,22 @@ def test_losses_are_numbers_and_the_newest_counts(tmp_path: Path) -> None:
     assert not figures.has_loss(9)
     members = [record["member"] for record in runtime.events.query(name="evaluated")]
     assert members == [OTHER.hex()] * 2
+
+
+def test_a_newcomer_hears_how_the_run_went(tmp_path: Path) -> None:
+    old, new = Runtime(tmp_path / "old"), Runtime(tmp_path / "new")
+    known, fresh = Figures(old), Figures(new)  # type: ignore[arg-type]
+    known._on_link(OTHER)
+    assert old.told == []  # nothing to tell
+    for number in range(5, 4005, 5):
+        known._on_metrics(OTHER, msgspec.msgpack.encode(module.LossBody(number, 1e4 / number)))
+    known._on_link(OTHER)
+    fresh._on_metrics(ME, msgspec.msgpack.encode(module.LossBody(4000, 2.0)))
+    fresh._on_metrics(ME, old.told[0])
+    told = {r["round"]: r["loss"] for r in new.events.query(name="evaluated")}
+    assert len(told) == module.HISTORY_MAX
+    assert fresh.loss() == told[4000] == 2.0  # what it knew already stays
+    assert [told[number] for number in (20, 40, 3980)] == [1e4 / n for n in (20, 40, 3980)]
 
 
 def test_a_member_without_a_trainer_tells_what_it_carried(tmp_path: Path, soon: None) -> None:

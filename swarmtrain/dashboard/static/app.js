@@ -48,6 +48,7 @@ function utilization() {
 }
 function health() {
   const run = state.run;
+  if (run.ended && !state.source.connected) return ["ended", `the run ended: ${run.ended}`];
   if (!state.source.connected) return ["lost", state.source.error || "the peer process does not answer"];
   if (run.ended) return ["ended", `the run ended: ${run.ended}`];
   if (!run.leader) return ["stalled", "no majority of stewards answers; nothing commits until one does"];
@@ -241,12 +242,13 @@ function drawLossPanel() {
 }
 function drawLink() {
   const up = state.source.connected;
-  $("link-state").className = `link-state ${up ? "up" : "down"}`;
-  $("link-text").textContent = up ? "live" : "peer process not answering";
+  const over = !up && state.run.ended;
+  $("link-state").className = `link-state ${up ? "up" : over ? "" : "down"}`;
+  $("link-text").textContent = up ? "live" : over ? "the run has ended" : "peer process not answering";
 }
 
 const PANELS = [
-  [["source"], drawLink],
+  [["source", "run"], drawLink],
   [["source", "run", "rounds", "losses", "events", "peers"], drawHealth],
   [["run", "rounds", "losses", "peers"], drawCards],
   [["run", "peers"], drawFacts],

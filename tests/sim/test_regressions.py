@@ -1,0 +1,20 @@
+"""Schedules that once found a defect, replayed for ever. Never delete one."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarmtrain_protocols.testing.nightly import explain
+from swarmtrain_protocols.testing.swarm import run_swarm
+
+FOUND = {
+    5043: "a restarted owner fetched the part that it had computed before from itself",
+    5048: "the same, beside two contributors",
+    5126: "the same, after a pause aimed at the reduction",
+}
+
+
+@pytest.mark.parametrize("seed", sorted(FOUND))
+def test_a_schedule_that_found_a_defect_stays_quiet(seed: int) -> None:
+    outcome = run_swarm(seed)
+    assert outcome.violation == "", f"{FOUND[seed]} again?\n{explain(outcome)}"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from swarmtrain.cli import demo, join, manage, query
-from swarmtrain.cli.options import Home, SiteOption, site_of
+from swarmtrain.cli import dashboard, demo, join, manage, query
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -33,6 +30,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.peers,
     query.rounds,
     query.events,
+    dashboard.dashboard,
     manage.version,
 )
 for command in COMMANDS:
@@ -40,23 +38,6 @@ for command in COMMANDS:
 app.add_typer(manage.ticket_app, name="ticket")
 app.add_typer(manage.ckpt_app, name="ckpt")
 app.add_typer(manage.config_app, name="config")
-
-
-@app.command()
-def dashboard(
-    bind: Annotated[str, typer.Option("--bind", help="host:port; port 0: any.")] = "127.0.0.1:8470",
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", help="Needed beyond loopback.")
-    ] = None,
-    site: SiteOption = None,
-    home: Home = None,
-) -> None:
-    """Serve the web dashboard of the local peer."""
-    from swarmtrain.dashboard.server import serve
-
-    place = site_of(home, site)
-    token = None if token_file is None else token_file.read_text().strip()
-    serve(place, bind, token=token, note=Output().note)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ class DelayLine:
         except OSError:
             writer.close()
             return
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):  # the end of the test
             await asyncio.gather(self._carry(reader, inner[1]), self._carry(inner[0], writer))
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -21,6 +21,8 @@ Document = dict[str, Any]
 Handler = Callable[[Document, ControlConnection], Awaitable[Document]]
 
 ROUNDS_LISTED = 64
+TICKET_S = 7 * 24 * 3600
+"""How long a ticket is good for if nobody says otherwise."""
 
 
 class Backend:
@@ -258,7 +260,8 @@ class Backend:
         """A ticket that points here; a new capability where the founder's key is at hand."""
         settings = self._runtime.settings
         vote, role = bool(args.get("vote")), str(args.get("role") or "trainer")
-        expires_s = int(args.get("expires_s") or 0)
+        given_s = args.get("expires_s")
+        expires_s = TICKET_S if given_s is None else int(given_s)
         if settings.founder is not None:
             if role not in ("trainer", "observer", "seed"):
                 raise ConfigError(f"role {role!r}", "no such role", "trainer, observer or seed")
@@ -271,7 +274,7 @@ class Backend:
                 int(args.get("uses") or 0),
             )
             secret = sign_capability(settings.founder, capability)
-        elif settings.ticket is not None and not (vote or expires_s or args.get("uses")):
+        elif settings.ticket is not None and not (vote or given_s or args.get("uses")):
             secret = settings.ticket.capability
         else:
             raise NotAuthorised(

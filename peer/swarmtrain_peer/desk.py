@@ -71,6 +71,7 @@ class TrainerDesk:
         self._taking: list[asyncio.Task[Document]] = []
         self._turns: dict[str, asyncio.Lock] = {}
         self._ended = False
+        self._dismissed = False
         self._schema_hash = b""
         self._layout: list[tuple[str, int]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -203,9 +204,23 @@ class TrainerDesk:
         """The trainer ends: its planned steps are done, or it was told to stop."""
         if connection in self._connections:
             self._connections.remove(connection)
+        self._runtime.changed()
         self._runtime.driver.run(self._runtime.node.set_training, False)
-        self._runtime.driver.run(self._runtime.node.finished, True)
+        if not self._dismissed:
+            self._runtime.driver.run(self._runtime.node.finished, True)
         return {}
+
+    async def dismiss(self, timeout_s: float, hurry: Callable[[], bool]) -> None:
+        """This site leaves: ask the trainer to end, which does not mean that its work is done."""
+        self._dismissed = True
+        self._stop_trainers("this site leaves the run")
+        await self._runtime.until(lambda: not self._connections or hurry(), timeout_s)
+
+    def _stop_trainers(self, reason: str) -> None:
+        if self._port.is_open:
+            self._port.set_should_stop(reason)
+        for connection in self._connections:
+            connection.push({"event": "run_ended", "reason": reason})
 
     async def finished(self) -> Document:
         """All planned steps are done; the trainer stays to evaluate until it is told to stop."""
@@ -465,10 +480,7 @@ class TrainerDesk:
                 )
         except SwarmError as error:
             self._runtime.events.emit("fallback", what="final evaluation", why=str(error))
-        if self._port.is_open:
-            self._port.set_should_stop(reason)
-        for connection in self._connections:
-            connection.push({"event": "run_ended", "reason": reason})
+        self._stop_trainers(reason)
 
     @property
     def over(self) -> bool:

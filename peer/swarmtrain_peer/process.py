@@ -25,6 +25,8 @@ from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 
 LINGER_S = 1.0
+DISMISS_S = 10.0
+"""A leaver's trainer gets this long to end by itself; a script may never ask whether it should."""
 FAREWELL_S = 20.0
 """After the end of the run: for others that still fetch its last entries and results here."""
 
@@ -102,6 +104,7 @@ class PeerProcess:
             await self._until_done(runtime)
             if not self._now and self._reason == "left":
                 grace_s = site.config().leave_grace_s
+                await desk.dismiss(min(grace_s, DISMISS_S), lambda: self._now)
                 await runtime.leave("leave", grace_s, lambda: self._now)
         finally:
             for task in tasks:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClosed, ControlTimeout
@@ -161,7 +162,7 @@ def wait_ready(site: Site, process: subprocess.Popen[bytes], timeout_s: float) -
     )
 
 
-def stop_process(process: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) -> int:
+def stop_process(process: subprocess.Popen[Any], timeout_s: float = STOP_TIMEOUT_S) -> int:
     """End a process: SIGTERM, then SIGKILL after ``timeout_s``. Returns its exit code."""
     if process.poll() is None:
         process.terminate()

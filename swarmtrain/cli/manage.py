@@ -42,16 +42,25 @@ def parse_duration(text: str) -> int:
 def ticket_create(
     role: Annotated[str, typer.Option("--role", help=f"One of {', '.join(ROLES)}.")] = "trainer",
     vote: Annotated[bool, typer.Option("--vote", help="The bearer may vote in the log.")] = False,
-    expires: Annotated[str, typer.Option("--expires", help="12h, 7d or never.")] = "7d",
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires", help="12h, 7d or never.  [default: 7d; elsewhere as its own ticket]"
+        ),
+    ] = None,
     uses: Annotated[int, typer.Option("--uses", min=0, help="0: any number.")] = 0,
     site: SiteOption = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Make a ticket; works where the run was founded. Its text is a secret."""
+    """Make a ticket that leads to this site. Its text is a secret.
+
+    Rights are granted where the run was founded; elsewhere it has those of the site's own ticket.
+    """
     if role not in ROLES:
         raise UsageError(f"--role {role!r:.40}", "no such role", f"one of {', '.join(ROLES)}")
-    arguments = {"role": role, "vote": vote, "expires_s": parse_duration(expires), "uses": uses}
+    expires_s = None if expires is None else parse_duration(expires)
+    arguments = {"role": role, "vote": vote, "expires_s": expires_s, "uses": uses}
     with connect(home, site) as client:
         answer = client.call("ticket", arguments, timeout_s=CALL_TIMEOUT_S)
     Output(as_json=as_json).result({"ok": True, **answer}, [str(answer["ticket"])])

@@ -55,13 +55,12 @@ class Output:
         if self.as_json:
             print(json.dumps(record), flush=True)
             return
-        line = event_line(record)
         if record.get("name") in ROUTINE_TROUBLE:
-            self.progress(line)
+            self.progress(event_line(record))
         elif record.get("severity") != "info":
-            self.note(line)
+            self.note(event_line(record))
         elif record.get("name") in NEWS:
-            self.progress(line)
+            self.progress(news_line(record))
 
     def error(self, error: SwarmError) -> None:
         """Three lines on stderr, and with ``--json`` an object on stdout."""
@@ -110,9 +109,38 @@ def event_line(record: Record) -> str:
     return mark + "  ".join(parts)
 
 
+SENTENCES: dict[str, str] = {
+    "member_joined": "{peer_name} {peer} joined",
+    "member_left": "{peer} left: {reason}",
+    "leader_changed": "{leader} leads the log",
+    "model_defined": "the model has {values} values",
+    "trainer_attached": "a trainer is at work on {device}",
+    "round_committed": "round {round} committed",
+    "evaluated": "loss {loss} after round {round}",
+    "checkpoint_saved": "checkpoint of round {round} saved",
+    "run_ended": "the run ended: {reason}",
+}
+
+
+def news_line(record: Record) -> str:
+    """One line for people who follow a run: a sentence, where there is one for this event."""
+    sentence = SENTENCES.get(str(record.get("name")))
+    if sentence is None:
+        return event_line(record)
+    fields = {key: "nobody" if value is None else _short(value) for key, value in record.items()}
+    try:
+        return sentence.format_map(fields)
+    except KeyError:
+        return event_line(record)
+
+
 def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        if len(value) > 3 or any(isinstance(one, (list, tuple)) for one in value):
+            return f"({len(value)})"
+        return ",".join(_short(one) for one in value)
     text = escape_text(str(value), 200)
     is_id = len(text) >= 32 and all(char in "0123456789abcdef" for char in text)
     return text[:8] if is_id else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -73,7 +74,7 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         "site": f"{answer.get('site_name')} {str(answer.get('site'))[:8]} on {listen}",
         "members": f"{answer.get('members')}, {answer.get('connected')} connected",
         "leader": f"{leader}{me}, term {answer.get('term')}",
-        "stewards": len(answer.get("stewards") or []),
+        "stewards": _stewards(answer),
         "rounds": f"{answer.get('rounds_committed')} committed, "
         f"{answer.get('rounds_aborted')} aborted, generation {answer.get('generation')}",
         "loss": "not measured" if loss is None else f"{loss:.4f}",
@@ -92,6 +93,13 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
     return [escape_text(line) for line in lines]
 
 
+def _stewards(answer: dict[str, Any]) -> str:
+    count = len(answer.get("stewards") or [])
+    if count <= 1:
+        return f"{count}: the run stops while that one is away"
+    return f"{count}: the run goes on while {count // 2 + 1} of them answer"
+
+
 def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> None:
     """The members of the run."""
     with connect(home, site) as client:
@@ -99,11 +107,11 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
     rows = [
         (
             str(peer.get("id"))[:8],
-            peer.get("name"),
+            f"{peer.get('name')}{' (this site)' if peer.get('is_self') else ''}",
             "leader" if peer.get("is_leader") else "steward" if peer.get("votes") else "member",
-            "trains" if peer.get("trains") else "holds" if peer.get("holds_state") else "relays",
+            "trains" if peer.get("trains") else "holds" if peer.get("holds_state") else "serves",
             "connected" if peer.get("connected") else "away",
-            peer.get("round"),
+            "-" if peer.get("round") is None else peer.get("round"),
             ", ".join(peer.get("addresses") or []) or "outgoing only",
         )
         for peer in answer.get("peers", [])
@@ -124,7 +132,7 @@ def rounds(
             one.get("outcome"),
             len(one.get("contributors") or []),
             _seconds(one.get("opened_wall_s"), one.get("decided_wall_s")),
-            human_bytes(one.get("bytes") or 0),
+            human_bytes(one["bytes"]) if one.get("bytes") else "-",
             str(one.get("root") or "")[:8],
             one.get("reason") or "",
         )
@@ -153,7 +161,7 @@ def events(
 
     def show(records: list[dict[str, Any]]) -> None:
         for record in records:
-            output.result(record, [event_line(record)])
+            output.result(record, [_dated(record)])
 
     with connect(home, site) as client:
         if follow:
@@ -165,13 +173,21 @@ def events(
         answer = client.call("events", arguments, timeout_s=CALL_TIMEOUT_S)
         found = [record for record in answer.get("events", []) if _has_code(record, code)]
         if not follow:
-            output.result({"events": found}, [event_line(record) for record in found])
+            output.result({"events": found}, [_dated(record) for record in found])
             return
         show(found)
         newest = max((record["seq"] for record in found), default=since_seq)
         while (record := pushed.get()) is not None:
             if record["seq"] > newest and _has_code(record, code):  # not in the answer already
                 show([record])
+
+
+def _dated(record: dict[str, Any]) -> str:
+    """A line with this machine's local time in front."""
+    wall_s = record.get("wall_s")
+    if wall_s is None:
+        return event_line(record)
+    return f"{datetime.fromtimestamp(wall_s, UTC).astimezone():%H:%M:%S}  {event_line(record)}"
 
 
 def _has_code(record: dict[str, Any], code: str | None) -> bool:

@@ -80,6 +80,7 @@ class MemberSession:
         self._kill_at_s: float | None = None
         self._now_at_s: float | None = None
         self._exit_code = 0
+        self._commit: dict[str, Any] | None = None
 
     @property
     def client(self) -> ControlClient:
@@ -124,9 +125,7 @@ class MemberSession:
     def _step(self) -> bool:
         """One turn of the loop; true at the end."""
         with contextlib.suppress(queue.Empty):
-            _, record = self._inbox.get(timeout=POLL_S)
-            self._last_seq = max(self._last_seq, int(record.get("seq", 0)))
-            self._output.event(record)
+            self._tell(self._inbox.get(timeout=POLL_S)[1])
         while not self._signals.empty():
             self._on_signal(self._signals.get())
         self._supervisor.poll()
@@ -138,6 +137,17 @@ class MemberSession:
         if self._kill_at_s is not None and now >= self._kill_at_s:
             return True
         return self._ended()
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """Show an event; of many commits that wait, as after joining an old run, only the last."""
+        self._last_seq = max(self._last_seq, int(record.get("seq", 0)))
+        if not self._output.as_json and record.get("name") == "round_committed":
+            self._commit = record
+        else:
+            self._output.event(record)
+        if self._commit is not None and self._inbox.empty():
+            self._output.event(self._commit)
+            self._commit = None
 
     def _ended(self) -> bool:
         peer = self._supervisor.processes["peer"]
@@ -151,7 +161,7 @@ class MemberSession:
                     trainer.process.wait(timeout=TRAINER_END_S)
                 trainer.exit_code = stop_process(trainer.process)
             while not self._inbox.empty():
-                self._output.event(self._inbox.get()[1])
+                self._tell(self._inbox.get()[1])
             return True
         if self._client is not None and self._client.closed and peer.restart_at_s is None:
             with contextlib.suppress(ControlClosed):

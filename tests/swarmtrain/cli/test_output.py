@@ -48,9 +48,24 @@ def test_progress_is_for_terminals_and_trouble_for_everybody(
     out, err = capsys.readouterr()
     assert (out, err) == ("", "!! disk full\n")
     output.is_terminal = True
-    output.event({"name": "round_committed", "severity": "info"})
+    output.event({"name": "round_committed", "severity": "info", "round": 4})
     output.event({"name": "part_reduced", "severity": "info"})
-    assert capsys.readouterr().err == "round committed\n"
+    output.event({"name": "evaluated", "severity": "info", "round": 4, "loss": 2.34567})
+    output.event({"name": "leader_changed", "severity": "info", "leader": None, "term": 2})
+    output.event({"name": "member_left", "severity": "info", "peer": "c" * 64})  # lacks a field
+    assert capsys.readouterr().err.splitlines() == [
+        "round 4 committed",
+        "loss 2.346 after round 4",
+        "nobody leads the log",
+        "member left  peer=cccccccc",
+    ]
+
+
+def test_long_lists_are_counted() -> None:
+    record = {"name": "round_opened", "contributors": ["a" * 64, "b" * 64], "holders": [1, 2, 3, 4]}
+    record["send_spans_s"] = [[0.0, 1.0]]
+    line = "round opened  contributors=aaaaaaaa,bbbbbbbb  holders=(4)  send_spans_s=(1)"
+    assert event_line(record) == line
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
             ledger.forget_idle_group()
         channel = ChannelState(body.key.channel, body.values, round=body.key.round)
         ledger.channels[channel.name] = channel
-    if channel.open is not None:
+    if channel.open is not None or (channel.holds_state and channel.values != body.values):
         return False
     channel.values = body.values
     channel.open, channel.chosen = body, None

@@ -251,10 +251,10 @@ class Shepherd:
         for key in list(self._missing):
             if key not in self.ledger.members:
                 del self._missing[key]
-        for table in (self._finished, self._asked_index):
-            for key in [k for k in table if k not in self.ledger.members]:
-                if key in self._finished or self._asked_index[key] != self.ledger.index:
-                    table.pop(key)
+        for key in [k for k in self._finished if k not in self.ledger.members]:
+            del self._finished[key]
+        for key in [k for k, at in self._asked_index.items() if at != self.ledger.index]:
+            del self._asked_index[key]  # never asked again at an index that is past
         for member in self.ledger.ordered_members():
             if member.id == self._me or member.id in linked:
                 self._missing.pop(member.id, None)

@@ -36,7 +36,6 @@ GROUP = "group/g"
 VALUES = 20
 CHUNK = 8
 """Values per chunk: three chunks, the last one short."""
-CHUNKS = 3
 WALL_S = 1e9
 FOUNDER = FakeKeyring("founder")
 
@@ -115,10 +114,11 @@ def opening(
     people = sorted(contributors)
     key = ledger.next_key(channel)
     assert key is not None
-    who = list(owners)
-    first, parts = 0, []
+    who, known = list(owners), ledger.channels.get(channel)
+    values = known.values if known is not None else VALUES
+    chunks, first, parts = -(-values // CHUNK), 0, []
     for index, owner in enumerate(who):
-        count = CHUNKS // len(who) + (index < CHUNKS % len(who))
+        count = chunks // len(who) + (index < chunks % len(who))
         parts.append(e.Part(first, count, owner, who[(index + 1) % len(who)]))
         first += count
     listed = tuple(
@@ -131,7 +131,7 @@ def opening(
         listed,
         tuple(parts),
         tuple(sorted(holders if holders is not None else people)),
-        VALUES,
+        values,
         "fp32",
         "fp32",
         state_hash,

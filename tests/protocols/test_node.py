@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.core import Connect, Emit, PeerId, Send
+from swarmtrain_protocols.core import Connect, PeerId, Send
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages import rounds as rm
 from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from tests.protocols.rounds_kit import (
-    CHUNK,
     GROUP,
     IDS,
     TRAIN,
@@ -378,4 +377,3 @@ def test_entries_are_told_with_whether_they_count() -> None:
     told = [x for change in net[0].told_of(LedgerChanged) for x in change.entries]
     assert [type(body).__name__ for _, body, accepted in told if accepted][:1] == ["Genesis"]
     assert [index for index, _, _ in told] == list(range(len(told)))
-    assert CHUNK == 8 and Emit is not None

@@ -456,9 +456,8 @@ def test_a_lost_owner_is_replaced_by_its_deputy_and_all_are_told() -> None:
     rest = tuple(i for i, c in enumerate(opened.contributors) if c.member != C)
     chair.say(1.7, C, m.PartsHeld(opened.key, index, (0, 1, 2)))
     for number, part in enumerate(opened.parts):
-        chair.say(
-            1.8, part.owner if number != index else deputy, m.PartsHeld(opened.key, number, rest)
-        )
+        computes = part.owner if number != index else deputy
+        chair.say(1.8, computes, m.PartsHeld(opened.key, number, rest))
     (chosen,) = chair.proposed
     assert isinstance(chosen, e.RoundSet)
 

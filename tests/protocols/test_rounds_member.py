@@ -38,6 +38,7 @@ from tests.protocols.rounds_kit import (
     hash_of,
     key,
     of_kind,
+    opening,
     sent,
     take,
 )
@@ -81,8 +82,6 @@ class Seat:
         return self.take()
 
     def opening(self, *people: bytes, root: bytes = MINE, channel: str = TRAIN) -> e.RoundOpened:
-        from tests.protocols.rounds_kit import opening
-
         return opening(self.log.ledger, people or (A, B, C), roots={self.me: root}, channel=channel)
 
     def result(self, signer: bytes, k: object, part: int, root: bytes) -> m.PartResult:

@@ -331,6 +331,7 @@ class CatchUp:
         """The state here is now the one before ``round_number``."""
         track = self.tracks.setdefault(channel, Track(channel))
         track.busy = False
+        track.next_query = 0.0
         track.round, track.state_hash = round_number, state_hash
         self._member.in_place.pop((channel, round_number - 1), None)
         known = self.ledger.channels.get(channel)

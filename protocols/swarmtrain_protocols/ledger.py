@@ -64,6 +64,8 @@ class ChannelState(msgspec.Struct):
     start_hash: bytes = ZERO_HASH
     aborted: int = 0
     last_abort: str = ""
+    listed: dict[bytes, tuple[int, bytes]] = {}
+    """By member: index of the newest ROUND_OPENED that listed it, and the root it had there."""
     history: list[Outcome] = []
 
     @property
@@ -278,6 +280,11 @@ def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
         return False
     channel.values = body.values
     channel.open, channel.chosen = body, None
+    for item in body.contributors:
+        channel.listed.pop(item.member, None)
+        channel.listed[item.member] = (index, item.root)
+    while len(channel.listed) > limits.MEMBERS_MAX:
+        del channel.listed[next(iter(channel.listed))]
     return True
 
 

@@ -162,3 +162,27 @@ def test_patience_follows_measured_rounds_within_bounds() -> None:
     assert lobbies.grace_s(GROUP) == POLICY.group_grace_s
     lobbies.announced(0.0, log.ledger, PeerId(A), ready(expect=3))
     assert lobbies.grace_s(GROUP) == POLICY.expect_grace_s
+
+
+def test_a_contribution_that_was_listed_is_not_listed_again_by_an_old_announcement() -> None:
+    """A member that lags behind the log repeats its announcement on a new link: counting it again
+    would sum one contribution twice."""
+    log, lobbies = Log(A, B), rooms()
+    before = log.ledger.index
+    opened = log.open([A, B])
+    mine = next(c.root for c in opened.contributors if c.member == B)
+    log.choose(opened, 0, 1)
+    log.commit(opened, hash_of("result"))
+    again = ready(TRAIN, root=mine, codec=opened.scatter_codec)
+    assert (
+        lobbies.announced(1.0, log.ledger, PeerId(B), msgspec.structs.replace(again, seen=before))
+        == ""
+    )
+    assert B not in lobbies.room(TRAIN).ready
+    # Equal values contributed once more, by somebody who has seen the commit, do count.
+    now = log.ledger.index
+    assert (
+        lobbies.announced(2.0, log.ledger, PeerId(B), msgspec.structs.replace(again, seen=now))
+        == ""
+    )
+    assert B in lobbies.room(TRAIN).ready

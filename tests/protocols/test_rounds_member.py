@@ -115,7 +115,8 @@ def test_an_offer_is_announced_and_again_to_every_new_leader() -> None:
     seat.offer()
     ((to, ready),) = sent(seat.take(), m.Ready)
     assert to == LEADER
-    assert ready == m.Ready(0, TRAIN, MINE, VALUES, "fp32", 4.0, 0, 0)
+    seen = seat.log.ledger.index
+    assert ready == m.Ready(0, TRAIN, MINE, VALUES, "fp32", 4.0, 0, 0, seen)
     seat.member.leader = PeerId(A)
     seat.member.announce(1.0)
     assert sent(seat.take(), m.Ready) == [(A, ready)]

@@ -11,6 +11,7 @@ FOUND = {
     5043: "a restarted owner fetched the part that it had computed before from itself",
     5048: "the same, beside two contributors",
     5126: "the same, after a pause aimed at the reduction",
+    525: "a contribution announced again by a member behind the log was counted twice",
 }
 
 

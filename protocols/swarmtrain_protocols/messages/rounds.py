@@ -39,6 +39,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     samples: float
     base_round: Count
     expect: Count = 0
+    seen: Count = 0
+    """Log index up to which the sender has applied: what was listed after it is no news to it."""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):

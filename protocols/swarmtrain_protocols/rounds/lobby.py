@@ -75,6 +75,8 @@ class Lobbies:
         fault = self._refusal(ledger, peer, message)
         if fault:
             return fault
+        if self._is_old(ledger, peer, message):
+            return ""  # said by somebody who had not seen yet that it was listed
         if message.channel not in self.rooms:
             mine = sum(peer in lobby.ready for lobby in self.rooms.values())
             if mine >= limits.GROUPS_PER_MEMBER_MAX or not self._has_room(ledger):
@@ -85,6 +87,16 @@ class Lobbies:
         lobby.ready[peer] = message
         lobby.callers[peer] = None
         return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
+
+    @staticmethod
+    def _is_old(ledger: Ledger, peer: PeerId, message: m.Ready) -> bool:
+        """An attempt has listed this very contribution, which its sender had not seen.
+
+        Equal roots alone say nothing: a member may well contribute equal values twice.
+        """
+        channel = ledger.channels.get(message.channel)
+        index, root = channel.listed.get(peer, (-1, b"")) if channel is not None else (-1, b"")
+        return message.root == root and message.seen < index
 
     def _has_room(self, ledger: Ledger) -> bool:
         """Forget rooms that nobody waits in and the ledger does not know."""

@@ -125,6 +125,7 @@ class RoundMember:
                     offer.samples,
                     offer.base_round,
                     offer.expect,
+                    max(0, self.ledger.index),
                 ),
             )
         )

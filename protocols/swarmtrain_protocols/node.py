@@ -71,7 +71,6 @@ class NodeCore:
         policy: RoundPolicy | None = None,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
-        keys = manifest.keys
         self.me = keyring.peer_id
         self.site = site
         self.manifest = manifest
@@ -88,56 +87,9 @@ class NodeCore:
         self._leader: PeerId | None = None
         self._term = -1
         self._early: deque[tuple[PeerId, Message]] = deque(maxlen=EARLY_MESSAGES_MAX)
-        self.policy = policy or policy_of(keys, chunk_values)
-        self.fetches = Fetches(self._raw)
-        self.member = RoundMember(
-            keyring=keyring,
-            rng=rng,
-            ledger=self.ledger,
-            fetches=self.fetches,
-            out=self._raw,
-            max_base_age_rounds=self.policy.max_base_age_rounds,
-        )
-        self.catchup = CatchUp(
-            me=self.me,
-            rng=rng,
-            ledger=self.ledger,
-            fetches=self.fetches,
-            out=self._raw,
-            member=self.member,
-            connected=self.linked,
-            chunk_values=chunk_values,
-        )
-        self.catchup.active = site.holds_state
-        self.leader = RoundLeader(
-            me=self.me,
-            rng=rng,
-            ledger=self.ledger,
-            out=self._raw,
-            policy=self.policy,
-            propose=self._propose,
-            connected=self.linked,
-        )
-        self.joiner = Joiner(self.me, site, self.ledger, self._raw)
-        self.shepherd = Shepherd(
-            me=self.me,
-            ledger=self.ledger,
-            out=self._raw,
-            propose=self._propose,
-            change_voters=self._change_voters,
-            check_capability=self._check_capability,
-            linked=self.linked,
-            max_rounds=keys.max_rounds,
-        )
-        self.reception = Reception(
-            ledger=self.ledger,
-            manifest=manifest,
-            out=self._raw,
-            joiner=self.joiner,
-            shepherd=self.shepherd,
-            rounds=self.leader,
-            propose=self._propose,
-        )
+        self.policy = policy or policy_of(manifest.keys, chunk_values)
+        self._make_rounds(rng, chunk_values)
+        self._make_membership()
         self.dht = DhtCore(
             keyring=keyring,
             rng=rng,
@@ -158,6 +110,59 @@ class NodeCore:
             snapshot_of=lambda: self.ledger.snapshot(),  # noqa: PLW0108, the ledger is replaced
         )
         self._pump(now)
+
+    def _make_rounds(self, rng: random.Random, chunk_values: int) -> None:
+        self.fetches = Fetches(self._raw)
+        self.member = RoundMember(
+            keyring=self._keyring,
+            rng=rng,
+            ledger=self.ledger,
+            fetches=self.fetches,
+            out=self._raw,
+            max_base_age_rounds=self.policy.max_base_age_rounds,
+        )
+        self.catchup = CatchUp(
+            me=self.me,
+            rng=rng,
+            ledger=self.ledger,
+            fetches=self.fetches,
+            out=self._raw,
+            member=self.member,
+            connected=self.linked,
+            chunk_values=chunk_values,
+        )
+        self.catchup.active = self.site.holds_state
+        self.leader = RoundLeader(
+            me=self.me,
+            rng=rng,
+            ledger=self.ledger,
+            out=self._raw,
+            policy=self.policy,
+            propose=self._propose,
+            connected=self.linked,
+        )
+
+    def _make_membership(self) -> None:
+        self.joiner = Joiner(self.me, self.site, self.ledger, self._raw)
+        self.shepherd = Shepherd(
+            me=self.me,
+            ledger=self.ledger,
+            out=self._raw,
+            propose=self._propose,
+            change_voters=self._change_voters,
+            check_capability=self._check_capability,
+            linked=self.linked,
+            max_rounds=self.manifest.keys.max_rounds,
+        )
+        self.reception = Reception(
+            ledger=self.ledger,
+            manifest=self.manifest,
+            out=self._raw,
+            joiner=self.joiner,
+            shepherd=self.shepherd,
+            rounds=self.leader,
+            propose=self._propose,
+        )
 
     # -- what the shell calls --------------------------------------------------------------
 

@@ -83,11 +83,10 @@ def test_coefficients_are_shares(samples: list[float]) -> None:
     if not sum(samples) > 0:
         return
     found = coefficients_of(samples)
-    expected = (np.array(samples, np.float64) / np.sum(samples, dtype=np.float64)).astype(
-        np.float32
-    )
+    shares = np.array(samples, np.float64) / np.sum(samples, dtype=np.float64)
+    expected = shares.astype(np.float32)
     assert np.all(np.abs(np.array(found) - expected) <= 2 * np.spacing(expected))
-    assert all(isinstance(c, np.float32) and 0 <= c <= 1 for c in found)
+    assert all(float(np.float32(c)) == c and 0 <= c <= 1 for c in found)
     assert abs(float(np.sum(np.array(found, np.float64))) - 1.0) < 1e-5
 
 

@@ -11,8 +11,6 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger
@@ -373,9 +371,7 @@ class RoundLeader:
             self._abort(now, phase, "contributions did not arrive")
             return
         values = coefficients_of(samples)
-        coefficients = tuple(
-            e.Coefficient(i, float(np.float32(v))) for i, v in zip(delivered, values, strict=True)
-        )
+        coefficients = tuple(e.Coefficient(i, v) for i, v in zip(delivered, values, strict=True))
         if self._propose(now, e.RoundSet(phase.key, coefficients)):
             phase.proposed = "set"
             phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-
-import numpy as np
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.entries import Part
@@ -50,10 +49,16 @@ def plan_parts(
     return tuple(parts)
 
 
-def coefficients_of(samples: Sequence[float]) -> list[np.float32]:
+def coefficients_of(samples: Sequence[float]) -> list[float]:
     """Weights by samples: c_i = fp32(samples_i / sum), the sum taken in fp64 in member order."""
     total = 0.0
     for item in samples:
         total += item
     assert total > 0
-    return [np.float32(item / total) for item in samples]
+    return [_fp32(item / total) for item in samples]
+
+
+def _fp32(value: float) -> float:
+    """The nearest fp32 value, ties to even (IEEE 754)."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded

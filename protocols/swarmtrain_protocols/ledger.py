@@ -283,7 +283,8 @@ def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
     for item in body.contributors:
         channel.listed.pop(item.member, None)
         channel.listed[item.member] = (index, item.root)
-    while len(channel.listed) > limits.MEMBERS_MAX:
+    room = limits.HISTORY_RECORDS_MAX // len(ledger.channels)
+    while len(channel.listed) > max(room, len(body.contributors)):
         del channel.listed[next(iter(channel.listed))]
     return True
 

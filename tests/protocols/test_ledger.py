@@ -213,6 +213,19 @@ def test_history_is_bounded_by_rounds_and_by_size() -> None:
     assert len(log.ledger.snapshot()) < limits.SNAPSHOT_BYTES_MAX // 2
 
 
+def test_who_was_listed_is_remembered_within_bounds() -> None:
+    log = Log(A, model=False)
+    for number in range(limits.CHANNELS_MAX):
+        opened = log.open([A], channel=f"group/{number}")
+        log.add(e.RoundAborted(opened.key, "x"))
+    for number in range(300):
+        opened = log.open([number.to_bytes(32, "big")], channel="group/0")
+        log.add(e.RoundAborted(opened.key, "x"))
+    listed = log.ledger.channels["group/0"].listed
+    assert len(listed) == limits.HISTORY_RECORDS_MAX // limits.CHANNELS_MAX
+    assert list(listed)[-1] == (299).to_bytes(32, "big")
+
+
 def test_idle_groups_make_room_and_a_forgotten_name_never_repeats_a_key() -> None:
     """Bounded table: names come from members, and a full table must not shut groups out."""
     log = Log(A, model=False)

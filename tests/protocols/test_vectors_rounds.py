@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def spelled_out(case: dict[str, Any]) -> list[list[int]]:
     if n >= m:
         for _ in range(case["round"] % m):
             owners.append(owners.pop(0))
-    shares = min(n, -(-(-(-n // 1024)) // m) * m, 256)
+    shares = min(n, math.ceil(math.ceil(n / 1024) / m) * m, 256)
     table, first = [], 0
     for i in range(shares):
         count = n // shares + (1 if i < n % shares else 0)

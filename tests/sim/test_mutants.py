@@ -134,7 +134,7 @@ MUTANTS = (
         "if result.owner not in allowed:",
         'if result.owner not in allowed and self._fault(sender, "bad_signature") is None:',
         swarm,
-        range(100),
+        range(360, 400),
     ),
     Mutant(
         "entries are durable before they count",

@@ -126,10 +126,10 @@ class BulkConnection:
 
     def abandon(self) -> None:
         """End the connection: nothing begins after this call, ``Sink.closed`` follows."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # already reset by the other side
             self._dead = True
-        with contextlib.suppress(OSError):  # already reset by the other side
-            self._sock.shutdown(socket.SHUT_RDWR)
+            if not self._finished:  # then the number may be somebody else's
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def unsent_jobs(self) -> list[Job]:
         """Jobs that were not completely handed to the kernel. After ``Sink.closed``."""

@@ -56,6 +56,20 @@ async def receive_exactly(
     return data
 
 
+async def connect_protocol(
+    loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol, sock: socket.socket
+) -> None:
+    """Have ``protocol`` served on a connected socket, which belongs to the loop from now on.
+
+    A protocol may give its connection up the moment it is made. uvloop then closes the descriptor
+    before it ties the socket object to it, and that object, when collected, would close whatever
+    has got the same number meanwhile.
+    """
+    transport, _ = await loop.create_connection(lambda: protocol, sock=sock)
+    if transport.is_closing() and type(loop).__module__.startswith("uvloop"):
+        sock.detach()
+
+
 async def listen(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
     """A non-blocking listening socket; port 0 lets the kernel choose. Raises OSError."""
     found = await loop.getaddrinfo(

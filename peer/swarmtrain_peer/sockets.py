@@ -56,7 +56,7 @@ async def receive_exactly(
     return data
 
 
-async def connect_protocol(
+async def attach(
     loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol, sock: socket.socket
 ) -> None:
     """Have ``protocol`` served on a connected socket, which belongs to the loop from now on.

@@ -18,8 +18,7 @@ from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
-from swarmtrain_peer.sockets import address_of, connect_protocol, fill_host, listen
-from swarmtrain_peer.sockets import receive_exactly, tune
+from swarmtrain_peer.sockets import address_of, attach, fill_host, listen, receive_exactly, tune
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import Header
@@ -388,7 +387,7 @@ class Transport:
             self._table.dialling(peer, link)
         self._table.half_open[link] = None
         try:
-            await connect_protocol(self._loop, link, sock)
+            await attach(self._loop, link, sock)
             return await asyncio.shield(link.outcome)
         finally:
             if not link.outcome.done():  # cancelled or out of time

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from swarmtrain_peer.link import Link
 from swarmtrain_peer.loop import run
 from swarmtrain_peer.sockets import receive_exactly
 from swarmtrain_protocols import bulklink, limits
@@ -282,4 +283,31 @@ def test_entropy_is_used_for_every_connection() -> None:
             assert a.transport._table.links[b.id].session.bulk_secret != first
 
     assert os.urandom(8) != os.urandom(8)
+    go(main())
+
+
+def test_a_dial_that_is_given_up_at_once_closes_its_descriptor_only_once() -> None:
+    """Both sides dial and one gives way before it is connected. Its number is used again soon: a
+    socket object that still held it would close somebody else's file when it is collected."""
+
+    async def main() -> None:
+        async with Node(1) as a, Node(2) as b:
+            make_link, open_socket = a.transport._make_link, a.transport._dialler.open
+            opened: list[socket.socket] = []
+
+            def given_up(*arguments: Any) -> Link:
+                link = make_link(*arguments)
+                link.session.close(0.0, "superseded", "test")
+                return link
+
+            async def remembered(address: str) -> socket.socket:
+                opened.append(await open_socket(address))
+                return opened[-1]
+
+            a.transport._make_link = given_up  # type: ignore[method-assign]
+            a.transport._dialler.open = remembered  # type: ignore[method-assign]
+            with pytest.raises(SwarmError):
+                await a.transport.connect_address(b.address, WAIT_S)
+            assert [sock.fileno() for sock in opened] == [-1]
+
     go(main())

@@ -162,6 +162,7 @@ def test_a_trainer_killed_at_any_moment_contributes_whole_or_nothing(port):
             assert port.handover_info(NAME, generation // 2) == HandoverInfo(
                 generation // 2, generation // 2, generation / 2, generation // 2
             )
+            port.release(NAME)
         TrainerSide.open(Path(path), SCHEMA).begin(NAME, generation // 2 + 1)  # the next one can
         port.close()
     assert torn > 0, "no kill fell into a write: the test tested nothing"

@@ -210,6 +210,8 @@ class Supervisor:
 
     report: Report
     mono_s: Callable[[], float] = host.mono_s
+    restart_helps: Callable[[int], bool] = may_restart
+    """Of an exit code, negative for signals."""
     processes: dict[str, Supervised] = field(default_factory=dict)
 
     def add(self, name: str, start: Callable[[], subprocess.Popen[bytes]]) -> Supervised:
@@ -257,9 +259,10 @@ class Supervisor:
             return
         if now - one.started_s >= STABLE_S:
             one.restarts = 0
-        if not may_restart(exit_code) or one.restarts >= limits.RESTARTS_MAX:
+        helps = self.restart_helps(exit_code)
+        if not helps or one.restarts >= limits.RESTARTS_MAX:
             one.exit_code = exit_code
-            why = "restarting does not help" if not may_restart(exit_code) else "too many restarts"
+            why = "too many restarts" if helps else "restarting does not help"
             self.report(
                 "process_ended", {"process": one.name, "exit_code": exit_code, "reason": why}
             )

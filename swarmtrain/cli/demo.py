@@ -39,11 +39,13 @@ from swarmtrain_peer.site import Site, enter_site, found_site
 from swarmtrain_peer.spawn import (
     Supervisor,
     child_environment,
+    error_for_exit,
     output_tail,
     spawn_peer,
     start_process,
     stop_process,
 )
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import QuorumLost, SwarmError
 from swarmtrain_protocols.manifest import RunKeys, Ticket
 
@@ -52,13 +54,14 @@ VOTERS = 3
 POLL_S = 0.1
 STALL_S = 120.0
 """Without a commit for this long (and the time of the first), the demo gives up."""
-DASHBOARD_START_S = 30.0
 END_S = 60.0
 """How long trainers may take to end after the run has."""
 STEPS = 400
 STEPS_CHAOS = 2000
 """More, because a killed process needs seconds to come back."""
 LEAVE_S = 15.0
+STOP_S, STOP_FAILED_S = 10.0, 1.0
+"""What a process may take to end on SIGTERM; nobody waits for goodbyes once the demo has failed."""
 WARM_KERNELS = "from swarmtrain_protocols.codecs import kernels; kernels.use_numba(True)"
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
@@ -110,7 +113,9 @@ class Demo:
         self.folder = folder
         self.sites: list[Site] = []
         self.dashboard_url: str | None = None
-        self._supervisor = Supervisor(self._report)
+        self._ready_file = folder / "dashboard.json"
+        # A process that was killed comes back; one that failed by itself would fail again.
+        self._supervisor = Supervisor(self._report, restart_helps=lambda code: code < 0)
         self._viewer: subprocess.Popen[bytes] | None = None
         self._clients: dict[int, ControlClient] = {}
         self._records: queue.SimpleQueue[tuple[int, Record]] = queue.SimpleQueue()
@@ -126,15 +131,9 @@ class Demo:
         finished = False
         try:
             with self._signal_handlers():
-                self._progress("preparing kernels")
-                subprocess.run(
-                    [sys.executable, "-c", WARM_KERNELS],
-                    env=child_environment(ONE_THREAD),
-                    check=True,
-                    capture_output=True,
-                )
+                self._found()
+                self._warm_kernels()
                 self._start_peers()
-                self._start_trainers()
                 self._watch()
                 finished = self._finish()
         except SwarmError as error:
@@ -150,7 +149,7 @@ class Demo:
             client.close()
         if self._viewer is not None:
             stop_process(self._viewer)
-        self._supervisor.stop()
+        self._supervisor.stop(STOP_S if self.error is None else STOP_FAILED_S)
 
     def _progress(self, line: str) -> None:
         self.output.progress(f"demo: {line}")
@@ -159,54 +158,86 @@ class Demo:
         if not self.output.as_json:
             self.output.event({"name": name, "severity": "warning", **fields})
 
+    def _found(self) -> None:
+        """The first site, whose trainer gets ready while everything else is."""
+        config = self._config(0)
+        self.sites.append(found_site(self.folder / "home-0", self.options.run_keys(), config))
+        self._start_trainer(0)
+
+    @staticmethod
+    def _config(number: int) -> PeerConfig:
+        return PeerConfig(
+            name=f"peer-{number}", listen="127.0.0.1:0", votes=number < VOTERS, dashboard=""
+        )
+
+    def _warm_kernels(self) -> None:
+        """Compile once, before peers would each do it.
+
+        Raises:
+            SwarmError: the kernels cannot be built here.
+        """
+        self._progress("preparing kernels")
+        done = subprocess.run(
+            [sys.executable, "-c", WARM_KERNELS],
+            env=child_environment(ONE_THREAD),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise SwarmError("the kernels cannot be built", last, "is numba installed?")
+
     def _start_peers(self) -> None:
-        options = self.options
-        config = PeerConfig(name="peer-0", listen="127.0.0.1:0", votes=True, dashboard="")
-        founder = found_site(self.folder / "home-0", options.run_keys(), config)
-        self.sites.append(founder)
+        """Peer processes, and beside each its trainer, which waits for it by itself."""
+        founder = self.sites[0]
+        self._check_failures()
         self._supervisor.add("peer-0", lambda: spawn_peer(founder))
         self._follow(0)
-        if options.dashboard:
+        if self.options.dashboard:
             self._start_dashboard(founder)
         tickets = {
             vote: Ticket.parse(str(self._ask(0, "ticket", _ticket(vote))["ticket"]))
             for vote in (True, False)
         }
-        for number in range(1, options.peers):
-            votes = number < VOTERS
-            config = msgspec.structs.replace(config, name=f"peer-{number}", votes=votes)
-            home = self.folder / f"home-{number}"
-            self.sites.append(enter_site(home, tickets[votes], config))
+        others = range(1, self.options.peers)
+        for number in others:
+            config, home = self._config(number), self.folder / f"home-{number}"
+            self.sites.append(enter_site(home, tickets[config.votes], config))
+            self._start_trainer(number)
         with ThreadPoolExecutor(max_workers=8) as pool:
-            list(pool.map(self._join, range(1, options.peers)))
-        for number in range(1, options.peers):
+            list(pool.map(self._join, others))
+        self._check_failures()
+        for number in others:
             self._follow(number)
-        self._progress(f"{options.peers} peers joined with a ticket")
+        self._progress(f"{self.options.peers} peers joined with a ticket")
+        self._last_progress_s = host.mono_s()
 
     def _join(self, number: int) -> None:
         self._supervisor.add(f"peer-{number}", lambda: spawn_peer(self.sites[number]))
 
-    def _start_trainers(self) -> None:
-        for number, site in enumerate(self.sites):
-            preset = preset_trainer(site, "cpu")
-            command = TrainerCommand(preset.arguments, environment=ONE_THREAD)
-            start = functools.partial(command.start, site)
-            self._supervisor.add(f"trainer-{number}", start)
-        self._last_progress_s = host.mono_s()
+    def _start_trainer(self, number: int) -> None:
+        preset = preset_trainer(self.sites[number], "cpu", limits.SPAWN_TIMEOUT_S)
+        command = TrainerCommand(preset.arguments, environment=ONE_THREAD)
+        start = functools.partial(command.start, self.sites[number])
+        self._supervisor.add(f"trainer-{number}", start)
 
     def _start_dashboard(self, site: Site) -> None:
-        ready = self.folder / "dashboard.json"
+        """Start it; nobody waits for it, ``_look_for_dashboard`` tells once it can be seen."""
         arguments = [sys.executable, "-m", "swarmtrain.dashboard", "--site", str(site.folder)]
-        arguments += ["--bind", "127.0.0.1:0", "--ready-file", str(ready)]
+        arguments += ["--bind", "127.0.0.1:0", "--ready-file", str(self._ready_file)]
         self._viewer = start_process(arguments, self.folder / "dashboard.log", nice=10)
-        deadline_s = host.mono_s() + DASHBOARD_START_S
-        while host.mono_s() < deadline_s and self._viewer.poll() is None:
-            if ready.exists():
-                self.dashboard_url = str(msgspec.json.decode(ready.read_bytes())["url"])
-                self.output.note(f"dashboard: {self.dashboard_url}")
-                return
-            self._stop.wait(0.05)
-        self.output.note(f"no dashboard: see {self.folder / 'dashboard.log'}")
+
+    def _look_for_dashboard(self) -> None:
+        if self._viewer is None or self.dashboard_url is not None:
+            return
+        if self._ready_file.exists():
+            self.dashboard_url = str(msgspec.json.decode(self._ready_file.read_bytes())["url"])
+            self.output.note(f"dashboard: {self.dashboard_url}")
+        elif self._viewer.poll() is not None:
+            words = " | ".join(output_tail(self.folder / "dashboard.log").splitlines()[-3:])
+            self.output.note(f"no dashboard: {words}")
+            self._viewer = None
 
     def _follow(self, number: int) -> None:
         client = self.sites[number].connect()
@@ -226,6 +257,7 @@ class Demo:
         if self._stop.wait(POLL_S):
             raise Interrupted
         self._supervisor.poll()
+        self._look_for_dashboard()
         for number, client in list(self._clients.items()):
             peer = self._supervisor.processes[f"peer-{number}"]
             if client.closed and peer.process.poll() is None and peer.restart_at_s is None:
@@ -255,18 +287,24 @@ class Demo:
         while any(self._is_running(name) for name in trainers):
             self._turn()
             self._chaos()
-            failed = [
-                one
-                for one in self._supervisor.processes.values()
-                if one.exit_code is not None and one.exit_code != 0
-            ]
-            if failed:
-                raise SwarmError(
-                    f"{failed[0].name} ended with exit code {failed[0].exit_code}",
-                    self._last_words(failed[0].name),
-                    f"see {self.folder}, kept with --keep",
-                )
+            self._check_failures()
             self._check_progress([name for name in trainers if self._is_running(name)])
+
+    def _check_failures(self) -> None:
+        """A process that ended with an error of its own ends the demo.
+
+        Raises:
+            SwarmError: the error of its exit code.
+        """
+        self._supervisor.poll()
+        for one in self._supervisor.processes.values():
+            if one.exit_code:
+                raise error_for_exit(
+                    f"{one.name} ended with exit code {one.exit_code}",
+                    one.exit_code,
+                    self._last_words(one.name),
+                    f"run it again with --keep and look into {self.folder.parent}",
+                )
 
     def _is_running(self, name: str) -> bool:
         return self._supervisor.processes[name].exit_code is None

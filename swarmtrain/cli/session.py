@@ -50,8 +50,8 @@ class TrainerCommand:
         )
 
 
-def preset_trainer(site: Site, device: str) -> TrainerCommand:
-    """The trainer of the manifest's preset model and data."""
+def preset_trainer(site: Site, device: str, wait_s: float = 0.0) -> TrainerCommand:
+    """The trainer of the manifest's preset model and data; it waits for its peer process."""
     arguments = [
         sys.executable,
         "-m",
@@ -59,6 +59,7 @@ def preset_trainer(site: Site, device: str) -> TrainerCommand:
         str(site.folder),
         "--device",
         device,
+        *(["--wait-s", f"{wait_s:g}"] if wait_s else []),
     ]
     return TrainerCommand(arguments)
 

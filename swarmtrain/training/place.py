@@ -16,6 +16,7 @@ from pathlib import Path
 
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig, load_settings
+from swarmtrain_peer.control import ControlClosed
 from swarmtrain_peer.site import Site, default_home, enter_site, find_site, found_site, list_sites
 from swarmtrain_peer.spawn import Supervisor, spawn_peer, stop_process
 from swarmtrain_protocols.errors import ConfigError, QuorumLost
@@ -158,6 +159,23 @@ def await_run_keys(site: Site, timeout_s: float, stop: threading.Event | None = 
                 "is a member of the run in reach? See `swarmtrain doctor`",
             )
     return manifest.keys
+
+
+def await_peer(site: Site, timeout_s: float, stop: threading.Event | None = None) -> None:
+    """Wait until a peer process serves ``site``: it may be starting beside the trainer.
+
+    Raises:
+        ControlClosed: none does in time, or ``stop`` is set.
+    """
+    deadline_s = host.mono_s() + timeout_s
+    pause = stop or threading.Event()
+    while True:
+        try:
+            site.connect().close()
+            return
+        except ControlClosed:
+            if host.mono_s() > deadline_s or pause.wait(0.05):
+                raise
 
 
 def check_given(keys: RunKeys, given: Mapping[str, object]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from swarmtrain.training.data import Corpus, load_corpus, position_of
-from swarmtrain.training.place import await_run_keys
+from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.presets import Preset, build, evaluate
 from swarmtrain.training.swarm import Swarm
@@ -53,8 +53,15 @@ def choose_device(name: str) -> torch.device:
 class PresetTrainer:
     """One trainer process, from the run keys to its last step."""
 
-    def __init__(self, site: Site, keys: RunKeys, device: torch.device, signals: Signals) -> None:
-        """Load the corpus, build the model and attach.
+    def __init__(
+        self,
+        site: Site,
+        keys: RunKeys,
+        device: torch.device,
+        signals: Signals,
+        wait_s: float = 0.0,
+    ) -> None:
+        """Load the corpus, build the model and attach, waiting ``wait_s`` for a peer process.
 
         Raises:
             SwarmError: no corpus, no peer process, or a refusal.
@@ -72,6 +79,7 @@ class PresetTrainer:
         def connect() -> Control:
             return site.connect()
 
+        await_peer(site, wait_s, signals.event)
         self.swarm = Swarm(
             self.preset.model, self.preset.optimizer, connect=connect, fragments=keys.fragments
         )
@@ -151,8 +159,10 @@ class Signals:
             signal.signal(number, handler)
 
 
-def run(site: Site, device_name: str, steps: int, threads: int) -> int:
+def run(site: Site, device_name: str, steps: int, threads: int, wait_s: float = 0.0) -> int:
     """Train at ``site``, on the main thread; returns the exit code.
+
+    Its peer process may come up as late as ``wait_s`` after the model is built.
 
     Raises:
         SwarmError: whatever keeps it from training.
@@ -163,7 +173,7 @@ def run(site: Site, device_name: str, steps: int, threads: int) -> int:
     with Signals() as signals:
         watch_owner(lambda: os.kill(os.getpid(), signal.SIGTERM))
         keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, signals.event)
-        trainer = PresetTrainer(site, keys, device, signals)
+        trainer = PresetTrainer(site, keys, device, signals, wait_s)
         sys.stderr.write(f"training {keys.preset} on {device}\n")
         try:
             trainer.train(steps)
@@ -179,9 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--steps", type=int, default=0, help="inner steps; 0: until the run ends")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--wait-s", type=float, default=0.0, help="for a peer process to come up")
     given = parser.parse_args(arguments)
     try:
-        return run(Site(given.site.resolve()), given.device, given.steps, given.threads)
+        return run(
+            Site(given.site.resolve()), given.device, given.steps, given.threads, given.wait_s
+        )
     except SwarmError as error:
         sys.stderr.write(f"error: {error.what}\nwhy:   {error.why}\ndo:    {error.todo}\n")
         return error.exit_code

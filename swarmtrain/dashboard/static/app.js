@@ -26,7 +26,13 @@ function seconds(value) {
 }
 const percent = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (id) => (id ? String(id).slice(0, 8) : "none");
-const names = () => new Map(state.peers.map((p) => [p.id, p.name || short(p.id)]));
+// Members choose their names: of those that chose the same one the id is shown, too.
+function names() {
+  const count = new Map();
+  for (const p of state.peers) count.set(p.name, (count.get(p.name) || 0) + 1);
+  const shown = (p) => (!p.name ? short(p.id) : count.get(p.name) > 1 ? `${p.name} ${short(p.id).slice(0, 4)}` : p.name);
+  return new Map(state.peers.map((p) => [p.id, shown(p)]));
+}
 function median(values) {
   const sorted = [...values].sort((a, b) => a - b);
   return sorted.length ? sorted[Math.floor((sorted.length - 1) / 2)] : NaN;
@@ -170,7 +176,7 @@ function drawRounds() {
       cell("outcome", node("span", `tag ${kind}`, r.outcome)),
       cell("contributors", (r.contributors || []).length, "num"),
       cell("took", r.decided_wall_s ? seconds(r.decided_wall_s - r.opened_wall_s) : "–", "num"),
-      cell("bytes", bytes(r.bytes), "num"),
+      cell("bytes", bytes(r.bytes || NaN), "num"),
       cell("result", r.reason || (r.root ? short(r.root) : "–")),
     );
     return row;

@@ -156,8 +156,10 @@ class Seat:
         return Ticket.parse(self.call("ticket", args)["ticket"])
 
     def stand(self, channel: str = CHANNEL) -> tuple[int, str]:
-        """(round, state hash) of the state that this site holds."""
-        found = self.status()["channels"][channel]
+        """(round, state hash) of the state that this site holds; (-1, "") before it knows any."""
+        found = self.status()["channels"].get(channel)
+        if found is None or found["state_hash"] is None:
+            return -1, ""
         return found["state_round"], found["state_hash"]
 
     def hashes(self, channel: str = CHANNEL) -> dict[int, set[str]]:

@@ -101,6 +101,7 @@ class Plan:
     phase_s: float = 0.0
     rounds_max: int = 0
     seq_max: int = 0
+    """Hand over nothing with a higher number; θ⁰ has the first. 0: no end."""
     say: bool = False
     """Print a line at every stage of a hand-over, for whoever wants to kill in between."""
 
@@ -184,7 +185,8 @@ class Trainer:
             if plan.rounds_max and round_ is not None and round_ >= plan.rounds_max:
                 client.call("finished", {}, CALL_S)
                 return True
-            if self._pause.is_set() or round_ is None or not side.may_write(CHANNEL):
+            done = 0 < plan.seq_max < side.next_seq(CHANNEL)
+            if done or self._pause.is_set() or round_ is None or not side.may_write(CHANNEL):
                 self.stopped.wait(POLL_S)
                 continue
             self.stopped.wait(plan.phase_s)

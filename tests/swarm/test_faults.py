@@ -238,7 +238,7 @@ def test_bad_tickets_end_with_their_exit_codes_and_change_nothing(tmp_path: Path
     """Another run, an expired right, a forged one, another version of the protocol."""
     with Swarm(tmp_path) as swarm:
         founder = swarm.found()
-        with closing_all(train(founder, 1, phase_s=0.02)):
+        with closing_all(train(founder, 1, seq_max=4)):
             founder.wait_applied(3)
         founder.wait_event("trainer_lost")
         before = founder.status()

@@ -41,6 +41,8 @@ def health(status: dict[str, Any]) -> tuple[str, int, str]:
     # Beyond this size not every member keeps a link to every other, and that is no trouble.
     if connected + 1 < members <= MESH_MEMBERS:
         return "degraded", EXIT_DEGRADED, f"{members - connected - 1} member(s) not connected"
+    if members == 1:
+        return "healthy", 0, "this site is the only member"
     return "healthy", 0, "every member is connected"
 
 

@@ -33,6 +33,8 @@ def _value(info: inspect.Type, large: bool) -> Any:
             return 1.5 if large else 0.0
         case inspect.BoolType():
             return large
+        case inspect.LiteralType():
+            return info.values[-1 if large else 0]
         case inspect.NoneType():
             return None
         case inspect.VarTupleType():

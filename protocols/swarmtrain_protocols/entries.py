@@ -177,6 +177,92 @@ class Rewound(msgspec.Struct, frozen=True, tag="rewound"):
     roots: Annotated[tuple[Hash, ...], Meta(max_length=limits.CHANNELS_MAX)]
 
 
+class StageAssigned(msgspec.Struct, frozen=True, tag="stage"):
+    """The stages that ``member`` serves from this entry on (pipelines, spec 11); none: empty."""
+
+    member: Key
+    stages: Annotated[tuple[Count, ...], Meta(max_length=limits.HOPS_MAX)]
+    reason: Reason
+
+
+class StageSum(msgspec.Struct, frozen=True, array_like=True):
+    """What fixes the bytes of one stage's sum in a step; the fields are those of RoundOpened."""
+
+    stage: Count
+    contributors: Annotated[tuple[Contributor, ...], Meta(max_length=limits.MEMBERS_MAX)]
+    parts: Annotated[tuple[Part, ...], Meta(max_length=limits.PARTS_MAX)]
+    holders: Keys
+    state_hash: Hash
+
+
+class StepClosed(msgspec.Struct, frozen=True, tag="step"):
+    """Closes the set of a step for all stages at once: opened and chosen in one entry.
+
+    ``digest`` names the plan: the set of micro-batches and the owner of each at every hop.
+    Every contribution is the sum of the gradients its worker owns and counts with coefficient
+    1 / ``micro_batches``. ``loss`` is the mean over the set as drivers reported it.
+    """
+
+    generation: Count
+    step: Count
+    attempt: Count
+    digest: Hash
+    micro_batches: Count
+    loss: float
+    scatter_codec: Annotated[str, Meta(max_length=16)]
+    gather_codec: Annotated[str, Meta(max_length=16)]
+    stages: Annotated[tuple[StageSum, ...], Meta(max_length=limits.HOPS_MAX)]
+
+
+class StageOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """Root of a stage's result, the squared norm of its gradient before clipping, its holders."""
+
+    stage: Count
+    root: Hash
+    square_norm: float
+    held_by: Keys
+
+
+class StepOutcome(msgspec.Struct, frozen=True, tag="step-done"):
+    """Commits all stages of a step or, with no ``stages``, none. ``scale``: fp32, clips once."""
+
+    generation: Count
+    step: Count
+    attempt: Count
+    stages: Annotated[tuple[StageOutcome, ...], Meta(max_length=limits.HOPS_MAX)]
+    scale: float
+    reason: Reason
+
+
+class StageLost(msgspec.Struct, frozen=True, tag="stage-lost"):
+    """Nobody who holds the state of ``stage`` is left; the step in progress is dropped everywhere.
+
+    ``host`` rebuilds the stage from candidates.
+    """
+
+    stage: Count
+    step: Count
+    host: Key
+    reason: Reason
+
+
+class StageRecovered(msgspec.Struct, frozen=True, tag="stage-back"):
+    """``stage`` lives again: candidates by name with their calibration losses, and the choice.
+
+    ``inputs`` are the state hashes the candidates were made of, ``root`` is the new state before
+    ``step``. The stage's generation grows by one: what belongs to the dead one is refused.
+    """
+
+    stage: Count
+    step: Count
+    host: Key
+    candidates: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=16)]
+    losses: Annotated[tuple[float, ...], Meta(max_length=16)]
+    choice: Count
+    inputs: Annotated[tuple[Hash, ...], Meta(max_length=16)]
+    root: Hash
+
+
 class RunEnded(msgspec.Struct, frozen=True, tag="ended"):
     reason: Reason
 
@@ -197,6 +283,11 @@ EntryBody = Union[  # noqa: UP007
     Resumed,
     CheckpointMade,
     Rewound,
+    StageAssigned,
+    StepClosed,
+    StepOutcome,
+    StageLost,
+    StageRecovered,
     RunEnded,
 ]
 

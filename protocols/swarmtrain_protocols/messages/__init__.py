@@ -8,7 +8,7 @@ from typing import Any, Union
 import msgspec
 
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.messages import dht, fetch, log, member, rounds, session
+from swarmtrain_protocols.messages import dht, fetch, log, member, pipeline, rounds, session
 from swarmtrain_protocols.messages.common import RoundKey
 
 Message = msgspec.Struct
@@ -28,7 +28,9 @@ def _structs(module: types.ModuleType) -> list[type[msgspec.Struct]]:
 
 
 MESSAGES: tuple[type[msgspec.Struct], ...] = tuple(
-    cls for module in (session, member, log, rounds, fetch, dht) for cls in _structs(module)
+    cls
+    for module in (session, member, log, rounds, fetch, dht, pipeline)
+    for cls in _structs(module)
 )
 
 _encoder = msgspec.msgpack.Encoder()

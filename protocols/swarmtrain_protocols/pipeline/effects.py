@@ -1,0 +1,113 @@
+"""Work that the pipeline cores ask their shell for. Cores see references, never values.
+
+A shell (or the simulator) has one compute device per site. It answers every ``Compute`` and
+``Undo`` with ``computed`` or ``compute_failed`` of ``pipeline.core.PipelineCore``, and every
+``HandOver`` with ``handed_over``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.messages.pipeline import HopRequest, Kind, StepKey, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run one hop. ``accumulate``: add the gradient of the weights to the stage's accumulator.
+
+    Answer ``computed(now, job, output, loss, service_s)``; with ``accumulate`` the accumulator has
+    changed if and only if that answer comes.
+    """
+
+    job: int
+    peer: PeerId
+    stage: int
+    hop: int
+    kind: Kind
+    step: int
+    micro_batch: int
+    inputs: Tensor
+    gradient: Tensor
+    tokens: bytes
+    accumulate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """Recompute a backward and subtract its gradient from the accumulator. Answer ``computed``."""
+
+    job: int
+    request: HopRequest
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCompute:
+    """Forget a job that has not begun; if it has, its answer is ignored by the core."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Encode the stage's accumulator as a contribution; the accumulator stays as it is.
+
+    Answer ``handed_over(now, stage, key, root)``.
+    """
+
+    stage: int
+    key: StepKey
+    codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClearGradients:
+    """Set the accumulators of these stages to zero: the step is over or dropped."""
+
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeStages:
+    """What this site serves from now on: build modules, drop others. No answer.
+
+    The state of a newly served stage arrives by the catch-up of its channel.
+    """
+
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedTokens:
+    """The driver needs the tokens of a micro-batch: answer ``tokens(now, step, micro_batch, …)``.
+
+    They are a pure function of (seed, step, micro_batch).
+    """
+
+    step: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class HopDone:
+    """Event: figures of one hop seen by the driver, for the log of events and the dashboard."""
+
+    peer: PeerId
+    hop: int
+    backward: bool
+    seconds: float
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Event: a step was committed (or dropped: ``committed`` is false) by the log."""
+
+    step: int
+    attempt: int
+    committed: bool
+    micro_batches: int
+    loss: float
+    reason: str

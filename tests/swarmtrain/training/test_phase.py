@@ -143,6 +143,7 @@ def test_fragments_take_turns_and_all_average(tmp_path):
     run = FakeRun(tmp_path, 1, inner_steps=4, fragments=2)
     trainer = Trainer(run, 0)
     trainer.step(8)
+    assert trainer.swarm.flush()
     said = [args["channel"] for name, args in run.sites["site0"].calls if name == "handover"]
     assert said == ["train/0/0", "train/0/1", "train/0/0", "train/0/1"]
     assert run.rounds == {"train/0/0": 2, "train/0/1": 2}
@@ -170,6 +171,7 @@ def test_streaming_takes_theta_up_after_the_delay_and_mixes(tmp_path):
     expected = 0.25 * vector(plain) + 0.75 * theta
     assert np.abs(vector(trainer.model) - expected).max() < 1e-6
     trainer.step(2)
+    assert trainer.swarm.flush(), "the hand-over of step 8 is on its way, on another thread"
     assert run.rounds[CHANNEL] == 2, "the delay does not make phases longer"
     trainer.swarm.close()
 

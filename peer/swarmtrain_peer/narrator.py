@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swarmtrain_peer.events import EventLog
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.log.events import Conflict, LeaderChanged
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
@@ -38,6 +39,9 @@ class Narrator:
             )
         elif isinstance(event, fx.Notice):
             self._events.emit(event.name, **event.fields)
+        elif isinstance(event, PeerFault):
+            peer = event.peer.hex() if event.peer is not None else ""
+            self._events.emit("peer_fault", peer=peer, fault=event.code, why=event.why)
         elif isinstance(event, JoinFailed):
             self._events.emit("join_refused", reason=f"{event.code}: {event.reason}")
         elif isinstance(event, Conflict):

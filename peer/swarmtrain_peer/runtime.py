@@ -32,6 +32,7 @@ from swarmtrain_protocols.errors import (
     ConfigError,
     NoPeerReachable,
     NotAuthorised,
+    PeerFault,
     SwarmError,
 )
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -377,7 +378,8 @@ class PeerRuntime:
     # -- events of the core ---------------------------------------------------------------------
 
     def _on_event(self, event: object) -> None:
-        if isinstance(event, BaseException):
+        # The fault of a remote peer is something to tell, never the end of this process.
+        if isinstance(event, BaseException) and not isinstance(event, PeerFault):
             self._fail(event)
             return
         self._changed.set()

@@ -21,7 +21,11 @@ from numpy.typing import NDArray
 import swarmtrain as st
 from swarmtrain_peer.spawn import child_environment
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, RoundFailed
+from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages import dht as dm
+from swarmtrain_protocols.messages import log as lm
 from tests.protocols import reference_numbers as reference
+from tests.swarm.harness import poll_until
 
 F32 = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -249,6 +253,34 @@ class Member:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
+
+
+def test_a_member_that_breaks_the_protocol_is_named_and_ends_nobody(trio: list[st.Peer]) -> None:
+    """What the cores of log and DHT find wrong in what a member says, told to the leader."""
+    leads = next(peer for peer in trio if peer._runtime.node.log.is_leader)
+    lies = next(peer for peer in trio if peer is not leads)
+    victim, liar = leads._runtime, lies._runtime
+    term = victim.node.log.term
+    soon_s = int(time.time()) + 60
+    forged = dm.SignedRecord(bytes(20), liar.node.me, 1, soon_s, b"\x01", bytes(64))
+    wrong: list[Message] = [
+        dm.StoreReply(10**6, "ok"),  # an answer to a request that was never made
+        dm.StoreRecord(1, forged),
+        lm.AppendReply(0, term, ok=True, index=10**6, commit=0, base=0),
+    ]
+    assert lies._loop is not None
+    for message in wrong:
+        lies._loop.call_soon_threadsafe(liar.transport.send, victim.node.me, message)
+
+    def told() -> list[tuple[str, str]]:
+        return [(r["peer"], r["fault"]) for r in victim.events.query(name="peer_fault")]
+
+    poll_until(lambda: len(told()) >= len(wrong), "the faults are told")
+    codes = ("dht_unasked", "bad_signature", "unexpected")
+    assert told() == [(lies.id, code) for code in codes]
+    assert not victim.failure.done(), "one member's fault is not the end of another"
+    found = reduce_all(trio, [np.ones(3, np.float32)] * 3, [1.0] * 3, group="after a lie")
+    assert all(reduced.weight == 3.0 for reduced in found)
 
 
 def test_a_peer_killed_in_mid_call_is_left_behind(trio: list[st.Peer]) -> None:

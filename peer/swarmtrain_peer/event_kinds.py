@@ -326,6 +326,14 @@ KINDS: dict[str, Kind] = {
             limited=True,
         ),
         Kind(
+            "message_ignored",
+            "info",
+            "N611",
+            "A message counted for nothing: its sender knows less, or more, of the log.",
+            ("peer", "reason"),
+            limited=True,
+        ),
+        Kind(
             "peer_unreachable", "warning", "N620", "No address of a peer answers.", ("peer",), True
         ),
         # The run

@@ -155,6 +155,12 @@ def faults(effects: Iterable[Effect]) -> list[tuple[str, bytes]]:
     return [(x.fields["fault"], bytes.fromhex(x.fields["peer"])) for x in told]
 
 
+def ignored(effects: Iterable[Effect]) -> list[tuple[str, bytes]]:
+    """(reason, peer) of messages that counted for nothing and that nobody is blamed for."""
+    told = [x for x in events(effects, fx.Notice) if x.name == "message_ignored"]
+    return [(x.fields["reason"], bytes.fromhex(x.fields["peer"])) for x in told]
+
+
 def of_kind(effects: Iterable[Effect], kind: type) -> list[Any]:
     return [x for x in effects if isinstance(x, kind)]
 

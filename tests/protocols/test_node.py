@@ -22,6 +22,7 @@ from tests.protocols.rounds_kit import (
     faults,
     full,
     hash_of,
+    ignored,
     of_kind,
 )
 
@@ -297,7 +298,7 @@ def test_a_leave_waits_for_the_round_in_progress() -> None:
 
 
 def test_bad_input_of_members_and_strangers_names_them_and_changes_nothing() -> None:
-    """Stale generation, wrong weight, shape, codec, base, channel; strangers; non-owners."""
+    """Wrong weight, shape, codec, channel are faults; who knows too little is only not heard."""
     net = Net(3)
     net.model()
     leader, member = net.leader(), IDS[1]
@@ -308,9 +309,12 @@ def test_bad_input_of_members_and_strangers_names_them_and_changes_nothing() -> 
     def changed(**fields: object) -> rm.Ready:
         return rm.Ready(**{**{f: getattr(good, f) for f in good.__struct_fields__}, **fields})
 
-    cases = [
+    unheard = [
         (member, changed(generation=7), "stale_generation"),
         (stranger, good, "not_a_member"),
+        (member, changed(base_round=9), "base_from_the_future"),
+    ]
+    cases = [
         (member, changed(samples=float("nan")), "bad_weight"),
         (member, changed(samples=float("inf")), "bad_weight"),
         (member, changed(samples=-1.0), "bad_weight"),
@@ -319,7 +323,6 @@ def test_bad_input_of_members_and_strangers_names_them_and_changes_nothing() -> 
         (member, changed(values=0), "bad_shape"),
         (member, changed(codec="int8"), "bad_codec"),
         (member, changed(channel=GROUP, codec="no such"), "bad_codec"),
-        (member, changed(base_round=9), "base_from_the_future"),
         (member, changed(channel="train/9/9"), "unknown_channel"),
         (member, changed(channel="other"), "unknown_channel"),
     ]
@@ -328,6 +331,10 @@ def test_bad_input_of_members_and_strangers_names_them_and_changes_nothing() -> 
         leader.node.receive(net.now, PeerId(sender), message)
         told = faults(leader.node.drain())
         assert told == [(code, sender)], (message, told)
+    for sender, message, code in unheard:
+        leader.node.receive(net.now, PeerId(sender), message)
+        effects = leader.node.drain()
+        assert (ignored(effects), faults(effects)) == ([(code, sender)], []), message
     assert leader.node.ledger.snapshot() == before
     assert not any(room.ready for room in leader.node.leader._lobbies.rooms.values())
 

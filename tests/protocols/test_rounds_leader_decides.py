@@ -24,6 +24,7 @@ from tests.protocols.rounds_kit import (
     events,
     faults,
     hash_of,
+    ignored,
     joined,
     sent,
 )
@@ -314,12 +315,32 @@ def test_only_owners_say_who_has_delivered() -> None:
     chair.take()
     for stranger in (D, IDS[6]):
         chair.say(1.2, stranger, m.PartsHeld(opened.key, 0, (0, 1, 2), (0, 1, 2)))
-        assert faults(chair.take()) == [("not_an_owner", stranger)]
+        told = chair.take()
+        assert (ignored(told), faults(told)) == ([("not_an_owner", stranger)], [])
     chair.say(1.2, A, m.PartsHeld(opened.key, 99, (0,)))
     assert faults(chair.take()) == [("bad_part", A)]
     assert chair.proposed == []
     phase = chair.leader._phases[TRAIN]
     assert phase.held == {} and phase.refused == {}
+
+
+def test_a_deputy_of_a_former_leader_is_not_accused_and_is_heard_when_it_is_this_ones() -> None:
+    """A takeover is not in the log: a new leader knows of none, and whoever obeyed is honest."""
+    chair = Chair(A, B, C)
+    opened = chair.open(A, B, C)
+    chair.leader.activate(1.3, False)
+    chair.leader.activate(1.4, True)
+    chair.take()
+    part = next(i for i, p in enumerate(opened.parts) if C not in (p.owner, p.deputy))
+    chair.say(1.5, C, m.PartsHeld(opened.key, part, (0, 1, 2)))
+    told = chair.take()
+    assert (ignored(told), faults(told)) == ([("not_an_owner", C)], [])
+    phase = chair.leader._phases[TRAIN]
+    assert phase.held == {}
+    phase.deputies[part] = C
+    chair.say(1.6, C, m.PartsHeld(opened.key, part, (0, 1, 2)))
+    assert phase.held == {part: {C: (0, 1, 2)}}
+    assert ignored(chair.take()) == []
 
 
 def test_absurd_indices_are_neither_kept_nor_counted() -> None:

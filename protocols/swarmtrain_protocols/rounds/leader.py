@@ -26,6 +26,10 @@ from swarmtrain_protocols.rounds.policy import RoundPolicy
 ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
 
+_TOLD_HONESTLY = ("stale_generation", "not_a_member", "not_an_owner", "base_from_the_future")
+"""Refusals that an honest member causes whose news is older or newer than the leader's: it computes
+a part because a former leader said so, or was declared lost and does not know yet."""
+
 
 @dataclass(slots=True)
 class _Phase:
@@ -130,7 +134,11 @@ class RoundLeader:
                 phase.refused[index] = None
 
     def _held(self, peer: PeerId, message: m.PartsHeld) -> None:
-        """Only those who may compute a part know who has delivered it."""
+        """Only those who may compute a part know who has delivered it.
+
+        A deputy of a former leader is refused like any other, and heard once it is one of this
+        leader's: whoever is told to take over says again what it has.
+        """
         phase = self._phase_of(message.key)
         if phase is None:
             return  # late, or of an attempt that this leader does not know yet: it is repeated
@@ -146,7 +154,12 @@ class RoundLeader:
         phase.refused.update(dict.fromkeys(i for i in message.refused if i < total))
 
     def _fault(self, peer: bytes, code: str) -> None:
-        self._out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))
+        """Say what is wrong with what ``peer`` said; nobody is accused of what may be honest."""
+        if code in _TOLD_HONESTLY:
+            notice = fx.Notice("message_ignored", {"peer": peer.hex(), "reason": code})
+        else:
+            notice = fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})
+        self._out.append(Emit(notice))
 
     def _phase_of(self, key: RoundKey) -> _Phase | None:
         phase = self._phases.get(key.channel)

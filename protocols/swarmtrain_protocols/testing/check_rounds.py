@@ -15,6 +15,7 @@ import numpy as np
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.codecs.base import F32
+from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.merkle import leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.node_events import LedgerChanged
@@ -257,11 +258,15 @@ class RoundsAreRight(LogIsOne):
             world.seen["resync:" + event.reason.rstrip("0123456789 ")] += 1
         elif isinstance(event, fx.Notice):
             self._notice(world, host, event)
+        elif isinstance(event, PeerFault):
+            world.violation("honest", f"{host.name} accuses an honest site: {event!r}")
 
     def _notice(self, world: World, host: Host, event: fx.Notice) -> None:
-        what = event.fields.get("fault") or event.fields.get("what") or ""
+        """All sites are honest here; only chunks are spoilt, on their way, by the world itself."""
+        fields = event.fields
+        what = fields.get("fault") or fields.get("what") or fields.get("reason") or ""
         world.seen[f"notice:{event.name}:{what}"] += 1
-        if what in {"conflicting_results", "bad_signature", "bad_part"}:
+        if event.name == "peer_fault" and what != "corrupt_chunk":
             world.violation("honest", f"{host.name} accuses an honest site: {event}")
 
     def _state(self, world: World, host: Host, event: fx.StateAdvanced) -> None:

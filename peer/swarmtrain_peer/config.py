@@ -139,6 +139,16 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
     "comm.grace_s": ("grace_s",),
     "comm.round_timeout_s": ("round_timeout_s",),
     "checkpoint.every_rounds": ("checkpoint_every_rounds",),
+    "pipeline.stages": ("stages",),
+    "pipeline.micro_batches": ("micro_batches",),
+    "pipeline.mode": ("pipeline_mode",),
+    "pipeline.codec": ("boundary_codec",),
+    "pipeline.replicas_min": ("replicas_min",),
+    "pipeline.ends_replicas": ("ends_replicas",),
+    "pipeline.close_fraction": ("close_fraction",),
+    "pipeline.swapped": ("swapped",),
+    "pipeline.skip_fraction": ("skip_fraction",),
+    "pipeline.generate_share": ("generate_share",),
 }
 PEER_KEYS: dict[str, str] = {
     "peer.name": "name",

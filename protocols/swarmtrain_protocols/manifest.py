@@ -32,6 +32,10 @@ OVERLAPS = ("auto", "off", "delayed", "eager")
 CODECS = ("fp32", "bf16", "int8")
 """Those that exist; the same as ``codecs.CODEC_NAMES``, which a test compares."""
 INNER_OPTIMIZERS = ("adamw", "sgd")
+PIPELINE_MODES = ("sync", "diloco")
+BOUNDARY_CODECS = ("fp32", "bf16", "int8")
+STAGES_MAX = limits.HOPS_MAX - 2
+SWAPPED_STAGES_MIN = 4
 
 Verify = Callable[[bytes, bytes, bytes, bytes], bool]
 """``Keyring.verify``: (peer, domain, payload, signature) -> covered."""
@@ -89,6 +93,27 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_base_age_rounds: int = 2
     max_extra_steps_factor: float = 2.0
     """Inner steps while a round is undecided, as a multiple of ``inner_steps``, then wait."""
+    stages: int = 0
+    """Groups of blocks that the model is cut into (spec 11); 0: every trainer has the whole model,
+    and the keys below mean nothing."""
+    micro_batches: int = 16
+    """Micro-batches of ``batch_size`` sequences in one step."""
+    pipeline_mode: str = "sync"
+    """``sync``: replicas of a stage step together. ``diloco``: they meet every ``inner_steps``."""
+    boundary_codec: str = "int8"
+    """Of activations and their gradients between stages."""
+    replicas_min: int = 2
+    """Members below which a stage counts as endangered."""
+    ends_replicas: int = 3
+    """Members that serve embedding and head, as far as there are enough."""
+    close_fraction: float = 0.9
+    """Share of ``micro_batches`` with which a step may close after its deadline."""
+    swapped: bool = False
+    """Exchange the first two and the last two stages in every other micro-batch (CheckFree+)."""
+    skip_fraction: float = 0.0
+    """Share of micro-batches that may leave out an overloaded inner stage."""
+    generate_share: float = 0.1
+    """Share of a worker's time that ``generate`` may take."""
 
     def __post_init__(self) -> None:
         for info in msgspec.structs.fields(type(self)):
@@ -107,6 +132,50 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"it must be below inner_steps = {self.inner_steps}",
                 "lower delay or raise inner_steps",
             )
+        if self.stages:
+            self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        """Keys that exclude each other in a pipeline."""
+        if self.fragments != 1 or self.delay:
+            raise ConfigError(
+                f"run key stages = {self.stages}",
+                "a pipeline has one channel per stage and no streaming",
+                "leave fragments at 1 and delay at 0",
+            )
+        if self.swapped and self.stages < SWAPPED_STAGES_MIN:
+            raise ConfigError(
+                "run key swapped = True",
+                f"it exchanges four stages, and stages = {self.stages}",
+                f"raise stages to {SWAPPED_STAGES_MIN} or more",
+            )
+        if self.skip_fraction and self.stages == 1:
+            raise ConfigError(
+                f"run key skip_fraction = {self.skip_fraction}",
+                "with one stage there would be nothing left",
+                "raise stages, or leave skip_fraction at 0",
+            )
+        if self.ends_replicas < self.replicas_min:
+            raise ConfigError(
+                f"run key ends_replicas = {self.ends_replicas}",
+                f"the ends are a stage, too, and replicas_min = {self.replicas_min}",
+                "raise ends_replicas or lower replicas_min",
+            )
+
+
+def check_stages(stages: int, layers: int) -> int:
+    """How many of a model's ``layers`` blocks each of ``stages`` stages gets.
+
+    Raises:
+        ConfigError: they cannot be cut into groups of equal size.
+    """
+    if not 0 < stages <= layers or layers % stages:
+        raise ConfigError(
+            f"run key stages = {stages}",
+            f"a model of {layers} layers cannot be cut into that many equal stages",
+            f"choose a divisor of {layers}",
+        )
+    return layers // stages
 
 
 _Rule = tuple[Callable[[Any], bool], str]
@@ -173,6 +242,16 @@ _RULES: dict[str, _Rule] = {
     "round_timeout_s": _between(0.0, 86_400.0),
     "max_base_age_rounds": _between(0, 64),
     "max_extra_steps_factor": _between(0.0, 1000.0),
+    "stages": _between(0, STAGES_MAX),
+    "micro_batches": _between(1, limits.MICRO_BATCHES_MAX),
+    "pipeline_mode": _one_of(PIPELINE_MODES),
+    "boundary_codec": _one_of(BOUNDARY_CODECS),
+    "replicas_min": _between(1, limits.MEMBERS_MAX),
+    "ends_replicas": _between(1, limits.MEMBERS_MAX),
+    "close_fraction": _above(0.0, 1.0),
+    "swapped": (lambda value: isinstance(value, bool), "true, false"),
+    "skip_fraction": _between(0.0, 0.5),
+    "generate_share": _between(0.0, 0.9),
 }
 assert tuple(_RULES) == RunKeys.__struct_fields__
 
@@ -202,7 +281,7 @@ def _from_text(key: str, value: object, wanted: Any) -> object:
             return bytes.fromhex(value)
         except ValueError:
             return value
-    if isinstance(value, str) and wanted in (int, float, float | None):
+    if isinstance(value, str) and wanted in (int, float, float | None, bool):
         try:
             return msgspec.convert(value, wanted, strict=False)
         except msgspec.ValidationError:
@@ -360,9 +439,11 @@ def check_genesis(
 
 
 __all__ = [
+    "BOUNDARY_CODECS",
     "CODECS",
     "INNER_OPTIMIZERS",
     "OVERLAPS",
+    "PIPELINE_MODES",
     "PROTOCOL_VERSION",
     "Capability",
     "Manifest",
@@ -371,6 +452,7 @@ __all__ = [
     "Verify",
     "check_genesis",
     "check_run_keys",
+    "check_stages",
     "make_genesis",
     "make_manifest",
     "parse_capability",

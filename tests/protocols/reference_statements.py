@@ -49,6 +49,16 @@ DEFAULT_KEYS: dict[str, object] = {
     "round_timeout_s": 0.0,
     "max_base_age_rounds": 2,
     "max_extra_steps_factor": 2.0,
+    "stages": 0,
+    "micro_batches": 16,
+    "pipeline_mode": "sync",
+    "boundary_codec": "int8",
+    "replicas_min": 2,
+    "ends_replicas": 3,
+    "close_fraction": 0.9,
+    "swapped": False,
+    "skip_fraction": 0.0,
+    "generate_share": 0.1,
 }
 OTHER_KEYS: dict[str, object] = {
     **DEFAULT_KEYS,
@@ -58,6 +68,12 @@ OTHER_KEYS: dict[str, object] = {
     "outer_lr": 0.7,
     "outer_momentum": 0.9,
     "overlap": "eager",
+    "stages": 6,
+    "micro_batches": 1024,
+    "pipeline_mode": "diloco",
+    "boundary_codec": "bf16",
+    "swapped": True,
+    "skip_fraction": 0.125,
 }
 
 

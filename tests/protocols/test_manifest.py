@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgpack  # the independent implementation; the product uses msgspec
 import msgspec
@@ -26,6 +27,7 @@ from swarmtrain_protocols.manifest import (
     RunKeys,
     check_genesis,
     check_run_keys,
+    check_stages,
     make_genesis,
     make_manifest,
     parse_manifest,
@@ -75,7 +77,9 @@ def test_every_key_is_in_the_run_id() -> None:
         "codec_scatter": "bf16", "codec_gather": "fp32", "fragments": 2, "delay": 3, "mix": 0.1,
         "max_rounds": 5, "checkpoint_every_rounds": 3, "min_peers": 2, "start_peers": 3,
         "grace_s": 1.0, "round_timeout_s": 2.0, "max_base_age_rounds": 1,
-        "max_extra_steps_factor": 1.0,
+        "max_extra_steps_factor": 1.0, "stages": 4, "micro_batches": 8, "pipeline_mode": "diloco",
+        "boundary_codec": "fp32", "replicas_min": 3, "ends_replicas": 4, "close_fraction": 1.0,
+        "swapped": True, "skip_fraction": 0.1, "generate_share": 0.2,
     }  # fmt: skip
     assert tuple(other) == RunKeys.__struct_fields__
     ids = {manifest(**{key: value}).run_id for key, value in other.items()}
@@ -154,6 +158,18 @@ def test_unknown_keys_get_a_suggestion() -> None:
         ("seed", 1 << 60, "0 to"),
         ("fragments", 0, "1 to"),
         ("mix", 1.1, "0 to 1"),
+        ("stages", -1, "0 to 128"),
+        ("stages", 129, "0 to 128"),
+        ("micro_batches", 0, "1 to 4096"),
+        ("pipeline_mode", "async", "sync, diloco"),
+        ("boundary_codec", "int2", "int8"),
+        ("replicas_min", 0, "1 to"),
+        ("ends_replicas", 0, "1 to"),
+        ("close_fraction", 0.0, "more than 0, at most 1"),
+        ("swapped", 1, "true, false"),
+        ("swapped", "perhaps", "true, false"),
+        ("skip_fraction", 0.6, "0 to 0.5"),
+        ("generate_share", 1.0, "0 to 0.9"),
     ],
 )
 def test_bad_values_name_the_key_and_what_is_allowed(key: str, value: object, allowed: str) -> None:
@@ -171,6 +187,29 @@ def test_keys_that_exclude_each_other() -> None:
         RunKeys(inner_lr=0.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"stages": 4, "fragments": 2}, "one channel per stage"),
+        ({"stages": 4, "delay": 3}, "no streaming"),
+        ({"stages": 3, "swapped": True}, "four stages"),
+        ({"stages": 1, "skip_fraction": 0.1}, "nothing left"),
+        ({"stages": 2, "replicas_min": 3, "ends_replicas": 2}, "replicas_min = 3"),
+    ],
+)
+def test_keys_that_exclude_each_other_in_a_pipeline(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        RunKeys(**fields)
+    RunKeys(**{**fields, "stages": 0})  # without a pipeline they mean nothing
+
+
+def test_a_model_is_cut_into_equal_stages() -> None:
+    assert [check_stages(stages, 12) for stages in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+    for stages, layers in ((5, 12), (13, 12), (24, 12), (0, 12), (1, 0)):
+        with pytest.raises(ConfigError, match=f"stages = {stages}"):
+            check_stages(stages, layers)
+
+
 def test_what_people_write() -> None:
     keys = run_keys_from_mapping(
         {"outer_lr": "auto", "grace_s": "auto", "inner_steps": "7", "corpus_hash": "ff" * 32}
@@ -178,6 +217,8 @@ def test_what_people_write() -> None:
     assert (keys.outer_lr, keys.grace_s, keys.inner_steps) == (None, 0.0, 7)
     assert keys.corpus_hash == b"\xff" * 32
     assert run_keys_from_mapping({}) == RunKeys()
+    assert run_keys_from_mapping({"swapped": "true"}).swapped is True
+    assert run_keys_from_mapping({"swapped": "0"}).swapped is False
 
 
 def test_a_joiner_that_asks_for_other_keys_is_told_which() -> None:

@@ -59,7 +59,8 @@ class HopRequest(msgspec.Struct, frozen=True, tag="hop?"):
     """Driver -> worker. ``tokens``: int32 LE [batch, time + 1], for embedding and head only.
 
     ``version``: the number of optimizer steps that the stage must have applied.
-    ``stage_generation`` counts the recoveries of the stage; another one's weights are refused.
+    ``stage_generation`` is the era of the ledger, which grows when any stage is lost: a gradient
+    also descends from the weights of the other stages of its path.
     """
 
     id: HopId
@@ -94,11 +95,15 @@ class HopRefused(msgspec.Struct, frozen=True, tag="hop-refused"):
 
 
 class LeaseRequest(msgspec.Struct, frozen=True, tag="lease?"):
-    """Driver -> leader: room for so many more micro-batches of this step."""
+    """Driver -> leader: room for so many more micro-batches of this step.
+
+    ``working`` are those that the driver is at: a leader that is new takes them as leased to it.
+    """
 
     generation: Count
     step: Count
     room: Annotated[int, Meta(ge=0, le=limits.MICRO_BATCHES_MAX)]
+    working: Annotated[tuple[Count, ...], Meta(max_length=limits.MICRO_BATCHES_MAX)] = ()
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
@@ -126,10 +131,15 @@ class MicroBatchDone(msgspec.Struct, frozen=True, tag="mb-done"):
 
 
 class HopClaims(msgspec.Struct, frozen=True, array_like=True):
-    """Micro-batches of one hop in an accumulator: a bitmap (bit k % 8 of byte k // 8)."""
+    """Micro-batches of one hop in an accumulator: a bitmap (bit k % 8 of byte k // 8).
+
+    ``skipped`` is the inner hop that their paths leave out, 0: none. Claims of two paths are two
+    lists, since the hops of a micro-batch must descend from each other.
+    """
 
     hop: Count
     micro_batches: Annotated[bytes, Meta(max_length=limits.MICRO_BATCHES_MAX // 8)]
+    skipped: Count = 0
 
 
 class CloseQuery(msgspec.Struct, frozen=True, tag="close?"):
@@ -140,11 +150,14 @@ class CloseQuery(msgspec.Struct, frozen=True, tag="close?"):
 
 
 class CloseAnswer(msgspec.Struct, frozen=True, tag="close"):
-    """Worker -> leader: the have-set of each hop. ``seconds_per_sample`` by stage is measured."""
+    """Worker -> leader: the have-set of each hop.
+
+    Also the answer to a ``StepPlan`` that asks for what the sender does not have (any more).
+    """
 
     key: StepKey
     query: Count
-    claims: Annotated[tuple[HopClaims, ...], Meta(max_length=limits.HOPS_MAX)]
+    claims: Annotated[tuple[HopClaims, ...], Meta(max_length=limits.CLAIMS_MAX)]
 
 
 class Reopen(msgspec.Struct, frozen=True, tag="reopen"):

@@ -91,11 +91,15 @@ class PartResult(msgspec.Struct, frozen=True, tag="result"):
 
 
 class Holding(msgspec.Struct, frozen=True, tag="holding"):
-    """The sender has all result bytes, under this root, and the state before; member -> leader."""
+    """The sender has all result bytes, under this root, and the state before; member -> leader.
+
+    ``square_norm``: of the decoded result, summed in binary64; for stages of a pipeline (11).
+    """
 
     key: RoundKey
     root: Hash
     durable: bool
+    square_norm: float = 0.0
 
 
 class RoundQuery(msgspec.Struct, frozen=True, tag="round?"):

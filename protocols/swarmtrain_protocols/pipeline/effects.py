@@ -2,7 +2,9 @@
 
 A shell (or the simulator) has one compute device per site. It answers every ``Compute`` and
 ``Undo`` with ``computed`` or ``compute_failed`` of ``pipeline.core.PipelineCore``, and every
-``HandOver`` with ``handed_over``.
+``HandOver`` with ``handed_over``. An accumulator sees ``Compute``, ``Undo``, ``HandOver`` and
+``ClearGradients`` in the order of these effects: what was asked for before it was cleared never
+touches it afterwards.
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """Recompute a backward and subtract its gradient from the accumulator. Answer ``computed``."""
+    """Recompute a backward and subtract its gradient from the accumulator. Answer ``computed``.
+
+    ``peer`` sent the request and serves its tensors until the step is over.
+    """
 
     job: int
     request: HopRequest
     stage: int
+    peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,23 @@ class StageLine:
             view = view[count:]
         return data
 
+    def probe(self) -> None:
+        """Notice that the other side is gone, while nothing is expected from it.
+
+        Raises:
+            ControlClosed: it is.
+            LocalProtocolError: it talks without having been asked.
+        """
+        try:
+            data = self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ControlClosed("stage line", str(error)) from None
+        if data:
+            raise LocalProtocolError("stage line", "an answer to nothing")
+        raise ControlClosed("stage line", "the other side closed it")
+
     def close(self) -> None:
         """Wake up whoever waits on either side. Safe from any thread, and twice."""
         with contextlib.suppress(OSError):

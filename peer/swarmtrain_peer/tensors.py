@@ -20,6 +20,8 @@ from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest, Tensor
 CHUNK_BYTES = limits.FRAME_BYTES_BULK_MAX
 FETCH_TIMEOUT_S = 120.0
 """The cores have shorter deadlines; this one bounds a transfer that everybody has forgotten."""
+FIRST_TICKET = -(1 << 40)
+"""Tickets of tensors lie below this; those of the cores are positive."""
 
 
 def blob_of(data: bytes | bytearray | memoryview) -> Blob:
@@ -74,7 +76,7 @@ class TensorStore:
         self._bytes_max = bytes_max
         self._kept: dict[bytes, _Kept] = {}
         self._wanted: dict[int, _Wanted] = {}
-        self._ticket = 0
+        self._ticket = FIRST_TICKET
         self.nbytes = 0
 
     def keep(self, data: bytes | bytearray, blob: Blob, step: int) -> Tensor:
@@ -137,7 +139,7 @@ class TensorStore:
             self._ask(peer, tensor, wanted)
 
     def fetched(self, ticket: int) -> None:
-        """The transport has put and verified the bytes of ``ticket`` (negative: ours)."""
+        """The transport has put and verified the bytes of ``ticket``."""
         wanted = self._wanted.pop(ticket, None)
         if wanted is None:
             return

@@ -199,6 +199,8 @@ class NodeCore:
         self.dht.tick(now)
         self.fetches.tick(now)
         self.member.tick(now)
+        if self.member.announcement_due(now):
+            self._announce(now)
         self.catchup.tick(now)
         self.leader.step(now)
         self.shepherd.step(now)
@@ -206,16 +208,9 @@ class NodeCore:
         self._pump(now)
 
     def deadline(self) -> float:
-        return min(
-            self.log.deadline(),
-            self.dht.deadline(),
-            self.fetches.deadline(),
-            self.member.deadline(),
-            self.catchup.deadline(),
-            self.leader.deadline(),
-            self.shepherd.deadline(),
-            self.joiner.deadline(),
-        )
+        rounds = (self.fetches, self.member, self.catchup, self.leader)
+        parts = (self.log, self.dht, *rounds, self.shepherd, self.joiner)
+        return min(part.deadline() for part in parts)
 
     def drain(self) -> list[Effect]:
         effects, self._ready = self._ready, []
@@ -492,7 +487,7 @@ class NodeCore:
                     self._dispatch(now, *self._early.popleft())
 
     def _announce(self, now: float) -> None:
-        """Tell a new leader all that it may need; it starts with nothing."""
+        """Tell a leader that knows nothing, or has missed something, all that it may need."""
         self.member.announce(now)
         self.catchup.announce()
         if self._finished and self._leader is not None:

@@ -294,6 +294,26 @@ def test_a_leave_waits_for_the_round_in_progress() -> None:
     assert net[0].data.states[TRAIN].theta.tobytes() == (theta - np.float32(3.0)).tobytes()
 
 
+def test_announcements_and_reports_that_got_lost_come_again() -> None:
+    """The links stay up and lose every single one: all are counted, later."""
+    net = Net(3)
+    net.model()
+    opened = net.leader().node.ledger.channels[TRAIN].round
+    for room in net.leader().node.leader._lobbies.rooms.values():
+        room.reports.clear()
+    net.lose = lambda sender, to, message: isinstance(message, rm.Ready | mm.StateReport)
+    followers = [i for i in range(3) if net[i] is not net.leader()]
+    for index in followers:
+        net.contribute(index, full(1.0))
+    net.run(5.0)
+    net.lose = lambda sender, to, message: False
+    assert net.leader().node.ledger.channels[TRAIN].round == opened
+    net.run(30.0)
+    history = net[0].node.ledger.channels[TRAIN].history
+    counted = [member for outcome in history for member, _, _ in outcome.contributors]
+    assert sorted(counted) == [IDS[i] for i in followers]
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

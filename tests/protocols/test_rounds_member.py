@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.member import (
+    ANNOUNCE_AGAIN_S,
     CLOSING_TIMEOUT_S,
     RECENT_ATTEMPTS_MAX,
     Offer,
@@ -123,6 +125,23 @@ def test_an_offer_is_announced_and_again_to_every_new_leader() -> None:
     seat.member.leader = None
     seat.member.announce(2.0)
     assert seat.take() == []
+
+
+def test_what_waits_for_long_is_due_again_until_it_is_listed() -> None:
+    """Once per interval, however often other channels are offered meanwhile."""
+    seat = Seat()
+    assert seat.member.deadline() == math.inf
+    seat.offer()
+    assert seat.member.deadline() == ANNOUNCE_AGAIN_S
+    seat.member.offer(6.0, Offer(GROUP, MINE, VALUES, "fp32", 4.0, 0, 0))
+    assert not seat.member.announcement_due(ANNOUNCE_AGAIN_S - 0.01)
+    assert seat.member.announcement_due(ANNOUNCE_AGAIN_S)
+    assert not seat.member.announcement_due(ANNOUNCE_AGAIN_S)
+    assert seat.member.deadline() == 6.0 + ANNOUNCE_AGAIN_S
+    for channel in (TRAIN, GROUP):
+        seat.logged(12.0, seat.opening(channel=channel))
+    seat.take()
+    assert not seat.member.announcement_due(1000.0)
 
 
 def test_one_contribution_at_a_time() -> None:

@@ -23,6 +23,8 @@ NO_NEWS_S = 1.5
 """Whoever knows of a part says so at once; a node that was away finds that nobody remembers."""
 QUERY_INTERVAL_S = 0.5
 RECENT_ATTEMPTS_MAX = 16
+ANNOUNCE_AGAIN_S = 10.0
+"""What waits this long is announced again: a round trip of a link that is five seconds away."""
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class Offer:
     bound: RoundKey | None = None
     since: int = 0
     """The round that was next when it was offered."""
+    again_at: float = math.inf
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class RoundMember:
             raise LocalProtocolError("one contribution at a time", offer.channel)
         channel = self.ledger.channels.get(offer.channel)
         offer.since = channel.round if channel is not None else self.ledger.group_round
+        offer.again_at = now + ANNOUNCE_AGAIN_S
         self._offers[offer.channel] = offer
         self._send_ready(offer)
         self.reconcile(now)
@@ -138,6 +142,16 @@ class RoundMember:
         if self.leader is not None:
             for attempt in self._attempts.values():
                 attempt.reports(self.leader, everything=True)
+
+    def announcement_due(self, now: float) -> bool:
+        """Something has waited for long: the leader may not have heard of it, or of states here.
+
+        Asked for at every tick; true once per ``ANNOUNCE_AGAIN_S``.
+        """
+        overdue = [o for o in self._offers.values() if o.bound is None and o.again_at <= now]
+        for offer in overdue:
+            offer.again_at = now + ANNOUNCE_AGAIN_S
+        return bool(overdue)
 
     def rewound(self, now: float) -> None:
         """A new generation began: what was offered in the old one is returned as aborted."""
@@ -415,6 +429,7 @@ class RoundMember:
 
     def deadline(self) -> float:
         times = [a.deadline() for a in self._attempts.values()]
+        times += [offer.again_at for offer in self._offers.values() if offer.bound is None]
         for closing in self._closing:
             times += [closing.deadline, closing.next_query, closing.attempt.deadline()]
         return min(times, default=math.inf)

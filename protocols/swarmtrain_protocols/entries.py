@@ -200,7 +200,7 @@ class StepClosed(msgspec.Struct, frozen=True, tag="step"):
 
     ``digest`` names the plan: the set of micro-batches and the owner of each at every hop.
     Every contribution is the sum of the gradients its worker owns and counts with coefficient
-    1 / ``micro_batches``. ``loss`` is the mean over the set as drivers reported it.
+    1 / ``micro_batches``. ``loss`` is the mean over the set as drivers reported it, -1: unknown.
     """
 
     generation: Count

@@ -14,10 +14,10 @@ import msgspec
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.common import RoundKey
-
-ZERO_HASH = bytes(32)
+from swarmtrain_protocols.pipeline import book
 
 
 class Member(msgspec.Struct):
@@ -33,67 +33,6 @@ class Member(msgspec.Struct):
     joined_index: int
     ordinal: int
     """Counts first joins; never reused, so data positions stay disjoint."""
-
-
-class Outcome(msgspec.Struct):
-    """A committed round: enough to fetch its result from anybody and to verify it."""
-
-    round: int
-    attempt: int
-    generation: int
-    root: bytes
-    values: int
-    gather_codec: str
-    state_hash: bytes
-    contributors: tuple[tuple[bytes, float, float], ...]
-    """(member, samples, coefficient) of those in the set."""
-    held_by: tuple[bytes, ...]
-    index: int
-
-
-class ChannelState(msgspec.Struct):
-    """One channel: ``round`` is the next round to commit, ``attempt`` the next attempt at it."""
-
-    name: str
-    values: int
-    round: int = 0
-    attempt: int = 0
-    open: e.RoundOpened | None = None
-    chosen: e.RoundSet | None = None
-    start_round: int = 0
-    start_hash: bytes = ZERO_HASH
-    aborted: int = 0
-    last_abort: str = ""
-    listed: dict[bytes, tuple[int, bytes]] = {}
-    """By member: index of the newest ROUND_OPENED that listed it, and the root it had there."""
-    history: list[Outcome] = []
-
-    @property
-    def holds_state(self) -> bool:
-        return self.name.startswith("train/")
-
-    @property
-    def last_index(self) -> int:
-        """Log index of the latest commit, -1 without one."""
-        return self.history[-1].index if self.history else -1
-
-    def outcome(self, round_number: int) -> Outcome | None:
-        """The commit of a round, if it is recent enough to be remembered."""
-        for item in reversed(self.history):
-            if item.round == round_number:
-                return item
-        return None
-
-    def pinned_hash(self, round_number: int) -> bytes | None:
-        """State hash before ``round_number`` as the log pins it, or None if it does not."""
-        if self.open is not None and self.open.key.round == round_number:
-            return self.open.state_hash
-        done = self.outcome(round_number)
-        if done is not None:
-            return done.state_hash
-        if round_number == self.start_round and self.start_hash != ZERO_HASH:
-            return self.start_hash
-        return None
 
 
 class Ledger(msgspec.Struct):
@@ -122,6 +61,7 @@ class Ledger(msgspec.Struct):
     rounds_aborted: int = 0
     bearers: dict[bytes, list[bytes]] = {}
     group_round: int = 0
+    pipeline: book.PipelineState = msgspec.field(default_factory=book.PipelineState)
 
     def apply(self, index: int, body: e.EntryBody) -> bool:
         """Apply entry ``index``; False if the entry does not fit and is ignored."""
@@ -151,14 +91,23 @@ class Ledger(msgspec.Struct):
         return member not in known and len(known) >= min(uses, limits.TICKET_USES_MAX)
 
     def next_key(self, channel: str) -> RoundKey | None:
-        """The attempt that may be opened next in ``channel``; None: there is no room for it."""
+        """The attempt that may be opened next in ``channel``.
+
+        None: there is no room for it, or its rounds are steps of a pipeline.
+        """
         known = self.channels.get(channel)
+        if self.stepwise(channel):
+            return None
         if known is not None:
             return RoundKey(self.generation, channel, known.round, known.attempt)
         full = len(self.channels) >= limits.CHANNELS_MAX and self._idle_group() is None
         if not channel.startswith("group/") or full:
             return None
         return RoundKey(self.generation, channel, self.group_round, 0)
+
+    def stepwise(self, channel: str) -> bool:
+        """Whether STEP_CLOSED and STEP_OUTCOME open and decide the rounds of this channel."""
+        return self.pipeline.mode == "sync" and channel.startswith("train/")
 
     def _idle_group(self) -> ChannelState | None:
         """The group that was idle for longest."""
@@ -229,12 +178,14 @@ def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
 
 
 def _left(ledger: Ledger, index: int, body: e.MemberLeft) -> bool:
+    ledger.pipeline.assigned.pop(body.member, None)
     return ledger.members.pop(body.member, None) is not None
 
 
 def _banned(ledger: Ledger, index: int, body: e.MemberBanned) -> bool:
     ledger.banned[body.member] = body.reason
     ledger.members.pop(body.member, None)
+    ledger.pipeline.assigned.pop(body.member, None)
     return True
 
 
@@ -255,7 +206,7 @@ def valid_model(body: e.ModelDefined) -> bool:
 
 
 def _model(ledger: Ledger, index: int, body: e.ModelDefined) -> bool:
-    if ledger.model is not None or not valid_model(body):
+    if ledger.model is not None or not valid_model(body) or not ledger.pipeline.fits(body):
         return False
     ledger.model = body
     for item, root in zip(body.layout, body.roots, strict=True):
@@ -278,14 +229,7 @@ def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
         ledger.channels[channel.name] = channel
     if channel.open is not None or (channel.holds_state and channel.values != body.values):
         return False
-    channel.values = body.values
-    channel.open, channel.chosen = body, None
-    for item in body.contributors:
-        channel.listed.pop(item.member, None)
-        channel.listed[item.member] = (index, item.root)
-    room = limits.HISTORY_RECORDS_MAX // len(ledger.channels)
-    while len(channel.listed) > max(room, len(body.contributors)):
-        del channel.listed[next(iter(channel.listed))]
+    channel.begin(index, body, limits.HISTORY_RECORDS_MAX // len(ledger.channels))
     return True
 
 
@@ -301,54 +245,22 @@ def _set(ledger: Ledger, index: int, body: e.RoundSet) -> bool:
     return True
 
 
-def _history_rounds(ledger: Ledger, channel: ChannelState) -> int:
-    """Outcomes to remember: fewer where they are long, so that the ledger stays small."""
-    latest = channel.history[-1]
-    records = 1 + len(latest.contributors) + len(latest.held_by)
-    fitting = limits.HISTORY_RECORDS_MAX // (records * len(ledger.channels))
-    return max(limits.HISTORY_ROUNDS_MIN, min(limits.HISTORY_ROUNDS, fitting))
-
-
 def _committed(ledger: Ledger, index: int, body: e.RoundCommitted) -> bool:
     channel = ledger.channels.get(body.key.channel)
-    if channel is None or channel.open is None or channel.open.key != body.key:
+    if channel is None or not channel.is_open(body.key) or channel.chosen is None:
         return False
-    if channel.chosen is None:
+    if ledger.stepwise(channel.name):
         return False
-    opened = channel.open
-    channel.history.append(
-        Outcome(
-            round=body.key.round,
-            attempt=body.key.attempt,
-            generation=body.key.generation,
-            root=body.root,
-            values=opened.values,
-            gather_codec=opened.gather_codec,
-            state_hash=opened.state_hash,
-            contributors=tuple(
-                (opened.contributors[c.index].member, opened.contributors[c.index].samples, c.value)
-                for c in channel.chosen.coefficients
-            ),
-            held_by=body.held_by,
-            index=index,
-        )
-    )
-    del channel.history[: -_history_rounds(ledger, channel)]
-    channel.round += 1
-    channel.attempt = 0
-    channel.open = channel.chosen = None
+    channel.commit(index, body.root, body.held_by, len(ledger.channels))
     ledger.rounds_committed += 1
     return True
 
 
 def _aborted(ledger: Ledger, index: int, body: e.RoundAborted) -> bool:
     channel = ledger.channels.get(body.key.channel)
-    if channel is None or channel.open is None or channel.open.key != body.key:
+    if channel is None or not channel.is_open(body.key) or ledger.stepwise(channel.name):
         return False
-    channel.attempt += 1
-    channel.aborted += 1
-    channel.last_abort = body.reason
-    channel.open = channel.chosen = None
+    channel.abort(body.reason)
     ledger.rounds_aborted += 1
     return True
 
@@ -368,15 +280,14 @@ def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
         return False
     if not len(body.channels) == len(body.rounds) == len(body.roots):
         return False
+    if not book.may_rewind(ledger, body):
+        return False
     ledger.generation = body.generation
     for name, round_number, root in zip(body.channels, body.rounds, body.roots, strict=True):
         channel = ledger.channels.get(name)
-        if channel is None:
-            continue
-        channel.round, channel.attempt = round_number, 0
-        channel.open = channel.chosen = None
-        channel.start_round, channel.start_hash = round_number, root
-        channel.history = [item for item in channel.history if item.round < round_number]
+        if channel is not None:
+            channel.restart(round_number, root)
+    book.rewound(ledger)
     return True
 
 
@@ -402,4 +313,15 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     e.Resumed: _resumed,
     e.Rewound: _rewound,
     e.RunEnded: _ended,
+    **book.HANDLERS,
 }
+
+__all__ = [
+    "ZERO_HASH",
+    "ChannelState",
+    "Ledger",
+    "Member",
+    "Outcome",
+    "load_snapshot",
+    "valid_model",
+]

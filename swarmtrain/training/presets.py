@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from swarmtrain.training.model import ByteGPT, Sizes, loss_of
 from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.stageopt import lr_factor
 
 PRESETS = {
     "lm-tiny": Sizes(),
@@ -44,18 +44,6 @@ class Preset:
         rate = self.lr * lr_factor(own_step, run_step, self.warmup, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
-
-def lr_factor(own_step: int, run_step: int, warmup: int, total: int) -> float:
-    """Linear warm-up over own steps; cosine to 10 % at the run's step ``total`` (0: no decay).
-
-    Steps count from 0. They differ for a newcomer, whose optimizer starts cold in mid-run.
-    """
-    rise = min(1.0, (own_step + 1) / warmup) if warmup else 1.0
-    if total <= warmup or run_step < warmup:
-        return rise
-    progress = min(1.0, (run_step - warmup) / (total - warmup))
-    return rise * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def build(keys: Mapping[str, Any], device: torch.device) -> Preset:

@@ -2,7 +2,8 @@
 
 fp32 arithmetic is done in fp64 and rounded once per operation. That is exact: fp64 has more than
 twice the digits of fp32 plus two, so the second rounding never changes a sum, product or quotient
-(Figueroa 1995). Run as a module to rewrite ``protocols/vectors/{codecs,outer,overlap}.json``.
+(Figueroa 1995); so does a square root. Run as a module to rewrite
+``protocols/vectors/{codecs,outer,overlap,stageopt}.json``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import random
 import struct
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +270,104 @@ def build_overlap() -> dict[str, Any]:
     return {"spec": "07-outer-step.md", "unit": "fp64, compare to 1e-12", "runs": runs}
 
 
-BUILDERS = {"codecs": build_codecs, "outer": build_outer, "overlap": build_overlap}
+def adamw_step(
+    theta: Sequence[float],
+    m: Sequence[float],
+    v: Sequence[float],
+    gradient: Sequence[float],
+    numbers: dict[str, float],
+) -> tuple[list[float], list[float], list[float]]:
+    """AdamW of spec 07: one value after the other, every operation rounded to fp32."""
+    out: tuple[list[float], list[float], list[float]] = ([], [], [])
+    k = numbers
+    for x, first, second, given in zip(theta, m, v, gradient, strict=True):
+        g = f32(k["scale"] * given)
+        first = f32(f32(k["beta1"] * first) + f32(k["rest1"] * g))
+        second = f32(f32(k["beta2"] * second) + f32(k["rest2"] * f32(g * g)))
+        below = f32(f32(f32(math.sqrt(second)) / k["root2"]) + k["eps"])
+        x = f32(f32(k["keep"] * x) - f32(k["rate"] * f32(first / below)))
+        for kept, value in zip(out, (x, first, second), strict=True):
+            kept.append(value)
+    return out
+
+
+def sgd_step(
+    theta: Sequence[float], gradient: Sequence[float], scale: float, rate: float
+) -> list[float]:
+    """SGD of spec 07."""
+    return [f32(x - f32(rate * f32(scale * g))) for x, g in zip(theta, gradient, strict=True)]
+
+
+def adamw_numbers(
+    lr: float, decay: float, step: int, scale: float = 1.0, recovered: int = 0
+) -> dict[str, float]:
+    """The numbers of a step of spec 07 for a learning rate, from exact rationals rounded once."""
+    n = step - recovered + 1
+    beta1, beta2 = Fraction(0.9), Fraction(0.99)
+    below1, below2 = 1 - beta1**n, 1 - beta2**n
+    return {
+        "scale": f32(scale),
+        "beta1": f32(0.9),
+        "rest1": f32(float(1 - beta1)),
+        "beta2": f32(0.99),
+        "rest2": f32(float(1 - beta2)),
+        "root2": f32(math.sqrt(float(below2))),
+        "eps": f32(1e-8),
+        "keep": f32(float(1 - Fraction(lr) * Fraction(decay))),
+        "rate": f32(float(Fraction(lr) / below1)),
+    }
+
+
+def square_norm(values: Sequence[float]) -> float:
+    """256 lanes, each a sum in fp64 in order; then the sum of the lanes in order."""
+    lanes = [0.0] * BLOCK
+    for index, value in enumerate(values):
+        lanes[index % BLOCK] += value * value
+    total = 0.0
+    for lane in lanes:
+        total += lane
+    return total
+
+
+def build_stageopt() -> dict[str, Any]:
+    draw = random.Random(23)
+    special = [0.0, -0.0, 2.0**-149, f32(1e30)]
+    cases = []
+    for lr, decay, scale in ((3e-3, 0.1, 1.0), (0.05, 0.0, f32(0.37))):
+        theta = [f32(draw.gauss(0, 1)) for _ in range(12)] + special
+        m, v = [0.0] * 16, [0.0] * 16
+        steps = []
+        for step in (0, 1, 2):
+            gradient = [f32(draw.gauss(0, 0.1)) for _ in range(12)] + special[::-1]
+            numbers = adamw_numbers(lr, decay, step, scale)
+            before = theta
+            theta, m, v = adamw_step(theta, m, v, gradient, numbers)
+            fields = {"theta_before": before, "gradient": gradient, "theta": theta, "m": m, "v": v}
+            steps.append(
+                {"step": step, "numbers": pack(list(numbers.values())).hex()}
+                | {name: pack(values).hex() for name, values in fields.items()}
+            )
+        cases.append({"lr": lr, "weight_decay": decay, "scale": scale, "steps": steps})
+    theta = [f32(draw.gauss(0, 1)) for _ in range(12)] + special
+    gradient = [f32(draw.gauss(0, 0.1)) for _ in range(12)] + special[::-1]
+    rate, scale = f32(0.3), f32(0.71)
+    sgd = {"rate": rate, "scale": scale, "theta_before": pack(theta).hex()}
+    sgd |= {"gradient": pack(gradient).hex()}
+    sgd |= {"theta": pack(sgd_step(theta, gradient, rate=rate, scale=scale)).hex()}
+    values = [f32(draw.gauss(0, 1e3)) for _ in range(700)]
+    norm = {
+        "values": pack(values).hex(),
+        "square_norm": struct.pack("<d", square_norm(values)).hex(),
+    }
+    return {"spec": "07-outer-step.md", "adamw": cases, "sgd": sgd, "norm": norm}
+
+
+BUILDERS = {
+    "codecs": build_codecs,
+    "outer": build_outer,
+    "overlap": build_overlap,
+    "stageopt": build_stageopt,
+}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ F32: TypeAlias = npt.NDArray[np.float32]
 I8: TypeAlias = npt.NDArray[np.int8]
 I32: TypeAlias = npt.NDArray[np.int32]
 U16: TypeAlias = npt.NDArray[np.uint16]
+F64: TypeAlias = npt.NDArray[np.float64]
 
 
 class Kernels(Protocol):
@@ -44,6 +45,12 @@ class Kernels(Protocol):
     def outer_step(
         self, theta: F32, momentum: F32, mean: F32, lr: np.float32, beta: np.float32
     ) -> None: ...
+
+    def sgd_step(self, theta: F32, gradient: F32, scale: np.float32, rate: np.float32) -> None: ...
+
+    def adamw_step(self, theta: F32, m: F32, v: F32, gradient: F32, numbers: F32) -> None: ...
+
+    def add_squares(self, x: F32, lanes: F64) -> None: ...
 
 
 _active: Kernels = cast(Kernels, kernels_numpy)

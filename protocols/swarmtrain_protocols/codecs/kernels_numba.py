@@ -23,6 +23,7 @@ F32: TypeAlias = npt.NDArray[np.float32]
 I8: TypeAlias = npt.NDArray[np.int8]
 I32: TypeAlias = npt.NDArray[np.int32]
 U16: TypeAlias = npt.NDArray[np.uint16]
+F64: TypeAlias = npt.NDArray[np.float64]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 BLOCK = kernels_numpy.BLOCK
@@ -43,12 +44,16 @@ _I8 = _array(types.int8)
 _I32_IN = _array(types.int32, readonly=True)
 _U16_IN = _array(types.uint16, readonly=True)
 _U16 = _array(types.uint16)
+_F64 = _array(types.float64)
 _f32 = types.float32
 
 
 def _compile(*signature: Any, result: Any = types.void) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
-        compiled = numba.njit(result(*signature), cache=True, nogil=True, fastmath=False)
+        # NumPy's error model: a division needs no branch, so that its loop is vectorised.
+        compiled = numba.njit(
+            result(*signature), cache=True, nogil=True, fastmath=False, error_model="numpy"
+        )
         return cast(Function, compiled(function))
 
     return decorate
@@ -163,3 +168,35 @@ def outer_step(theta: F32, momentum: F32, mean: F32, lr: np.float32, beta: np.fl
         b = beta * momentum[i] + mean[i]
         momentum[i] = b
         theta[i] = theta[i] - lr * (mean[i] + beta * b)
+
+
+@_compile(_F32, _F32_IN, _f32, _f32)
+def sgd_step(theta: F32, gradient: F32, scale: np.float32, rate: np.float32) -> None:
+    """theta -= rate * (scale * gradient), three roundings; see ``stageopt``."""
+    for i in range(theta.size):
+        theta[i] = theta[i] - rate * (scale * gradient[i])
+
+
+@_compile(_F32, _F32, _F32, _F32_IN, _F32_IN)
+def adamw_step(theta: F32, m: F32, v: F32, gradient: F32, numbers: F32) -> None:
+    """One step of AdamW in place; ``numbers`` as ``stageopt.AdamWNumbers`` orders them."""
+    scale, beta1, rest1 = numbers[0], numbers[1], numbers[2]
+    beta2, rest2, root2 = numbers[3], numbers[4], numbers[5]
+    eps, keep, rate = numbers[6], numbers[7], numbers[8]
+    for i in range(theta.size):
+        g = scale * gradient[i]
+        first = beta1 * m[i] + rest1 * g
+        second = beta2 * v[i] + rest2 * (g * g)
+        m[i] = first
+        v[i] = second
+        theta[i] = keep * theta[i] - rate * (first / (np.sqrt(second) / root2 + eps))
+
+
+@_compile(_F32_IN, _F64)
+def add_squares(x: F32, lanes: F64) -> None:
+    """lanes[j] += the squares of x[j], x[j + BLOCK], ... in that order, in fp64."""
+    n = x.size
+    for start in range(0, n, BLOCK):
+        block = x[start : min(start + BLOCK, n)]
+        for j in range(block.size):
+            lanes[j] = lanes[j] + np.float64(block[j]) * np.float64(block[j])

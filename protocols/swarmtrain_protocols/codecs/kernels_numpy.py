@@ -18,6 +18,7 @@ F32: TypeAlias = npt.NDArray[np.float32]
 I8: TypeAlias = npt.NDArray[np.int8]
 I32: TypeAlias = npt.NDArray[np.int32]
 U16: TypeAlias = npt.NDArray[np.uint16]
+F64: TypeAlias = npt.NDArray[np.float64]
 
 BLOCK = limits.BLOCK_VALUES
 SLICE = 128 * BLOCK
@@ -133,3 +134,42 @@ def outer_step(theta: F32, momentum: F32, mean: F32, lr: np.float32, beta: np.fl
         step += mean[part]
         step *= lr
         theta[part] -= step
+
+
+def sgd_step(theta: F32, gradient: F32, scale: np.float32, rate: np.float32) -> None:
+    """theta -= rate * (scale * gradient), three roundings; see ``stageopt``."""
+    for part in _slices(theta.size):
+        step = scale * gradient[part]
+        step *= rate
+        theta[part] -= step
+
+
+def adamw_step(theta: F32, m: F32, v: F32, gradient: F32, numbers: F32) -> None:
+    """One step of AdamW in place; ``numbers`` as ``stageopt.AdamWNumbers`` orders them."""
+    scale, beta1, rest1, beta2, rest2, root2, eps, keep, rate = numbers
+    for part in _slices(theta.size):
+        g = scale * gradient[part]
+        first, second, values = m[part], v[part], theta[part]
+        first *= beta1
+        first += rest1 * g
+        g *= g
+        g *= rest2
+        second *= beta2
+        second += g
+        below = np.sqrt(second)
+        below /= root2
+        below += eps
+        step = first / below
+        step *= rate
+        values *= keep
+        values -= step
+
+
+def add_squares(x: F32, lanes: F64) -> None:
+    """lanes[j] += the squares of x[j], x[j + BLOCK], ... in that order, in fp64."""
+    for part in _slices(x.size):
+        squares = x[part].astype(np.float64)
+        squares *= squares
+        for start in range(0, squares.size, BLOCK):
+            block = squares[start : start + BLOCK]
+            lanes[: block.size] += block

@@ -9,9 +9,10 @@ import torch
 
 from swarmtrain.training.data import load_corpus
 from swarmtrain.training.model import ByteGPT, Sizes, loss_of
-from swarmtrain.training.presets import PRESETS, build, evaluate, lr_factor
+from swarmtrain.training.presets import PRESETS, build, evaluate
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.stageopt import lr_factor
 
 CPU = torch.device("cpu")
 

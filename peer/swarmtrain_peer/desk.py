@@ -20,6 +20,7 @@ from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.memo import Sent, read_memo
+from swarmtrain_peer.model import log_model
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.trainer_port import TrainerPort
@@ -35,7 +36,6 @@ from swarmtrain_protocols.state import CanonicalState
 Document = dict[str, Any]
 
 STATE_TIMEOUT_S = 600.0
-DEFINE_RETRY_S = 1.0
 UNDECIDED_TIMEOUT_S = 120.0
 EVALUATE_EVERY_ROUNDS = 5
 END_TIMEOUT_S = 20.0
@@ -252,7 +252,7 @@ class TrainerDesk:
             tuple(s.root() for s in states),
             runtime.node.me,
         )
-        await self._log_model(body)
+        await log_model(runtime, body)
         model = runtime.node.ledger.model
         assert model is not None
         if model.roots == body.roots and model.schema_hash == body.schema_hash:
@@ -266,16 +266,6 @@ class TrainerDesk:
         self._check_model(body.schema_hash, [(i.channel, i.values) for i in body.layout])
         await self._wait_state([s.channel for s in states])
         return {}
-
-    async def _log_model(self, body: e.ModelDefined) -> None:
-        node = self._runtime.node
-        deadline = host.mono_s() + STATE_TIMEOUT_S
-        while node.ledger.model is None:
-            if host.mono_s() > deadline:
-                raise QuorumLost("the model could not be logged", "no leader answers", "")
-            if node.log.leader is not None:
-                self._runtime.driver.run(node.propose, body)
-            await self._runtime.until(lambda: node.ledger.model is not None, DEFINE_RETRY_S)
 
     # -- hand-overs ---------------------------------------------------------------------------
 

@@ -68,7 +68,9 @@ class Reception:
         """Only whom this node has asked may send it elsewhere, or away."""
         if not self._joiner.asked(peer):
             if isinstance(message, mm.JoinRefused):
-                self._fault(peer, "unexpected")
+                # An earlier life of this site may have asked, so nobody is accused.
+                fields: dict[str, object] = {"peer": peer.hex(), "reason": "unexpected"}
+                self._out.append(Emit(fx.Notice("message_ignored", fields)))
         elif self._joiner.refused:
             return  # once is enough
         elif isinstance(message, mm.Redirect):

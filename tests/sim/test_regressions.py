@@ -12,6 +12,7 @@ FOUND = {
     5048: "the same, beside two contributors",
     5126: "the same, after a pause aimed at the reduction",
     525: "a contribution announced again by a member behind the log was counted twice",
+    174: "an answer that was held up while its asker restarted was called an answer to nothing",
     4100: "announcements that all got lost were never repeated, and a channel stood still",
     20026: "a deputy of a former leader was accused of speaking for a part that is not its own",
     20083: "the same, where 20026 is a leader that accused itself after its re-election",

@@ -264,7 +264,7 @@ def test_a_member_that_breaks_the_protocol_is_named_and_ends_nobody(trio: list[s
     soon_s = int(time.time()) + 60
     forged = dm.SignedRecord(bytes(20), liar.node.me, 1, soon_s, b"\x01", bytes(64))
     wrong: list[Message] = [
-        dm.StoreReply(10**6, "ok"),  # an answer to a request that was never made
+        dm.StoreReply(1 << 52, "ok"),  # an answer to a request that was never made
         dm.StoreRecord(1, forged),
         lm.AppendReply(0, term, ok=True, index=10**6, commit=0, base=0),
     ]

@@ -74,7 +74,7 @@ class DhtCore:
         self._wall_offset_s = wall_s - now
         self._out: list[Effect] = []
         self._links: dict[PeerId, tuple[str, ...]] = {}
-        self.requests = Requests(self._out, self._links.__contains__)
+        self.requests = Requests(self._out, self._links.__contains__, now)
         self._served: dict[PeerId, Meter] = {}
         self.searches = Searches(self)
         self._handles = 0

@@ -85,18 +85,24 @@ class _Lane:
 
 
 class Requests:
-    """Requests of one core. Effects go to ``out``; ``linked`` tells which peers have a link."""
+    """Requests of one core. Effects go to ``out``; ``linked`` tells which peers have a link.
 
-    def __init__(self, out: list[Effect], linked: Callable[[PeerId], bool]) -> None:
+    Numbers begin at the clock (``now``, monotonic, in microseconds), so that those of a later life
+    of the site are greater than all of an earlier one, whose answers may still be on their way.
+    """
+
+    def __init__(
+        self, out: list[Effect], linked: Callable[[PeerId], bool], now: float = 0.0
+    ) -> None:
         self._out = out
         self._linked = linked
         self._lanes: dict[PeerId, _Lane] = {}
         self._timers: list[tuple[float, int, str, PeerId]] = []
         self._outcomes: deque[Callable[[float], None]] = deque()
-        self._next = 1
+        self._next = 1 + int(now * 1e6)
         self._round_trip_s = _ROUND_TRIP_S_AT_START
         self.late = 0
-        """Answers that came after their timeout."""
+        """Answers that came after their timeout, or to an earlier life."""
 
     def __len__(self) -> int:
         """Requests in flight or waiting."""

@@ -17,10 +17,10 @@ BEN = Contact(PeerId(b"b" * 32), ("ben:1",))
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, now: float = 0.0) -> None:
         self.out: list[object] = []
         self.links: set[PeerId] = set()
-        self.requests = Requests(self.out, self.links.__contains__)
+        self.requests = Requests(self.out, self.links.__contains__, now)
         self.outcomes: list[tuple[float, Reply | None]] = []
         self.slow: list[float] = []
 
@@ -73,6 +73,18 @@ def test_an_answer_reaches_who_asked_once() -> None:
     assert bench.requests.late == 1
     assert bench.requests.deadline() == math.inf
     assert len(bench.requests) == 0
+
+
+def test_an_answer_to_an_earlier_life_is_late_and_answers_nothing() -> None:
+    """It was held up at an honest peer while this site restarted (schedule 174)."""
+    numbers = [Bench(now=5.0).ask(5.0) for _ in range(3)]
+    bench = Bench(now=5.01)
+    asked = bench.ask(5.01)
+    for number in numbers:
+        assert 0 < number < asked
+        assert bench.requests.answer(ANN.peer, Nodes(number, ()), 5.02) is None
+    bench.settle(5.02)
+    assert (bench.outcomes, bench.requests.late) == ([], len(numbers))
 
 
 def test_answers_that_nobody_asked_for_are_faults_of_their_sender() -> None:

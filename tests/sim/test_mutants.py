@@ -18,10 +18,11 @@ import pytest
 
 from swarmtrain_protocols import dataplane, ledger
 from swarmtrain_protocols.log import election, state, view
-from swarmtrain_protocols.rounds import attempt, catchup, member
+from swarmtrain_protocols.rounds import attempt, catchup, leader, member
 from swarmtrain_protocols.testing.faults import Fault, generate
 from swarmtrain_protocols.testing.swarm import run_swarm, spec_of
 from tests.sim.test_log_sim import POWER_CUT, plan, run_log
+from tests.sim.test_swarm import first_holder_lost
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ def swarm_stored_then_lost(seed: int) -> str:
         for name in names
     ]
     return run_swarm(seed, cuts).violation
+
+
+def swarm_first_holder_lost(seed: int) -> str:
+    return run_swarm(seed, first_holder_lost(seed)).violation
 
 
 def log(seed: int) -> str:
@@ -99,6 +104,15 @@ MUTANTS = (
         "True",
         swarm_stored_then_lost,
         range(40),
+    ),
+    Mutant(
+        "a commit needs a majority of the holders",
+        leader.RoundLeader,
+        "_decide",
+        "need = len(holders) if len(holders) <= 2 else len(holders) // 2 + 1",
+        "need = 1",
+        swarm_first_holder_lost,
+        range(20),
     ),
     Mutant(
         "a new leader is told of contributions that wait",

@@ -76,6 +76,26 @@ def test_all_sites_restarting_at_once_lose_nothing_that_was_committed() -> None:
         assert outcome.seen["fault:crash"] >= 3
 
 
+def first_holder_lost(seed: int) -> list[Fault]:
+    """One site is lost for good as it applies a result that the others were about to store.
+
+    They die with it all in memory, between the last byte and the word that they hold it.
+    """
+    names = [part.name for part in spec_of(seed)[1]]
+    first = names[seed % 3]
+    others = [Fault(12.0, "aim-crash", n, "do:StoreResult", 2.0) for n in names if n != first]
+    return [*others, Fault(12.0, "aim-vanish", first, "do:ApplyResult")]
+
+
+def test_no_commit_rests_on_a_single_one_of_several_holders() -> None:
+    lost = 0
+    for seed in range(12):
+        outcome = run_swarm(seed, first_holder_lost(seed))
+        assert outcome.violation == "", explain(outcome)
+        lost += outcome.seen["fault:aim-vanish"] - outcome.seen["excused"]
+    assert lost >= 6
+
+
 def _existing(seed: int, schedule: list[Fault]) -> list[Fault]:
     names = [part.name for part in spec_of(seed)[1]]
     return [fault for fault in schedule if fault.a in names]

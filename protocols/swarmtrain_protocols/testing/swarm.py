@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from swarmtrain_protocols.entries import Genesis, ModelDefined, RoundCommitted, StewardsChanged
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
 from swarmtrain_protocols.testing.checkers import Checker, settle_within
@@ -184,34 +185,37 @@ def run_swarm(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Che
 
 
 def excused(swarm: Swarm) -> bool:
-    """A majority of the stewards, or the only holder of the state, is gone for good.
+    """A majority of the stewards, or of the holders of a channel's newest state, is gone for good.
 
-    The run cannot go on then, and nobody promised that it would (DESIGN §4, §5).
+    The run cannot go on then, and nobody promised that it would (DESIGN §4, §5). Any smaller loss
+    must cost nothing, for a commit waits until a majority of the holders has the bytes (of one or
+    two holders, all).
     """
-    gone = [host for host in swarm.world.hosts.values() if host.vanished]
-    if not gone:
+    lost = [host.peer for host in swarm.world.hosts.values() if host.vanished]
+    if not lost:
         return False
     voters: tuple[bytes, ...] = ()
-    latest = -1
-    holders: tuple[bytes, ...] = ()
+    holders: dict[str, tuple[bytes, ...]] = {}
     for index in sorted(swarm.rounds.bodies):
         body = swarm.rounds.bodies[index]
-        kind = type(body).__name__
-        if kind == "Genesis":
-            voters = (body.steward,)  # type: ignore[union-attr]
-        elif kind == "StewardsChanged":
-            voters = body.voters  # type: ignore[union-attr]
-        elif kind == "ModelDefined":
-            holders = (body.author,)  # type: ignore[union-attr]
-        elif kind == "RoundCommitted":
-            holders = body.held_by  # type: ignore[union-attr]
-        latest = index
-    lost = [host.peer for host in gone]
-    few = 2 * len([v for v in voters if v in lost]) >= len(voters)
-    stateless = latest >= 0 and all(h in lost for h in holders)
-    if few or stateless:
-        swarm.world.seen["excused"] += 1
-    return few or stateless
+        if isinstance(body, Genesis):
+            voters = (body.steward,)
+        elif isinstance(body, StewardsChanged):
+            voters = body.voters
+        elif isinstance(body, ModelDefined):
+            holders.update((item.channel, (body.author,)) for item in body.layout)
+        elif isinstance(body, RoundCommitted) and body.key.channel in swarm.rounds.states:
+            holders[body.key.channel] = swarm.rounds.opened[body.key].holders
+    excuse = 2 * _count(voters, lost) >= len(voters)
+    for people in holders.values():
+        need = len(people) if len(people) <= 2 else len(people) // 2 + 1
+        excuse = excuse or _count(people, lost) >= need
+    swarm.world.seen["excused"] += excuse
+    return excuse
+
+
+def _count(people: Sequence[bytes], lost: Sequence[bytes]) -> int:
+    return sum(peer in lost for peer in people)
 
 
 class _Recovered:

@@ -193,6 +193,8 @@ class World:
         host = self.hosts[item.a]
         if item.kind == "aim-crash":
             self.crash(item.a, restart_s=item.duration_s)
+        elif item.kind == "aim-vanish":
+            self.crash(item.a, restart_s=None, silent=True)
         elif item.kind == "aim-cut":
             self._cut_for(self._pairs([item.a]), item.duration_s)
         else:

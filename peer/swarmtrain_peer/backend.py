@@ -9,6 +9,7 @@ from typing import Any
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
+from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
@@ -29,7 +30,11 @@ class Backend:
     """One per peer process; satisfies ``control.ControlBackend``."""
 
     def __init__(
-        self, runtime: PeerRuntime, desk: TrainerDesk, stop: Callable[[bool], None]
+        self,
+        runtime: PeerRuntime,
+        desk: TrainerDesk,
+        librarian: Librarian,
+        stop: Callable[[bool], None],
     ) -> None:
         self._runtime = runtime
         self._desk = desk
@@ -48,6 +53,7 @@ class Backend:
             "ticket": self._ticket,
             "checkpoints": self._checkpoints,
             "metrics": self._metrics,
+            "corpus": lambda args, _: librarian.obtain(args),
             "attach": desk.attach,
             "define": lambda args, _: desk.define(args),
             "handover": lambda args, _: desk.handover(args),

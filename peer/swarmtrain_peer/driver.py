@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from swarmtrain_peer import host
 from swarmtrain_peer.keeper import Keeper
@@ -46,6 +46,8 @@ INLINE_BYTES_MAX = 64 * 1024
 """Work on fewer bytes than this is done on the spot: a thread costs more."""
 FETCH_TIMEOUT_S = 600.0
 """The core has its own, shorter deadlines; this one only bounds a forgotten transfer."""
+GUEST_TICKETS = range(-(1 << 40) + 1, 0)
+"""Those of the node count upwards from 1."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,14 @@ class _Asked:
     purpose: object
     nbytes: int
     begin_s: float
+
+
+class Guest(Protocol):
+    """Who else fetches, with tickets of ``GUEST_TICKETS``."""
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None: ...
 
 
 class Driver:
@@ -94,6 +104,7 @@ class Driver:
         self._asked: dict[int, _Asked] = {}
         self._closed = False
         self.released: dict[RoundKey, None] = {}
+        self.guest: Guest | None = None
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -283,6 +294,9 @@ class Driver:
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
         """The transport has verified chunks in place; check that they are valid values."""
+        if ticket in GUEST_TICKETS and self.guest is not None:
+            self.guest.fetched(ticket, leaves)
+            return
         asked = self._asked.pop(ticket, None)
         if asked is None:
             return
@@ -299,6 +313,9 @@ class Driver:
         )
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
+        if ticket in GUEST_TICKETS and self.guest is not None:
+            self.guest.fetch_failed(ticket, reason)
+            return
         self._asked.pop(ticket, None)
         self.run(self.node.fetch_failed, ticket, reason)
 

@@ -256,6 +256,27 @@ KINDS: dict[str, Kind] = {
             "A new generation starts from an older state.",
             ("reason",),
         ),
+        Kind(
+            "corpus_progress",
+            "info",
+            "S430",
+            "The run's corpus is not here; it is being fetched from members that have it.",
+            ("bytes_have", "bytes", "donors?"),
+        ),
+        Kind(
+            "corpus_ready",
+            "info",
+            "S431",
+            "The run's corpus was fetched and matches what the run pins.",
+            ("bytes", "donors?", "fetch_s?"),
+        ),
+        Kind(
+            "corpus_missing",
+            "warning",
+            "S432",
+            "The run's corpus cannot be had now; the trainer of this site ends.",
+            ("reason",),
+        ),
         # Trainers
         Kind(
             "trainer_attached",

@@ -17,6 +17,7 @@ from swarmtrain_peer.backend import Backend
 from swarmtrain_peer.control import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.loop import run
 from swarmtrain_peer.onlooker import Onlooker
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
@@ -87,12 +88,15 @@ class PeerProcess:
         events = EventLog(site.events_path, settings.keyring.peer_id.hex())
         runtime = PeerRuntime(settings, events)
         desk: TrainerDesk | None = None
+        librarian: Librarian | None = None
         control: ControlServer | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
             await runtime.start()
             desk = TrainerDesk(runtime, site.folder)
-            control = ControlServer(site.control_path, Backend(runtime, desk, self.stop))
+            librarian = Librarian(runtime, site.corpus_path)
+            backend = Backend(runtime, desk, librarian, self.stop)
+            control = ControlServer(site.control_path, backend)
             await control.start()
             self._handle_signals()
             tasks = [
@@ -101,6 +105,7 @@ class PeerProcess:
             ]
             if not settings.trains and not settings.holds_state:
                 tasks.append(asyncio.ensure_future(Onlooker(runtime).watch()))
+            await librarian.look()
             await self._until_done(runtime)
             if not self._now and self._reason == "left":
                 grace_s = site.config().leave_grace_s
@@ -111,6 +116,8 @@ class PeerProcess:
                 task.cancel()
             if control is not None:
                 await control.close()
+            if librarian is not None:
+                librarian.close()
             if desk is not None:
                 desk.close()
             await runtime.close(self._reason)

@@ -8,6 +8,7 @@
 ``founder.key``       only where the run was founded, 0600
 ``peer.json``         ``config.PeerConfig``
 ``port``              the port it listened on, to be found there again after a restart
+``corpus``            the run's corpus, as one file that the trainer reads and others fetch
 ``log`` ``state``     durable records of the log; checkpoints and result bytes
 ``events.jsonl``      ``events.EventLog``
 ``control.sock``      ``control.ControlServer``, 0600
@@ -132,6 +133,10 @@ class Site:
     @property
     def state_path(self) -> Path:
         return self.folder / "state"
+
+    @property
+    def corpus_path(self) -> Path:
+        return self.folder / "corpus"
 
     @property
     def events_path(self) -> Path:

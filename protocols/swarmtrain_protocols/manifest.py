@@ -58,7 +58,7 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     corpus: str = "stdlib"
     """``stdlib`` or ``path:…``."""
     corpus_hash: bytes = b""
-    """BLAKE3 (32 bytes) of the corpus, or empty until it is known."""
+    """What ``corpus.Descriptor.hash`` says (32 bytes); empty pins nothing."""
     batch_size: int = 4
     inner_steps: int = 20
     inner_lr: float = 3e-3

@@ -35,7 +35,8 @@ from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.control import ControlClient, error_to_dict
 from swarmtrain_peer.events import Record, read_events
-from swarmtrain_peer.site import Site, enter_site, found_site
+from swarmtrain_peer.founding import found_run
+from swarmtrain_peer.site import Site, enter_site
 from swarmtrain_peer.spawn import (
     Supervisor,
     child_environment,
@@ -161,7 +162,7 @@ class Demo:
     def _found(self) -> None:
         """The first site, whose trainer gets ready while everything else is."""
         config = self._config(0)
-        self.sites.append(found_site(self.folder / "home-0", self.options.run_keys(), config))
+        self.sites.append(found_run(self.folder / "home-0", self.options.run_keys(), config))
         self._start_trainer(0)
 
     @staticmethod

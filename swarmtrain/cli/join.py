@@ -17,7 +17,8 @@ from swarmtrain.dashboard.bind import is_loopback, split_bind
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig, Settings, load_settings
 from swarmtrain_peer.events import escape_text
-from swarmtrain_peer.site import Site, enter_site, found_site, list_sites, site_at, write_private
+from swarmtrain_peer.founding import found_run, same_run
+from swarmtrain_peer.site import Site, enter_site, list_sites, site_at, write_private
 from swarmtrain_peer.spawn import start_process, stop_process
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, UsageError
 from swarmtrain_protocols.manifest import Ticket
@@ -230,6 +231,7 @@ def open_or_found(
 
     Raises:
         UsageError: the named site does not exist, or was not founded here.
+        DataUnavailable: the corpus is not on this machine.
     """
     if explicit:
         found = site_at(home, explicit)
@@ -243,10 +245,10 @@ def open_or_found(
         return found, True
     for one in list_sites(home) if not new else []:
         manifest = one.manifest() if one.is_founder else None
-        if manifest is not None and manifest.keys == settings.run:
+        if manifest is not None and same_run(settings.run, manifest.keys):
             one.save_config(settings.peer)
             return one, True
-    return found_site(home, settings.run, settings.peer), False
+    return found_run(home, settings.run, settings.peer), False
 
 
 def start_dashboard(site: Site, config: PeerConfig, output: Output) -> subprocess.Popen[bytes]:

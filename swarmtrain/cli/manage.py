@@ -178,6 +178,7 @@ max_rounds = 0          # 0: until stopped
 
 [train]
 preset = "lm-tiny"      # without your own code, peers train this byte-level language model
+corpus = "stdlib"       # or "path:FOLDER" of text files; pinned by hash, others fetch it
 inner_steps = 20        # steps between two rounds
 overlap = "auto"        # off | delayed | eager
 

@@ -84,6 +84,8 @@ NEWS = (
     "evaluated",
     "state_synced",
     "checkpoint_saved",
+    "corpus_progress",
+    "corpus_ready",
     "leaving",
     "run_ended",
     "resumed",
@@ -118,6 +120,8 @@ SENTENCES: dict[str, str] = {
     "round_committed": "round {round} committed",
     "evaluated": "loss {loss} after round {round}",
     "checkpoint_saved": "checkpoint of round {round} saved",
+    "corpus_progress": "the corpus comes from {donors} member(s): {bytes_have} of {bytes} bytes",
+    "corpus_ready": "the corpus is here: {bytes} bytes in {fetch_s} s",
     "run_ended": "the run ended: {reason}",
 }
 

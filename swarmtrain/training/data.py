@@ -1,4 +1,4 @@
-"""Real text that needs no download, and batches that are a pure function of (seed, position).
+"""Batches that are a pure function of (seed, position), and the corpus they come from.
 
 A *position* names one batch of the run: ``position = ordinal << 40 | counter``. The ordinal is the
 member's place in the log (the index of its ``MEMBER_JOINED`` entry), so no two members ever share
@@ -6,38 +6,34 @@ a position; the counter is kept by the member's peer process, which hands the ne
 that attaches and moves it on with every hand-over. Steps of a trainer that died before its
 hand-over never counted, and their positions are given out again: each counts at most once.
 
-Corpora: ``stdlib``, the sources of Python's standard library without its tests, or ``path:FOLDER``,
-every text file below a folder. A file belongs to the held-out set by the hash of its bytes, so two
-copies of one file are always on the same side.
+The corpus is made from what is on this machine if that has the hash that the run pins, else the
+peer process fetches it from other members (``swarmtrain_peer/corpusfile.py``, ``librarian.py``).
 """
 
 from __future__ import annotations
 
-import os
-import sysconfig
-from collections.abc import Iterable
-from pathlib import Path
+import contextlib
+import threading
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
+from swarmtrain.training.place import await_peer
+from swarmtrain_peer.control import ControlClosed, ControlTimeout
+from swarmtrain_peer.corpusfile import (
+    CorpusFile,
+    CorpusText,
+    build_corpus,
+    corpus_path,
+    local_corpus,
+    open_corpus,
+)
+from swarmtrain_peer.site import Site
 from swarmtrain_protocols.errors import DataUnavailable
+from swarmtrain_protocols.manifest import RunKeys
 
 COUNTER_BITS = 40
-HELD_OUT_OF_256 = 26
-CORPUS_BYTES_MAX = 1 << 30
-_TEXT = (".py", ".txt", ".md", ".rst", ".c", ".h", ".json", ".html", ".toml", ".tex", ".csv")
-_SKIPPED = (
-    "test",
-    "tests",
-    "idlelib",
-    "__pycache__",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "ensurepip",
-)
+CALL_TIMEOUT_S = 30.0
 
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
@@ -55,36 +51,16 @@ def position_of(ordinal: int, counter: int) -> int:
 
 
 class Corpus:
-    """Bytes to train on and bytes to evaluate on.
-
-    ``hash`` is BLAKE3 over the length of the training part (u64 LE), that part and the held-out
-    part: the bytes of ``to_bytes``, which is also what a member sends to one that lacks the corpus.
-    """
+    """Bytes to train on and bytes to evaluate on, uint8 [n] each; they may be a mapped file's."""
 
     def __init__(self, train: U8, held_out: U8) -> None:
         self.train = train
         self.held_out = held_out
-        self.hash = blake3(self._head()).update(train.data).update(held_out.data).digest()
-
-    def _head(self) -> bytes:
-        return len(self.train).to_bytes(8, "little")
-
-    def to_bytes(self) -> bytes:
-        """One blob that ``from_bytes`` reads."""
-        return self._head() + self.train.tobytes() + self.held_out.tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Corpus:
-        """Read what ``to_bytes`` wrote.
-
-        Raises:
-            DataUnavailable: the blob is too short for what it says.
-        """
-        split = int.from_bytes(data[:8], "little")
-        if len(data) < 8 or split > len(data) - 8:
-            raise DataUnavailable("corpus", "the file is cut off", "remove it and fetch it again")
-        body = np.frombuffer(data, np.uint8, offset=8)
-        return cls(body[:split], body[split:])
+    def of(cls, file: CorpusFile) -> Corpus:
+        """The corpus of a file, over its mapping."""
+        return cls(*(np.frombuffer(part, np.uint8) for part in (file.train, file.held_out)))
 
     def batch(self, seed: int, position: int, batch_size: int, context: int) -> tuple[I64, I64]:
         """The batch at a position: (tokens, next tokens), int64 [batch_size, context] each.
@@ -120,69 +96,48 @@ def _windows(text: U8, starts: I64, context: int) -> tuple[I64, I64]:
     return taken[:, :-1], taken[:, 1:]
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> list[Path]:
-    """Files below ``folder`` by relative path; links are not followed, ``skipped`` not entered."""
-    found: list[tuple[str, Path]] = []
-    for parent, below, names in os.walk(folder):
-        below[:] = [name for name in below if name not in skipped]
-        for name in names:
-            path = Path(parent, name)
-            if name.endswith(suffixes) and path.is_file() and not path.is_symlink():
-                found.append((path.relative_to(folder).as_posix(), path))
-    return [path for _, path in sorted(found)]
-
-
-def _read(paths: Iterable[Path], what: str) -> Corpus:
-    train: list[bytes] = []
-    held_out: list[bytes] = []
-    nbytes = 0
-    for path in paths:
-        data = path.read_bytes()
-        nbytes += len(data)
-        if nbytes > CORPUS_BYTES_MAX:
-            raise DataUnavailable(what, f"more than {CORPUS_BYTES_MAX} bytes", "use a part of it")
-        (held_out if blake3(data).digest()[0] < HELD_OUT_OF_256 else train).append(data)
-    if not train:
-        raise DataUnavailable(what, "no text files there", "name a folder of text files")
-    # A folder of very few files may have none held out: then its last twentieth is.
-    if not held_out:
-        whole = b"".join(train)
-        cut = len(whole) - len(whole) // 20
-        train, held_out = [whole[:cut]], [whole[cut:]]
-    return Corpus(*(np.frombuffer(b"".join(part), np.uint8) for part in (train, held_out)))
-
-
-def load_corpus(name: str, expect_hash: bytes = b"", cache: Path | None = None) -> Corpus:
-    """The corpus ``stdlib`` or ``path:FOLDER``.
-
-    Args:
-        expect_hash: what the run pins, 32 bytes, or empty if it pins nothing.
-        cache: a folder with ``<hash>.corpus`` files fetched from other members, tried first.
+def load_corpus(name: str) -> Corpus:
+    """The corpus ``stdlib`` or ``path:FOLDER`` as it is on this machine, in memory.
 
     Raises:
-        DataUnavailable: not there, empty, or not what the run pins.
+        DataUnavailable: not here, or empty.
     """
-    if expect_hash and cache is not None:
-        kept = cache / f"{expect_hash.hex()}.corpus"
-        if kept.is_file():
-            found = Corpus.from_bytes(kept.read_bytes())
-            if found.hash == expect_hash:
-                return found
-            raise DataUnavailable("corpus", f"{kept} has another hash", "remove that file")
-    if name == "stdlib":
-        folder = Path(sysconfig.get_path("stdlib"))
-        found = _read(_files(folder, (".py",), _SKIPPED), "corpus stdlib")
-    elif name.startswith("path:"):
-        folder = Path(name.removeprefix("path:")).expanduser()
-        if not folder.is_dir():
-            raise DataUnavailable("corpus", f"{folder} is not a folder here")
-        found = _read(_files(folder, _TEXT, ("__pycache__",)), f"corpus {name}")
-    else:
-        raise DataUnavailable("corpus", f"unknown source {name!r}", "use stdlib or path:FOLDER")
-    if expect_hash and found.hash != expect_hash:
-        raise DataUnavailable(
-            f"corpus {name}",
-            f"its hash here is {found.hash.hex()[:16]}, the run's is {expect_hash.hex()[:16]}",
-            "use the same Python version as the founder, or fetch the corpus from a member",
-        )
-    return found
+    text = CorpusText(name)
+    whole = np.frombuffer(b"".join(text.chunks()), np.uint8)
+    return Corpus(whole[: text.train_bytes], whole[text.train_bytes :])
+
+
+def obtain_corpus(
+    site: Site, keys: RunKeys, wait_s: float = 0.0, stop: threading.Event | None = None
+) -> Corpus:
+    """The run's corpus: what is on this machine if it fits, else other members' copy.
+
+    Args:
+        wait_s: for a peer process to come up, which is needed only to fetch.
+
+    Raises:
+        DataUnavailable: no member in reach has it, or ``stop`` is set while it is fetched.
+        ControlClosed: no peer process answers.
+        DiskFull, CheckpointError: it cannot be written.
+    """
+    pinned = keys.corpus_hash
+    if not pinned:
+        return Corpus.of(build_corpus(keys.corpus, site.corpus_path))
+    try:
+        return Corpus.of(local_corpus(keys.corpus, site.corpus_path, pinned))
+    except DataUnavailable as error:
+        why = error.why
+    while not (stop is not None and stop.is_set()):
+        await_peer(site, wait_s, stop)
+        with contextlib.suppress(ControlClosed, ControlTimeout), site.connect() as client:
+            if client.call("corpus", {"why": why}, CALL_TIMEOUT_S)["ready"]:
+                return Corpus.of(open_corpus(corpus_path(site.corpus_path, pinned)))
+            why = ""  # said once
+    raise DataUnavailable("the run's corpus did not arrive", "the trainer was told to end")
+
+
+def announce_corpus(site: Site, keys: RunKeys) -> None:
+    """Let the peer process serve the corpus that lies in its folder now."""
+    if keys.corpus_hash:
+        with contextlib.suppress(ControlClosed, ControlTimeout), site.connect() as client:
+            client.call("corpus", {}, CALL_TIMEOUT_S)

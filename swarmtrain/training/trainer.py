@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from swarmtrain.training.data import Corpus, load_corpus, position_of
+from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus, position_of
 from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.presets import Preset, build, evaluate
@@ -69,7 +69,7 @@ class PresetTrainer:
         self.keys = keys
         self.device = device
         self._signals = signals
-        self.corpus: Corpus = load_corpus(keys.corpus, keys.corpus_hash, site.folder / "corpus")
+        self.corpus: Corpus = obtain_corpus(site, keys, wait_s, signals.event)
         fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
         self.preset: Preset = build(fields, device)
         self._judge = build(fields, device)  # θ goes in here, the trained model stays as it is
@@ -80,6 +80,7 @@ class PresetTrainer:
             return site.connect()
 
         await_peer(site, wait_s, signals.event)
+        announce_corpus(site, keys)
         self.swarm = Swarm(
             self.preset.model, self.preset.optimizer, connect=connect, fragments=keys.fragments
         )

@@ -1,25 +1,32 @@
-"""Corpora are the same bytes everywhere; batches are a pure function of (seed, position)."""
+"""Batches are a pure function of (seed, position); the corpus is the one that the run pins."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
+
+import msgspec
 import numpy as np
 import pytest
-from blake3 import blake3
 
-from swarmtrain.training.data import Corpus, load_corpus, position_of
+from swarmtrain.training.data import (
+    Corpus,
+    announce_corpus,
+    load_corpus,
+    obtain_corpus,
+    position_of,
+)
+from swarmtrain_peer.config import PeerConfig
+from swarmtrain_peer.control import ControlClosed, ControlServer
+from swarmtrain_peer.founding import found_run
 from swarmtrain_protocols.errors import DataUnavailable
+from swarmtrain_protocols.manifest import RunKeys
 
 
 def small() -> Corpus:
     text = np.frombuffer(bytes(range(256)) * 4, np.uint8)
     return Corpus(text, text[:300])
-
-
-def write(folder, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
 
 def test_positions_never_meet():
@@ -59,65 +66,121 @@ def test_too_short_a_text_is_said_so():
         corpus.evaluation(1, 4)
 
 
-def test_a_folder_splits_by_content_and_ignores_names_and_order(tmp_path):
-    files = {f"d{i % 3}/f{i}.txt": f"file number {i}\n".encode() * 9 for i in range(60)}
-    write(tmp_path / "a", files)
-    write(tmp_path / "b", dict(reversed(files.items())))
-    write(tmp_path / "b", {"__pycache__/x.txt": b"no", "x.bin": b"no"})
-    one, two = (load_corpus(f"path:{tmp_path / name}") for name in "ab")
-    assert one.hash == two.hash
-    held = [data for data in files.values() if blake3(data).digest()[0] < 26]
-    assert 0 < len(held) < 20
-    assert sorted(one.held_out.tobytes().split(b"\n")) == sorted(b"".join(held).split(b"\n"))
-    assert len(one.train) + len(one.held_out) == sum(map(len, files.values()))
+def pinned_site(tmp_path, text: bytes):
+    """A founded site whose corpus is a folder with one file."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(text)
+    keys = RunKeys(corpus=f"path:{folder}")
+    site = found_run(tmp_path / "home", keys, PeerConfig())
+    manifest = site.manifest()
+    assert manifest is not None and len(manifest.keys.corpus_hash) == 32
+    return site, manifest.keys
 
 
-def test_hash_is_of_the_blob_and_the_blob_reads_back():
-    corpus = small()
-    assert corpus.hash == blake3(corpus.to_bytes()).digest()
-    again = Corpus.from_bytes(corpus.to_bytes())
-    assert np.array_equal(again.train, corpus.train) and again.hash == corpus.hash
-    for cut in (0, 7, 900):
-        with pytest.raises(DataUnavailable, match="cut off"):
-            Corpus.from_bytes(corpus.to_bytes()[:cut])
+def test_the_sites_copy_is_used_and_mapped(tmp_path):
+    site, keys = pinned_site(tmp_path, b"abcd" * 500)
+    (tmp_path / "text" / "a.txt").unlink()
+    corpus = obtain_corpus(site, keys)
+    assert corpus.train.tobytes() + corpus.held_out.tobytes() == b"abcd" * 500
+    assert not corpus.train.flags.owndata and not corpus.train.flags.writeable
+    tokens, _ = corpus.batch(1, 2, 3, 4)
+    assert tokens.shape == (3, 4)
 
 
-def test_few_files_still_hold_something_out(tmp_path):
-    write(tmp_path, {"a.txt": b"x" * 1000})
-    corpus = load_corpus(f"path:{tmp_path}")
-    assert (len(corpus.train), len(corpus.held_out)) == (950, 50)
+def test_what_is_on_this_machine_is_used_if_it_fits(tmp_path):
+    site, keys = pinned_site(tmp_path, b"abcd" * 500)
+    (path,) = site.corpus_path.iterdir()
+    path.unlink()
+    assert len(obtain_corpus(site, keys).train) == 1900
+    assert path.exists(), "it is kept, so that others can have it"
 
 
-def test_the_pinned_hash_decides(tmp_path):
-    write(tmp_path / "text", {"a.txt": b"x" * 1000})
-    name = f"path:{tmp_path / 'text'}"
-    wanted = small()
-    with pytest.raises(DataUnavailable, match="hash here"):
-        load_corpus(name, wanted.hash)
-    cache = tmp_path / "cache"
-    write(cache, {f"{wanted.hash.hex()}.corpus": wanted.to_bytes()})
-    assert load_corpus(name, wanted.hash, cache).hash == wanted.hash
-    damaged = bytearray(wanted.to_bytes())
-    damaged[50] ^= 1
-    write(cache, {f"{wanted.hash.hex()}.corpus": bytes(damaged)})
-    with pytest.raises(DataUnavailable, match="another hash"):
-        load_corpus(name, wanted.hash, cache)
+def test_without_a_pin_it_is_whatever_is_here(tmp_path):
+    site, keys = pinned_site(tmp_path, b"abcd" * 500)
+    loose = msgspec.structs.replace(keys, corpus_hash=b"")
+    (tmp_path / "text" / "a.txt").write_bytes(b"other" * 200)
+    assert len(obtain_corpus(site, loose).train) == 950
 
 
-@pytest.mark.parametrize("name", ["nowhere", "path:/does/not/exist"])
-def test_missing_corpora_are_typed_errors(name):
-    with pytest.raises(DataUnavailable) as caught:
-        load_corpus(name)
+class Asked:
+    """A peer process that has the corpus after some calls, or never."""
+
+    def __init__(self, site, answers) -> None:
+        self.site, self.answers, self.calls = site, list(answers), []
+
+    async def call(self, name, args, connection):
+        if name == "ping":
+            return {}
+        self.calls.append((name, args))
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return {"ready": answer(), "bytes_have": 0, "bytes": 0}
+
+
+@contextlib.contextmanager
+def answering(site, *answers):
+    backend, ready = Asked(site, answers), threading.Event()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve():
+        server = ControlServer(site.control_path, backend)
+        await server.start()
+        ready.set()
+        await stop.wait()
+        await server.close()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield backend
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
+
+
+def test_what_does_not_fit_is_asked_of_the_peer_process(tmp_path):
+    site, keys = pinned_site(tmp_path, b"abcd" * 500)
+    (path,) = site.corpus_path.iterdir()
+    whole = path.read_bytes()
+    path.unlink()
+    (tmp_path / "text" / "a.txt").write_bytes(b"other")
+
+    def arrives() -> bool:
+        path.write_bytes(whole)
+        return True
+
+    with answering(site, lambda: False, arrives, lambda: True) as backend:
+        assert len(obtain_corpus(site, keys).train) == 1900
+        announce_corpus(site, keys)
+    first, second, third = backend.calls
+    assert first[0] == "corpus" and "its hash here is" in first[1]["why"]
+    assert second == ("corpus", {"why": ""}) and third == ("corpus", {})
+
+
+def test_if_nobody_has_it_the_trainer_is_told(tmp_path):
+    site, keys = pinned_site(tmp_path, b"abcd" * 500)
+    (path,) = site.corpus_path.iterdir()
+    path.unlink()
+    (tmp_path / "text" / "a.txt").unlink()
+    with answering(site, DataUnavailable("corpus", "nobody has it", "wait")):
+        with pytest.raises(DataUnavailable, match="nobody has it") as caught:
+            obtain_corpus(site, keys)
     assert caught.value.exit_code == 10
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(DataUnavailable, match="told to end"):
+        obtain_corpus(site, keys, 0.0, stop)
+    with pytest.raises(ControlClosed):
+        obtain_corpus(site, keys)  # no peer process
 
 
-def test_an_empty_folder_is_said_so(tmp_path):
-    with pytest.raises(DataUnavailable, match="no text files"):
-        load_corpus(f"path:{tmp_path}")
-
-
-def test_the_standard_library_is_a_corpus():
+def test_a_corpus_in_memory():
     corpus = load_corpus("stdlib")
     assert len(corpus.train) > 4_000_000 and len(corpus.held_out) > 200_000
     assert b"import os" in corpus.train.tobytes()
-    assert corpus.hash == load_corpus("stdlib", corpus.hash).hash
+    with pytest.raises(DataUnavailable):
+        load_corpus("path:/does/not/exist")

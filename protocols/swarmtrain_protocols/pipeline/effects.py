@@ -97,6 +97,17 @@ class NeedTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeTensor:
+    """A message of ``step`` names this tensor by its root only, for want of room: serve its bytes.
+
+    Comes before that message. No answer.
+    """
+
+    step: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class HopDone:
     """Event: figures of one hop seen by the driver, for the log of events and the dashboard."""
 

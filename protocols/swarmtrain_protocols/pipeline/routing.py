@@ -117,6 +117,11 @@ class Router:
         ]
         return min(measured, default=0.0)
 
+    def finish_s(self, kind: Kind, workers: Sequence[PeerId]) -> float:
+        """Seconds until one more hop of ``kind`` would be done; 0 if nothing is known."""
+        scores = [self._score(kind, w, workers)[0] for w in workers]
+        return min(scores, default=0.0)
+
     def is_banned(self, now: float, worker: PeerId) -> bool:
         known = self._workers.get(worker)
         return known is not None and now < known.banned_until

@@ -8,7 +8,6 @@ from them stands behind the ``Persist`` that made them durable.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterable
 
 from swarmtrain_protocols import entries as e
@@ -19,6 +18,7 @@ from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.finder import Finder
 from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.leadership import FOR_ROUND_LEADER, Leadership
 from swarmtrain_protocols.ledger import Ledger, load_snapshot
 from swarmtrain_protocols.log.core import LogCore
 from swarmtrain_protocols.log.events import Committed, SnapshotLoaded
@@ -40,11 +40,6 @@ from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_of
 from swarmtrain_protocols.tickets import Capability, parse_capability
 
 PUMP_MAX = 10_000
-EARLY_MESSAGES_MAX = 4 * limits.MEMBERS_MAX
-"""What members tell a leader that does not know yet whether it knows all that is committed."""
-
-_FOR_LEADER = (rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, mm.StateReport)
-_SAID_ONCE = (*_FOR_LEADER, mm.Finished, mm.Propose)
 
 
 class NodeCore:
@@ -83,10 +78,6 @@ class NodeCore:
         self._loopback: list[Message] = []
         self._linked: dict[PeerId, None] = {}
         self._changed = False
-        self._finished = False
-        self._leader: PeerId | None = None
-        self._term = -1
-        self._early: deque[tuple[PeerId, Message]] = deque(maxlen=EARLY_MESSAGES_MAX)
         self.policy = policy or policy_of(manifest.keys, chunk_values)
         self._make_rounds(rng, chunk_values)
         self._make_membership()
@@ -108,6 +99,17 @@ class NodeCore:
             records=records,
             genesis=genesis,
             snapshot_of=lambda: self.ledger.snapshot(),  # noqa: PLW0108, the ledger is replaced
+        )
+        self.leadership = Leadership(
+            me=self.me,
+            ledger=self.ledger,
+            log=self.log,
+            out=self._raw,
+            linked=self._linked,
+            changed=self._leader_changed,
+            announce=self._announce,
+            duties=(self.shepherd, self.leader),
+            dispatch=self._dispatch,
         )
         self._pump(now)
 
@@ -182,8 +184,8 @@ class NodeCore:
         self.dht.connected(now, peer, addresses)
         self.member.connected(peer)
         self.joiner.linked(now)
-        if peer == self._leader:
-            self._announce(now)
+        if peer == self.leadership.leader:
+            self.leadership.announce(now)
         self._pump(now)
 
     def disconnected(self, now: float, peer: PeerId) -> None:
@@ -200,7 +202,7 @@ class NodeCore:
         self.fetches.tick(now)
         self.member.tick(now)
         if self.member.announcement_due(now):
-            self._announce(now)
+            self.leadership.announce(now)
         self.catchup.tick(now)
         self.leader.step(now)
         self.shepherd.step(now)
@@ -234,9 +236,10 @@ class NodeCore:
 
     def propose(self, now: float, body: e.EntryBody) -> None:
         """Ask the leader to log ``body``, of one of the kinds that members may ask for."""
-        if self._leader is None:
+        leader = self.leadership.leader
+        if leader is None:
             raise LocalProtocolError("no leader is known", "", "try again when there is one")
-        self._raw.append(Send(self._leader, mm.Propose(e.encode_body(body))))
+        self._raw.append(Send(leader, mm.Propose(e.encode_body(body))))
         self._pump(now)
 
     def restore(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
@@ -262,9 +265,8 @@ class NodeCore:
 
     def finished(self, now: float, done: bool) -> None:
         """The trainer of this site has done its planned steps (or has taken up work again)."""
-        self._finished = done
-        if self._leader is not None:
-            self._raw.append(Send(self._leader, mm.Finished(self.ledger.generation, done)))
+        self.leadership.finished = done
+        self.leadership.say_finished()
         self._pump(now)
 
     def dht_store(self, now: float, key: bytes, value: bytes, ttl_s: float) -> int:
@@ -357,9 +359,9 @@ class NodeCore:
             self.log.receive(now, peer, message)
         elif kind == dm.__name__:
             self.dht.receive(now, peer, message)
-        elif self.log.is_leader and not self.leader.active and isinstance(message, _SAID_ONCE):
-            self._early.append((peer, message))
-        elif isinstance(message, _FOR_LEADER):
+        elif self.leadership.too_early(peer, message):
+            return
+        elif isinstance(message, FOR_ROUND_LEADER):
             self.leader.receive(now, peer, message)
         elif kind == rm.__name__:
             self.member.receive(now, peer, message)
@@ -385,7 +387,7 @@ class NodeCore:
                 self._reconcile(now)
             while self._loopback:
                 self._dispatch(now, self.me, self._loopback.pop(0))
-            self._follow_leadership(now)
+            self.leadership.follow(now)
             if not batch and not self._raw:
                 return
         raise AssertionError("the cores keep each other busy for ever")
@@ -410,8 +412,8 @@ class NodeCore:
     def _adopt(self, ledger: Ledger) -> None:
         """A snapshot replaces the ledger; every core looks at the new one from now on."""
         self.ledger = ledger
-        cores = (self.member, self.catchup, self.leader, self.joiner, self.shepherd, self.reception)
-        for core in cores:
+        rounds = (self.member, self.catchup, self.leader)
+        for core in (*rounds, self.joiner, self.shepherd, self.reception, self.leadership):
             core.ledger = ledger
         self.member.jumped()
         self._learn_members()
@@ -463,32 +465,12 @@ class NodeCore:
             if steward not in self._linked:
                 self._raw.append(Connect(steward))
 
-    def _follow_leadership(self, now: float) -> None:
-        leader = self.log.leader
-        if leader != self._leader or self.log.term != self._term:
-            # The same leader in a later term has forgotten everything, too.
-            self._leader, self._term = leader, self.log.term
-            self.member.leader = self.catchup.leader = self.reception.leader = leader
-            self.joiner.leader_changed(now, leader)
-            if leader is not None and leader != self.me and leader not in self._linked:
-                self._raw.append(Connect(leader))
-            if leader is not None and leader != self.me:
-                self._announce(now)
-        if not self.log.is_leader:
-            self._early.clear()
-        leading = self.log.is_leader and self.log.ready
-        if leading != self.leader.active:
-            self.shepherd.activate(now, leading)
-            self.leader.activate(now, leading)
-            if leading:
-                self._announce(now)
-                self.joiner.step(now, self.linked())
-                while self._early:
-                    self._dispatch(now, *self._early.popleft())
+    def _leader_changed(self, now: float, leader: PeerId | None) -> None:
+        self.member.leader = self.catchup.leader = self.reception.leader = leader
+        self.joiner.leader_changed(now, leader)
 
     def _announce(self, now: float) -> None:
-        """Tell a leader that knows nothing, or has missed something, all that it may need."""
         self.member.announce(now)
         self.catchup.announce()
-        if self._finished and self._leader is not None:
-            self._raw.append(Send(self._leader, mm.Finished(self.ledger.generation, True)))
+        if self.leadership.leading:
+            self.joiner.step(now, self.linked())

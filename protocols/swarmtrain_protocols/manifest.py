@@ -33,7 +33,7 @@ CODECS = ("fp32", "bf16", "int8")
 """Those that exist; the same as ``codecs.CODEC_NAMES``, which a test compares."""
 INNER_OPTIMIZERS = ("adamw", "sgd")
 PIPELINE_MODES = ("sync", "diloco")
-BOUNDARY_CODECS = ("fp32", "bf16", "int8")
+BOUNDARY_CODECS = ("fp32", "bf16", "int8", "fp8", "subspace")
 STAGES_MAX = limits.HOPS_MAX - 2
 SWAPPED_STAGES_MIN = 4
 

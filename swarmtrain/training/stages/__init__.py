@@ -1,0 +1,1 @@
+"""Models cut into stages, and the runtime that computes hops of them (spec 11)."""

@@ -1,0 +1,225 @@
+"""Cuts a model into its ends (embedding and head, one module) and equal stages of blocks.
+
+Stage 0 is the ends, stages 1 … S are groups of equally many blocks with equal layouts. A stage's
+parameters are those its module lists, tied ones once, in that order, named from the stage's own
+root (``blocks.0.up.weight``): all inner stages therefore have one layout.
+
+A model that cannot be computed twice with the same result (dropout, batch norm) or whose parameters
+reach across a cut is refused: a worker recomputes what it forgot since the forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.manifest import check_stages
+
+StageLayout = list[tuple[str, tuple[int, ...]]]
+"""(name, shape) of a stage's trainable parameters, in the order of its flat vector."""
+
+
+class CannotCut(ConfigError):
+    """The model does not fall into ends and equal stages. Says which part is in the way."""
+
+
+class Ends(nn.Module):
+    """Embedding and head as one module, so that tied weights are one parameter."""
+
+    def __init__(self, embed: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.head = head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The model without its blocks: int64 [batch, time] → logits [batch, time, vocabulary]."""
+        found: Tensor = self.head(self.embed(tokens))
+        return found
+
+
+class Stage(nn.Module):
+    """A group of blocks. ``shared`` computes once per pass what every block takes beside x."""
+
+    def __init__(self, blocks: Sequence[nn.Module], shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, time, width] → the same shape."""
+        extra = {} if self.shared is None else self.shared(x)
+        for block in self.blocks:
+            found = block(x, **extra)
+            x = found[0] if isinstance(found, tuple) else found
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A model in pieces. ``modules[0]`` is the ``Ends``, ``modules[s]`` is stage s.
+
+    Pieces on the meta device have no values: θ⁰ is then drawn from the run's seed.
+    """
+
+    modules: tuple[nn.Module, ...]
+    width: int
+    vocabulary: int
+    context: int
+    depth: int
+
+    @property
+    def stages(self) -> int:
+        """Number of block stages S; modules are S + 1."""
+        return len(self.modules) - 1
+
+    @property
+    def ends(self) -> Ends:
+        found = self.modules[0]
+        assert isinstance(found, Ends)
+        return found
+
+    def layout(self, stage: int) -> StageLayout:
+        """(name, shape) of the parameters of a stage, in the order of its flat vector."""
+        return layout_of(self.modules[stage])
+
+    def values(self, stage: int) -> int:
+        """Number of values of a stage."""
+        return sum(math.prod(shape) for _, shape in self.layout(stage))
+
+    def drawn(self, stage: int) -> bool:
+        """Whether θ⁰ of a stage comes from the seed, because its module holds no values."""
+        return any(p.is_meta for p in self.modules[stage].parameters())
+
+
+def layout_of(module: nn.Module) -> StageLayout:
+    """(name, shape) of a module's trainable parameters in its order, tied ones once."""
+    return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+
+
+def cut_parts(
+    embed: nn.Module,
+    blocks: Sequence[nn.Module],
+    head: nn.Module,
+    stages: int,
+    *,
+    context: int,
+    shared: nn.Module | None = None,
+) -> Cut:
+    """Cut a model given as parts.
+
+    Args:
+        embed: int64 [batch, time] → [batch, time, width].
+        blocks: each [batch, time, width] → the same shape (or a tuple that begins with it).
+        head: [batch, time, width] → logits [batch, time, vocabulary].
+        context: the most tokens of a sequence.
+        shared: x → keyword arguments of every block, without parameters (rotary positions, masks).
+
+    Raises:
+        CannotCut: what is in the way.
+        ConfigError: the blocks do not divide into ``stages`` equal groups.
+    """
+    size = check_stages(stages, len(blocks))
+    ends = Ends(embed, head)
+    pieces = [
+        Stage(blocks[first : first + size], copy.deepcopy(shared))
+        for first in range(0, len(blocks), size)
+    ]
+    modules = (ends, *pieces)
+    for number, module in enumerate(modules):
+        _check_module(number, module)
+    _check_disjoint(modules)
+    layouts = [layout_of(piece) for piece in pieces]
+    for number, layout in enumerate(layouts[1:], 2):
+        if layout != layouts[0]:
+            raise CannotCut(
+                f"stage {number} differs from stage 1",
+                "all stages need blocks of equal shapes",
+                "move the odd block into the embedding or the head",
+            )
+    width, vocabulary = _probe(ends, pieces[0], context)
+    return Cut(modules, width, vocabulary, context, len(blocks))
+
+
+def cut_sequential(
+    model: nn.Module, stages: int, *, context: int, embedding: str, head: str
+) -> Cut:
+    """Cut a model that calls its children one after the other, in the order it lists them.
+
+    Args:
+        embedding: name of the first child; ``head`` of the last one.
+
+    Raises:
+        CannotCut: no such children, not at the two ends, or as ``cut_parts``.
+    """
+    names = [name for name, _ in model.named_children()]
+    parts = [part for _, part in model.named_children()]
+    for name, place in ((embedding, 0), (head, -1)):
+        if name not in names or names[place] != name:
+            raise CannotCut(
+                f"the model has no child {name!r} at its {'start' if place == 0 else 'end'}",
+                f"its children are {', '.join(names[:12]) or 'none'}",
+                "name the embedding (first) and the head (last)",
+            )
+    return cut_parts(parts[0], parts[1:-1], parts[-1], stages, context=context)
+
+
+def _check_module(number: int, module: nn.Module) -> None:
+    where = "the ends" if number == 0 else f"stage {number}"
+    parameters = list(module.named_parameters())
+    if not parameters:
+        raise CannotCut(f"{where} of the model", "nothing to train there")
+    for name, p in parameters:
+        if hasattr(p, "placements") or p.layout != torch.strided or not p.is_floating_point():
+            raise CannotCut(f"parameter {name} of {where}", f"{p.dtype} {p.layout} or sharded")
+        if not p.requires_grad:
+            raise CannotCut(
+                f"parameter {name} of {where} is frozen",
+                "replicas could not tell that theirs are equal",
+                "make it a buffer that every member computes alike, or train it",
+            )
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
+            raise CannotCut(f"{name} of {where}", "running statistics change with every pass")
+        rates = (getattr(part, key, 0.0) for key in ("p", "dropout", "attention_dropout"))
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            raise CannotCut(
+                f"{name} of {where} has dropout",
+                "recomputing a forward pass would draw other values",
+                "set its probability to 0",
+            )
+
+
+def _check_disjoint(modules: Sequence[nn.Module]) -> None:
+    owner: dict[int, int] = {}
+    for number, module in enumerate(modules):
+        for name, p in module.named_parameters():
+            if owner.setdefault(id(p), number) != number:
+                raise CannotCut(
+                    f"parameter {name} of stage {number}",
+                    f"stage {owner[id(p)]} has it as well; only embedding and head can be tied",
+                )
+
+
+@torch.no_grad()
+def _probe(ends: Ends, stage: Stage, context: int) -> tuple[int, int]:
+    """Width and vocabulary, from two tokens sent through the ends and one stage."""
+    device = next(ends.parameters()).device
+    tokens = torch.zeros((1, min(2, context)), dtype=torch.int64, device=device)
+    try:
+        x = ends.embed(tokens)
+        y = stage(x)
+        logits = ends.head(y)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CannotCut("two tokens do not pass through the model", str(error)[:400]) from None
+    shapes = [tuple(t.shape) for t in (x, y, logits) if isinstance(t, Tensor)]
+    if len(shapes) < 3 or any(len(s) != 3 for s in shapes) or shapes[0] != shapes[1]:
+        raise CannotCut(
+            "the model's parts do not pass on [batch, time, width]", f"they pass {shapes}"
+        )
+    return shapes[0][2], shapes[2][2]

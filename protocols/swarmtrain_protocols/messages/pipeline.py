@@ -56,7 +56,8 @@ class HopId(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class HopRequest(msgspec.Struct, frozen=True, tag="hop?"):
-    """Driver -> worker. ``tokens``: int32 LE [batch, time + 1], for embedding and head only.
+    """Driver -> worker. ``tokens``: encoded ids [batch, time + 1] (spec 06 §1.2; of
+    ``generate`` [batch, time]), for embedding and head only.
 
     ``version``: the number of optimizer steps that the stage must have applied.
     ``stage_generation`` is the era of the ledger, which grows when any stage is lost: a gradient

@@ -114,7 +114,7 @@ class Errands:
         """Begin an errand; ``ErrandDone`` or ``ErrandFailed`` carry the handle returned.
 
         Args:
-            tokens: int32 LE, as in ``HopRequest``.
+            tokens: encoded ids, as in ``HopRequest``.
             pinned: peers that must serve a hop (a candidate for a lost stage is only at its host).
 
         Raises:

@@ -206,6 +206,58 @@ KINDS: dict[str, Kind] = {
                 "compute_utilization?",
             ),
         ),
+        # Pipelines
+        Kind(
+            "stage_assigned",
+            "info",
+            "L800",
+            "The log says which stages a member serves from now on.",
+            ("peer", "stages", "reason?"),
+        ),
+        Kind(
+            "step_closed",
+            "info",
+            "L810",
+            "The log fixed the micro-batches of a step, each with one owner at every hop.",
+            ("step", "micro_batches", "contributors?"),
+        ),
+        Kind(
+            "step_committed",
+            "info",
+            "L811",
+            "All stages took the step. `loss` is the mean over its micro-batches as drivers saw "
+            "it, `scale` what clipping made of the gradient.",
+            ("step", "micro_batches", "loss?", "scale?", "step_s?"),
+        ),
+        Kind(
+            "step_aborted",
+            "warning",
+            "L812",
+            "No stage took the step; its gradients are kept and it is closed again.",
+            ("step", "reason"),
+        ),
+        Kind(
+            "stage_lost",
+            "error",
+            "L820",
+            "The last holder of a stage is gone; a host rebuilds it.",
+            ("stage", "step", "host", "reason?"),
+        ),
+        Kind(
+            "stage_recovered",
+            "warning",
+            "L821",
+            "A stage lives again: candidates by name with their losses, and the one installed.",
+            ("stage", "step", "host", "candidates", "losses", "choice"),
+        ),
+        Kind(
+            "hop_failed",
+            "warning",
+            "L830",
+            "A worker did not do a hop; another one is asked.",
+            ("peer", "hop", "reason", "backward?"),
+            limited=True,
+        ),
         # State
         Kind(
             "state_applied",

@@ -23,6 +23,7 @@ class Narrator:
             for _, body, accepted in event.entries:
                 if accepted:
                     self._entry(body)
+                    self._stage(node, body)
         elif isinstance(event, LeaderChanged):
             leader = event.leader.hex() if event.leader is not None else None
             self._events.emit("leader_changed", leader=leader, term=event.term)
@@ -95,3 +96,44 @@ class Narrator:
             emit("round_committed", body.key, root=body.root.hex())
         elif isinstance(body, e.RoundAborted):
             emit("round_aborted", body.key, reason=body.reason)
+
+    def _stage(self, node: NodeCore, body: e.EntryBody) -> None:
+        """Entries of pipelines."""
+        emit = self._events.emit
+        if isinstance(body, e.StageAssigned):
+            fields = {"stages": list(body.stages), "reason": body.reason}
+            emit("stage_assigned", peer=body.member.hex(), **fields)
+        elif isinstance(body, e.StepClosed):
+            contributors = {c.member for item in body.stages for c in item.contributors}
+            emit(
+                "step_closed",
+                step=body.step,
+                attempt=body.attempt,
+                micro_batches=body.micro_batches,
+                contributors=len(contributors),
+            )
+        elif isinstance(body, e.StepOutcome) and body.stages:
+            state = node.ledger.pipeline
+            emit(
+                "step_committed",
+                step=body.step,
+                attempt=body.attempt,
+                micro_batches=state.micro_batches,
+                loss=state.loss if state.loss >= 0 else None,
+                scale=body.scale,
+            )
+        elif isinstance(body, e.StepOutcome):
+            emit("step_aborted", step=body.step, attempt=body.attempt, reason=body.reason)
+        elif isinstance(body, e.StageLost):
+            fields = {"stage": body.stage, "step": body.step, "host": body.host.hex()}
+            emit("stage_lost", reason=body.reason, **fields)
+        elif isinstance(body, e.StageRecovered):
+            emit(
+                "stage_recovered",
+                stage=body.stage,
+                step=body.step,
+                host=body.host.hex(),
+                candidates=list(body.candidates),
+                losses=[round(one, 6) for one in body.losses],
+                choice=body.candidates[body.choice],
+            )

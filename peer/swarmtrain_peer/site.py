@@ -147,6 +147,11 @@ class Site:
         return self.folder / "port"
 
     @property
+    def stages_path(self) -> Path:
+        """The line to the trainer of a pipeline run."""
+        return self.folder / "stages.sock"
+
+    @property
     def control_path(self) -> Path:
         return self.folder / "control.sock"
 

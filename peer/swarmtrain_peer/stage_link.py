@@ -91,6 +91,23 @@ class Clear(msgspec.Struct, frozen=True, tag="clear"):
     stages: tuple[int, ...]
 
 
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """Asks for the tokens of a micro-batch, or of a batch of the held-out set; payload: encoded.
+
+    A pure function of the run keys and these numbers, the same at every trainer.
+    """
+
+    step: int
+    micro_batch: int
+    held_out: bool = False
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """The run is over, or this site leaves it: answer, then end."""
+
+    reason: str
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """Answer: it is done; what was asked for is the payload."""
 
@@ -105,8 +122,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     why: Annotated[str, Meta(max_length=512)]
 
 
-Command = Define | Serve | Load | Run | Gradient | Clear
-_Frame = Union[Hello, Define, Serve, Load, Run, Gradient, Clear, Done, Failed]  # noqa: UP007
+Command = Define | Serve | Load | Run | Gradient | Clear | Tokens | End
+_Frame = Union[  # noqa: UP007
+    Hello, Define, Serve, Load, Run, Gradient, Clear, Tokens, End, Done, Failed
+]
 _decoder: msgspec.msgpack.Decoder[_Frame] = msgspec.msgpack.Decoder(_Frame)
 
 

@@ -22,6 +22,7 @@ from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus, pos
 from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.presets import Preset, build, evaluate
+from swarmtrain.training.stage_worker import run_stages
 from swarmtrain.training.swarm import Swarm
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
@@ -174,6 +175,10 @@ def run(site: Site, device_name: str, steps: int, threads: int, wait_s: float = 
     with Signals() as signals:
         watch_owner(lambda: os.kill(os.getpid(), signal.SIGTERM))
         keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, signals.event)
+        if keys.stages:
+            sys.stderr.write(f"serving stages of {keys.preset} on {device}\n")
+            run_stages(site, keys, device, signals.event, wait_s)
+            return 128 + signals.received if signals.received else 0
         trainer = PresetTrainer(site, keys, device, signals, wait_s)
         sys.stderr.write(f"training {keys.preset} on {device}\n")
         try:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.pipeline.capacity import throughput
 from swarmtrain_protocols.pipeline.hops import ENDS
 
@@ -109,8 +110,10 @@ class Table:
     def values(self, stages: Iterable[int]) -> int:
         return sum(self.stages[number].values for number in stages)
 
-    def fits(self, worker: Worker, stages: Iterable[int]) -> bool:
-        return self.values(stages) <= worker.room
+    def fits(self, worker: Worker, stages: tuple[int, ...]) -> bool:
+        """Room for the parameters, and for the number, of these stages."""
+        few = len(stages) <= limits.CHANNELS_SERVED_MAX
+        return few and self.values(stages) <= worker.room
 
     def ready_besides(self, stage: int, member: bytes) -> int:
         """Workers other than ``member`` that are in step with ``stage`` and stay."""
@@ -247,18 +250,18 @@ def _add(table: Table, number: int, reason: str) -> Change | None:
 
 
 def _take(table: Table, number: int) -> Change | None:
-    """A worker of a stage that has another one ready, of the stage that has most."""
-    choices = []
+    """A worker of the stage that has most, if another one is in step there."""
+    best: tuple[tuple[int, float, float, bytes], Change] | None = None
     for worker in table.staying():
-        if len(worker.stages) != 1 or not table.fits(worker, (number,)):
-            continue
-        (own,) = worker.stages
-        if table.live(own) > 1 and table.ready_besides(own, worker.id) > 0:
-            key = (-table.live(own), -table.rate(own), worker.speed, worker.id)
-            choices.append((key, worker))
-    if not choices:
-        return None
-    return Change(min(choices)[1].id, (number,), "cover", moves=True)
+        for own in worker.blocks or worker.stages:
+            stages = tuple(sorted({number} | {s for s in worker.stages if s != own}))
+            if number in worker.stages or not table.fits(worker, stages):
+                continue
+            if table.live(own) > 1 and table.ready_besides(own, worker.id) > 0:
+                key = (-table.live(own), -table.rate(own), worker.speed, worker.id)
+                if best is None or key < best[0]:
+                    best = key, Change(worker.id, stages, "cover", moves=True)
+    return None if best is None else best[1]
 
 
 # --- moving ---------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ class Driver:
                 self._clock.worked(key, "apply", begin_s, host.mono_s())
             self._applied(effect.channel, outcome)
 
-        apply = partial(self.data.apply, effect.channel, effect.round, effect.root)
+        apply = partial(self.data.apply, effect)
         self._offload(partial(self._advance, effect.channel, apply), done)
 
     def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:

@@ -113,7 +113,7 @@ class Keeper:
             state_hash=state.root().hex(),
             channel=state.channel,
             round=state.round,
-            bytes=state.theta.nbytes * 2,
+            bytes=state.nbytes,
             save_s=round(host.mono_s() - started, 6),
         )
         if not self._loop.is_closed():

@@ -177,9 +177,9 @@ class PeerRuntime:
             auto[0] if keys.outer_lr is None else keys.outer_lr,
             auto[1] if keys.outer_momentum is None else keys.outer_momentum,
         )
-        self.data = DataPlane(
-            outer_lr=self.outer[0], outer_momentum=self.outer[1], run=self.chunk_pool.map
-        )
+        lr, beta = self.outer
+        spread = self.chunk_pool.map
+        self.data = DataPlane(outer_lr=lr, outer_momentum=beta, keys=keys, run=spread)
         records = RecordFile(s.records) if s.records is not None else None
         old = list(records.load()) if records is not None else []
         genesis = None

@@ -318,7 +318,7 @@ class StateStore:
             except CheckpointError as error:
                 last = error
                 continue
-            blob = Blob.of([header_chunk(channel, round, entry.values), *chunks])
+            blob = Blob.of([header_chunk(channel, round, entry.values, entry.slots), *chunks])
             if blob.root == entry.root:
                 self._cache.put(path, blob, "", changes)
                 return blob

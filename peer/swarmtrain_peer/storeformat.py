@@ -1,9 +1,10 @@
 """The bytes of the store's files: manifest, state file, result file.
 
 - Manifest: 64 hex digits of the BLAKE3 hash of the rest, newline, JSON.
-- State file: safetensors. One tensor ``chunk.<i>`` of shape [2, k] per chunk, theta then momentum,
-  back to back, so that each tensor's bytes are one chunk of the state blob. The header follows from
-  the manifest entry and must be equal to it byte by byte; the data must hash to the state's root.
+- State file: safetensors. One tensor ``chunk.<i>`` of shape [1 + slots, k] per chunk, theta then
+  the slots, back to back, so that each tensor's bytes are one chunk of the state blob. The header
+  follows from the manifest entry and must be equal to it byte by byte; the data must hash to the
+  state's root.
 - Result file: magic, length of header (u32, little-endian), header (MessagePack), BLAKE3 hash of
   all that, chunks. The chunks must have the Merkle root that the header names.
 """
@@ -26,7 +27,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import CheckpointError
 from swarmtrain_protocols.merkle import HASH_BYTES
 from swarmtrain_protocols.messages.common import Channel, Count, Hash
-from swarmtrain_protocols.state import SLOTS, CanonicalState, Layout
+from swarmtrain_protocols.state import MOMENTUM, SLOTS_MAX, THETA, CanonicalState, Layout
 
 RESULT_MAGIC = b"swres\x00\x00\x01"
 HEADER_ALIGNMENT = 64
@@ -44,6 +45,9 @@ class Entry(msgspec.Struct, frozen=True):
     chunk_values: Annotated[int, Meta(ge=1, le=limits.CHUNK_VALUES)]
     root_hex: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     file: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]+$", max_length=128)]
+    slots: Annotated[
+        tuple[Annotated[str, Meta(pattern="^[a-z]{1,16}$")], ...], Meta(max_length=SLOTS_MAX)
+    ] = MOMENTUM
 
     @property
     def root(self) -> bytes:
@@ -112,7 +116,15 @@ def entry_of(state: CanonicalState) -> Entry:
     layout = state.layout
     name = f"{file_name(state.channel)}.safetensors"
     root = state.root().hex()
-    return Entry(state.channel, state.round, layout.values, layout.chunk_values, root, name)
+    return Entry(
+        state.channel,
+        state.round,
+        layout.values,
+        layout.chunk_values,
+        root,
+        name,
+        state.slot_names,
+    )
 
 
 def encode_manifest(entries: tuple[Entry, ...]) -> bytes:
@@ -151,15 +163,15 @@ def state_header(entry: Entry) -> bytes:
         "channel": entry.channel,
         "round": str(entry.round),
         "root": entry.root_hex,
-        "slots": ",".join(SLOTS),
+        "slots": ",".join((THETA, *entry.slots)),
     }
     tensors: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for index in range(layout.chunks):
-        start, end = end, end + layout.state_nbytes(index)
+        start, end = end, end + layout.state_nbytes(index, entry.slots)
         tensors[f"chunk.{index:06d}"] = {
             "dtype": "F32",
-            "shape": [len(SLOTS), layout.nvalues(index)],
+            "shape": [1 + len(entry.slots), layout.nvalues(index)],
             "data_offsets": [start, end],
         }
     text = json.dumps(tensors, separators=(",", ":")).encode()
@@ -172,8 +184,8 @@ def state_pieces(state: CanonicalState, entry: Entry) -> Iterator[bytes | memory
     yield state_header(entry)
     for index in range(state.layout.chunks):
         part = state.layout.part(index)
-        yield state.theta[part].data
-        yield state.momentum[part].data
+        for array in state.arrays:
+            yield array[part].data
 
 
 def state_chunks(path: Path, data: memoryview, entry: Entry) -> list[memoryview]:
@@ -184,7 +196,7 @@ def state_chunks(path: Path, data: memoryview, entry: Entry) -> list[memoryview]
     """
     layout = entry.layout
     header = state_header(entry)
-    nbytes = len(header) + len(SLOTS) * 4 * entry.values
+    nbytes = len(header) + (1 + len(entry.slots)) * 4 * entry.values
     if data.nbytes != nbytes:
         raise refusal(path, f"it has {data.nbytes} bytes instead of {nbytes}")
     if data[: len(header)] != header:
@@ -192,7 +204,7 @@ def state_chunks(path: Path, data: memoryview, entry: Entry) -> list[memoryview]
     chunks: list[memoryview] = []
     start = len(header)
     for index in range(layout.chunks):
-        stop = start + layout.state_nbytes(index)
+        stop = start + layout.state_nbytes(index, entry.slots)
         chunks.append(data[start:stop])
         start = stop
     return chunks
@@ -206,10 +218,12 @@ def read_state(path: Path, entry: Entry) -> CanonicalState:
     """
     data = map_file(path)
     chunks = state_chunks(path, data, entry)
-    theta = np.empty(entry.values, np.float32)
-    momentum = np.empty(entry.values, np.float32)
-    state = CanonicalState(
-        entry.channel, entry.round, theta, momentum, chunk_values=entry.chunk_values
+    state = CanonicalState.first(
+        entry.channel,
+        np.empty(entry.values, np.float32),
+        entry.slots,
+        round=entry.round,
+        chunk_values=entry.chunk_values,
     )
     for index, chunk in enumerate(chunks):
         state.load_chunk(index + 1, chunk)

@@ -16,9 +16,12 @@ from swarmtrain_protocols.codecs import check_finite, get_codec
 from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rules import Rules
+from swarmtrain_protocols.stageopt import square_norm
 from swarmtrain_protocols.state import (
     CanonicalState,
     Layout,
@@ -48,6 +51,7 @@ class DataPlane:
 
     Args:
         outer_lr, outer_momentum: of the run, fp32 values.
+        keys: of the run; None: it is no pipeline.
         run: maps chunk work over threads; ``map`` for inline work.
         chunk_values: values per chunk; smaller only in tests and in the simulator.
     """
@@ -57,11 +61,11 @@ class DataPlane:
         *,
         outer_lr: float,
         outer_momentum: float,
+        keys: RunKeys | None = None,
         run: Mapper = map,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
-        self.outer_lr = outer_lr
-        self.outer_momentum = outer_momentum
+        self.rules = Rules(outer_lr, outer_momentum, keys)
         self.states: dict[str, CanonicalState] = {}
         self._run = run
         self._chunk_values = chunk_values
@@ -201,9 +205,9 @@ class DataPlane:
         return [layout.encoded_nbytes(i, codec) for i in range(layout.chunks)]
 
     def _state_sizes(self, channel: str, round_number: int, values: int) -> list[int]:
-        layout = self.layout(values)
-        header = len(header_chunk(channel, round_number, values))
-        return [header, *(layout.state_nbytes(i) for i in range(layout.chunks))]
+        layout, slots = self.layout(values), self.rules.slots(channel)
+        header = len(header_chunk(channel, round_number, values, slots))
+        return [header, *(layout.state_nbytes(i, slots) for i in range(layout.chunks))]
 
     def accept(self, purpose: object, leaves: Sequence[bytes] | None = None) -> None:
         """Fetched chunks are in place and match their root; are they valid values?
@@ -337,13 +341,31 @@ class DataPlane:
         )
         return out
 
-    def apply(self, channel: str, round_number: int, root: bytes) -> tuple[int, bytes]:
-        """Take the outer step with a committed result; returns (next round, state hash)."""
-        state = self.states[channel]
-        assert state.round == round_number, (channel, state.round, round_number)
-        blob = self._blobs[root]
+    def square_norm(self, root: bytes) -> float:
+        """Sum of the squares of a result's values in fp64, the same bits at every holder."""
+        values, codec_name = self._result_codecs[root]
+        chunks, codec = self._blobs[root].chunks, get_codec(codec_name)
+        layout = self.layout(values)
+        norms = [0.0] * layout.chunks
+
+        def work(index: int) -> None:
+            decoded = np.empty(layout.nvalues(index), np.float32)
+            codec.decode(chunks[index], decoded)
+            norms[index] = square_norm(decoded)
+
+        for _ in self._run(work, _all(layout)):
+            pass
+        total = 0.0
+        for norm in norms:
+            total += norm
+        return total
+
+    def apply(self, applied: fx.ApplyResult) -> tuple[int, bytes]:
+        """Take the step of a committed result; returns (next round, state hash)."""
+        state, root = self.states[applied.channel], applied.root
+        assert state.round == applied.round, (applied, state.round)
         codec = get_codec(self._result_codecs[root][1])
-        state.apply(blob.chunks, codec, self.outer_lr, self.outer_momentum, run=self._run)
+        state.apply(self._blobs[root].chunks, codec, self.rules.step(applied), run=self._run)
         if root in self._adopted:
             del self._adopted[root]
             self.drop(root)
@@ -362,10 +384,9 @@ class DataPlane:
             PeerFault: ``malformed`` or ``corrupt``.
         """
         chunks = self._incoming.pop(purpose.root)
-        values = purpose.values
-        if bytes(chunks[0]) != header_chunk(purpose.channel, purpose.round, values):
+        state = self.new_state(purpose.channel, purpose.round, purpose.values)
+        if bytes(chunks[0]) != state.header:
             raise PeerFault("malformed", "snapshot header of another state")
-        state = self.new_state(purpose.channel, purpose.round, values)
         for index, chunk in enumerate(chunks):
             state.load_chunk(index, chunk)
         root = state.root()
@@ -375,10 +396,13 @@ class DataPlane:
         return state.round, root
 
     def new_state(self, channel: str, round_number: int, values: int) -> CanonicalState:
-        """A zero state; not installed."""
-        theta, momentum = np.zeros(values, np.float32), np.zeros(values, np.float32)
-        return CanonicalState(
-            channel, round_number, theta, momentum, chunk_values=self._chunk_values
+        """A zero state with the slots of its channel; not installed."""
+        return CanonicalState.first(
+            channel,
+            np.zeros(values, np.float32),
+            self.rules.slots(channel),
+            round=round_number,
+            chunk_values=self._chunk_values,
         )
 
 

@@ -2,13 +2,13 @@
 
 A channel's vector is cut into chunks of ``limits.CHUNK_VALUES`` values. Contributions, results and
 states are lists of chunks, each list a blob under a Merkle root. The state hash of a channel is the
-root over a small header and, per chunk, the bytes of theta and then those of the outer momentum.
-Spec: ``protocols/spec/07-outer-step.md``.
+root over a small header and, per chunk, the bytes of theta and then those of each slot: the vectors
+of its optimizer, which ``rules.py`` names. Spec: ``protocols/spec/07-outer-step.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -28,12 +28,17 @@ from swarmtrain_protocols.codecs.base import (
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.merkle import LEAF_PREFIX, Blob, leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import Channel, Count
-from swarmtrain_protocols.outer import outer_step
 
-SLOTS = ("theta", "momentum")
+THETA = "theta"
+MOMENTUM = ("momentum",)
+"""The slots of a channel whose results are mean pseudo-gradients (DiLoCo)."""
+SLOTS_MAX = 3
 
 Mapper = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 """``map``, or the ``map`` of an executor, to spread chunks over threads."""
+
+Step = Callable[[F32, Sequence[F32], F32, int], None]
+"""(theta, slots, decoded result, index of the first value): moves one chunk f32[n] in place."""
 
 
 class Layout:
@@ -66,9 +71,9 @@ class Layout:
         """Bytes of chunk ``index`` of a contribution or result."""
         return codec.encoded_nbytes(self.nvalues(index))
 
-    def state_nbytes(self, index: int) -> int:
-        """Bytes of theta and momentum of chunk ``index`` (chunk ``index + 1`` of the blob)."""
-        return len(SLOTS) * 4 * self.nvalues(index)
+    def state_nbytes(self, index: int, slots: Sequence[str]) -> int:
+        """Bytes of theta and ``slots`` of chunk ``index`` (chunk ``index + 1`` of the blob)."""
+        return (1 + len(slots)) * 4 * self.nvalues(index)
 
     def range_values(self, first: int, count: int) -> int:
         """How many values chunks ``first … first+count-1`` hold together."""
@@ -77,20 +82,23 @@ class Layout:
 
 
 class StateHeader(msgspec.Struct, frozen=True):
-    """Chunk 0 of a state blob, MessagePack."""
+    """Chunk 0 of a state blob, MessagePack. ``slots`` names the vectors of a chunk, theta first."""
 
     channel: Channel
     round: Count
     values: Count
-    slots: Annotated[tuple[str, ...], Meta(max_length=4)] = SLOTS
+    slots: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=16)], ...],
+        Meta(min_length=1, max_length=1 + SLOTS_MAX),
+    ]
 
 
 _header_decoder = msgspec.msgpack.Decoder(StateHeader)
 
 
-def header_chunk(channel: str, round: int, values: int) -> bytes:
+def header_chunk(channel: str, round: int, values: int, slots: Sequence[str] = MOMENTUM) -> bytes:
     """Chunk 0 of the state blob; whoever asks for a state knows these bytes beforehand."""
-    return msgspec.msgpack.encode(StateHeader(channel, round, values))
+    return msgspec.msgpack.encode(StateHeader(channel, round, values, (THETA, *slots)))
 
 
 def parse_header(data: Buffer) -> StateHeader:
@@ -103,17 +111,19 @@ def parse_header(data: Buffer) -> StateHeader:
         header = _header_decoder.decode(bytes(data))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerFault("malformed", f"state header: {error}") from None
-    if header.slots != SLOTS or header_chunk(header.channel, header.round, header.values) != data:
+    names = header.slots
+    if names[0] != THETA or len(set(names)) != len(names) or msgspec.msgpack.encode(header) != data:
         raise PeerFault("malformed", "state header is not in its canonical form")
     return header
 
 
 class CanonicalState:
-    """What every member in step holds bit for bit: round, theta and outer momentum of a channel.
+    """What every member in step holds bit for bit: round, theta and slots of a channel.
 
     ``round`` counts the results applied so far: the result of round ``r`` takes a state with
-    ``round == r`` to ``r + 1``. The arrays are used in place, not copied; write them only through
-    ``apply`` and ``load_chunk``.
+    ``round == r`` to ``r + 1``. ``slots`` are the vectors of its optimizer by name, in the order
+    of the header. The arrays are used in place, not copied; write them only through ``apply`` and
+    ``load_chunk``.
     """
 
     def __init__(
@@ -121,33 +131,55 @@ class CanonicalState:
         channel: str,
         round: int,
         theta: F32,
-        momentum: F32,
+        slots: Mapping[str, F32],
         *,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
-        for array in (theta, momentum):
+        assert len(slots) <= SLOTS_MAX and THETA not in slots
+        for array in (theta, *slots.values()):
             if array.dtype != np.float32 or array.ndim != 1 or not array.flags.c_contiguous:
-                raise LocalProtocolError("theta and momentum must be contiguous f32[n]")
-        if theta.size != momentum.size:
-            raise LocalProtocolError("theta and momentum differ in length")
+                raise LocalProtocolError("theta and slots must be contiguous f32[n]")
+            if array.size != theta.size:
+                raise LocalProtocolError("theta and slots differ in length")
         self.channel = channel
         self.round = round
         self.theta = theta
-        self.momentum = momentum
+        self.slots = dict(slots)
         self.layout = Layout(theta.size, chunk_values)
         self._leaves: list[bytes] | None = None
 
     @classmethod
     def first(
-        cls, channel: str, theta: F32, *, chunk_values: int = limits.CHUNK_VALUES
+        cls,
+        channel: str,
+        theta: F32,
+        slots: Sequence[str] = MOMENTUM,
+        *,
+        round: int = 0,
+        chunk_values: int = limits.CHUNK_VALUES,
     ) -> CanonicalState:
-        """Round 0: the initial parameters f32[n], and momentum zero."""
-        return cls(channel, 0, theta, np.zeros_like(theta), chunk_values=chunk_values)
+        """Parameters f32[n] with slots of zeros: round 0, or a stage that was rebuilt."""
+        zeros = {name: np.zeros_like(theta) for name in slots}
+        return cls(channel, round, theta, zeros, chunk_values=chunk_values)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        return tuple(self.slots)
+
+    @property
+    def arrays(self) -> tuple[F32, ...]:
+        """Theta, then the slots."""
+        return (self.theta, *self.slots.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def header(self) -> bytes:
         """Chunk 0 of the blob."""
-        return header_chunk(self.channel, self.round, self.layout.values)
+        return header_chunk(self.channel, self.round, self.layout.values, self.slot_names)
 
     @property
     def leaves(self) -> list[bytes]:
@@ -165,7 +197,7 @@ class CanonicalState:
         if index == 0:
             return self.header
         part = self.layout.part(index - 1)
-        return self.theta[part].tobytes() + self.momentum[part].tobytes()
+        return b"".join(array[part].tobytes() for array in self.arrays)
 
     def blob(self) -> Blob:
         """An immutable snapshot (a copy) for serving to joiners while this state moves on."""
@@ -177,7 +209,7 @@ class CanonicalState:
             self.channel,
             self.round,
             self.theta.copy(),
-            self.momentum.copy(),
+            {name: array.copy() for name, array in self.slots.items()},
             chunk_values=self.layout.chunk_values,
         )
         copied._leaves = None if self._leaves is None else list(self._leaves)
@@ -195,24 +227,18 @@ class CanonicalState:
             return
         part = self.layout.part(index - 1)
         found = np.frombuffer(data, np.uint8)
-        if found.size != self.layout.state_nbytes(index - 1):
+        if found.size != self.layout.state_nbytes(index - 1, self.slot_names):
             raise PeerFault("malformed", f"state chunk {index} of {found.size} bytes")
-        half = found.size // 2
-        self.theta[part].view(np.uint8)[:] = found[:half]
-        self.momentum[part].view(np.uint8)[:] = found[half:]
+        each = 4 * self.layout.nvalues(index - 1)
+        for number, array in enumerate(self.arrays):
+            array[part].view(np.uint8)[:] = found[number * each : (number + 1) * each]
         if self._leaves is not None:
             self._leaves[index - 1] = self._leaf(index - 1)
 
     def apply(
-        self,
-        result_chunks: Sequence[Buffer],
-        codec: Codec,
-        lr: float,
-        beta: float,
-        *,
-        run: Mapper = map,
+        self, result_chunks: Sequence[Buffer], codec: Codec, step: Step, *, run: Mapper = map
     ) -> None:
-        """Take the outer step with the encoded result of round ``self.round``, chunk by chunk.
+        """Take a step with the encoded result of round ``self.round``, chunk by chunk.
 
         All chunks are checked first, so a bad result changes nothing.
 
@@ -227,16 +253,15 @@ class CanonicalState:
             codec.check(data, layout.nvalues(index), limits.RESULT_MAGNITUDE_MAX)
         leaves = [b""] * layout.chunks
 
-        def step(index: int) -> None:
+        def move(index: int) -> None:
             part = layout.part(index)
             mean = np.empty(layout.nvalues(index), np.float32)
             codec.decode(result_chunks[index], mean)
-            outer_step(
-                self.theta[part], self.momentum[part], mean, np.float32(lr), np.float32(beta)
-            )
+            slots = [array[part] for array in self.slots.values()]
+            step(self.theta[part], slots, mean, layout.start(index))
             leaves[index] = self._leaf(index)
 
-        for _ in run(step, range(layout.chunks)):
+        for _ in run(move, range(layout.chunks)):
             pass
         self._leaves = leaves
         self.round += 1
@@ -244,8 +269,8 @@ class CanonicalState:
     def _leaf(self, index: int) -> bytes:
         part = self.layout.part(index)
         hasher = blake3(LEAF_PREFIX)
-        hasher.update(self.theta[part].view(np.uint8).data)
-        hasher.update(self.momentum[part].view(np.uint8).data)
+        for array in self.arrays:
+            hasher.update(array[part].view(np.uint8).data)
         return hasher.digest()
 
     def __repr__(self) -> str:

@@ -10,10 +10,12 @@ import numpy as np
 from swarmtrain_peer.store import Loaded, StateStore
 from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.rules import outer_rule
 from swarmtrain_protocols.state import CanonicalState, encode_chunks
 
 CHANNEL, CHUNK, VALUES = "train/0/0", 16, 40
 INT8 = get_codec("int8")
+OUTER = outer_rule(0.7, 0.9)
 
 
 def a_state(channel: str = CHANNEL, values: int = VALUES) -> CanonicalState:
@@ -30,7 +32,7 @@ def advance(store: StateStore, state: CanonicalState) -> None:
     """One committed round: bytes on disk first, then applied."""
     chunks = result_of(state.round, state.layout.values)
     store.store_result(state.channel, state.round, Blob.of(chunks).root, "int8", chunks)
-    state.apply(chunks, INT8, 0.7, 0.9)
+    state.apply(chunks, INT8, OUTER)
 
 
 def roots(rounds: int, channel: str = CHANNEL) -> list[bytes]:
@@ -38,7 +40,7 @@ def roots(rounds: int, channel: str = CHANNEL) -> list[bytes]:
     state = a_state(channel)
     found = [state.root()]
     for _ in range(rounds):
-        state.apply(result_of(state.round), INT8, 0.7, 0.9)
+        state.apply(result_of(state.round), INT8, OUTER)
         found.append(state.root())
     return found
 
@@ -49,7 +51,7 @@ def replayed(loaded: Loaded, channel: str = CHANNEL) -> CanonicalState:
     for result in recovered.results:
         assert result.round == state.round
         assert Blob.of(result.chunks).root == result.root
-        state.apply(result.chunks, get_codec(result.codec), 0.7, 0.9)
+        state.apply(result.chunks, get_codec(result.codec), OUTER)
     return state
 
 

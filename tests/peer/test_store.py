@@ -18,6 +18,7 @@ from tests.peer.store_helpers import (
     CHANNEL,
     CHUNK,
     INT8,
+    OUTER,
     VALUES,
     a_state,
     advance,
@@ -55,7 +56,7 @@ def test_channels_are_restored_each_at_its_round(tmp_path: Path) -> None:
     for count, state in enumerate(states):
         store.store_result(state.channel, 0, Blob.of(result_of(0)).root, "int8", result_of(0))
         for _ in range(count):
-            state.apply(result_of(state.round), INT8, 0.7, 0.9)
+            state.apply(result_of(state.round), INT8, OUTER)
     store.save(states)
     loaded = StateStore(tmp_path).load()
     assert sorted(loaded.channels) == sorted(names)
@@ -79,7 +80,27 @@ def test_the_state_file_is_safetensors(tmp_path: Path) -> None:
     tensors = load_file(files(tmp_path, ".safetensors")[0])
     both = np.concatenate([tensors[name] for name in sorted(tensors)], axis=1)
     assert both[0].tobytes() == state.theta.tobytes()
-    assert both[1].tobytes() == state.momentum.tobytes()
+    assert both[1].tobytes() == state.slots["momentum"].tobytes()
+
+
+def test_each_channel_keeps_the_slots_it_has(tmp_path: Path) -> None:
+    store, states = StateStore(tmp_path), []
+    for stage, names in enumerate(((), ("m", "v"), ("momentum",))):
+        theta = np.random.default_rng(stage).standard_normal(VALUES).astype(np.float32)
+        state = CanonicalState.first(f"train/{stage}/0", theta, names, round=7, chunk_values=CHUNK)
+        for array in state.slots.values():
+            array[:] = theta * 2
+        states.append(state)
+    store.save(states)
+    found = StateStore(tmp_path).load()
+    assert not found.refused
+    for state in states:
+        again = found.channels[state.channel].state
+        assert (again.round, again.slot_names, again.root()) == (7, state.slot_names, state.root())
+        blob = store.checkpoint(state.channel, 7)
+        assert blob.root == state.root() and bytes(blob.chunks[0]) == state.header
+    path = next(p for p in files(tmp_path, ".safetensors") if p.name.startswith("train-1-0"))
+    assert {t.shape[0] for t in load_file(path).values()} == {3}
 
 
 def test_a_checkpoint_is_served_to_joiners_from_the_file(tmp_path: Path) -> None:
@@ -87,8 +108,7 @@ def test_a_checkpoint_is_served_to_joiners_from_the_file(tmp_path: Path) -> None
     store.save([state])
     blob = store.checkpoint(CHANNEL, 0)
     assert blob.root == roots(0)[0]
-    joiner = CanonicalState(CHANNEL, 0, np.zeros(VALUES, "f4"), np.zeros(VALUES, "f4"),
-                            chunk_values=CHUNK)  # fmt: skip
+    joiner = CanonicalState.first(CHANNEL, np.zeros(VALUES, "f4"), chunk_values=CHUNK)
     for index, chunk in enumerate(blob.chunks):
         joiner.load_chunk(index, chunk)
     assert joiner.root() == roots(0)[0]
@@ -262,7 +282,7 @@ def test_rewind_forgets_later_results_and_checkpoints(tmp_path: Path) -> None:
     assert [c.entries[0].round for c in store.checkpoints()[0]] == [2, 0]
     other = list(encode_chunks(np.ones(VALUES, "f4"), INT8, chunk_values=CHUNK))
     store.store_result(CHANNEL, 3, Blob.of(other).root, "int8", other)
-    again.apply(other, INT8, 0.7, 0.9)
+    again.apply(other, INT8, OUTER)
     assert recover(tmp_path).root() == again.root()
 
 

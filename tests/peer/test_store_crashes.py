@@ -18,6 +18,7 @@ from swarmtrain_protocols.state import CanonicalState
 from tests.peer.store_helpers import (
     CHANNEL,
     INT8,
+    OUTER,
     a_state,
     advance,
     recover,
@@ -231,7 +232,7 @@ def test_a_state_that_moves_while_it_is_saved_is_not_saved(tmp_path: Path) -> No
     class Mover(FileSystem):
         def sync(self, descriptor: int) -> None:
             super().sync(descriptor)
-            state.apply(result_of(state.round), INT8, 0.7, 0.9)
+            state.apply(result_of(state.round), INT8, OUTER)
 
     store = StateStore(tmp_path, fs=Mover())
     with pytest.raises(LocalProtocolError, match="moved"):

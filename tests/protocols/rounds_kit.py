@@ -296,7 +296,7 @@ class Net:
         elif isinstance(effect, fx.StoreResult):
             node.stored(self.now, effect.key, data.assemble(effect.key).root, True)
         elif isinstance(effect, fx.ApplyResult):
-            moved = data.apply(effect.channel, effect.round, effect.root)
+            moved = data.apply(effect)
             self._serve(peer, effect.channel)
             node.applied(self.now, effect.channel, *moved)
         elif isinstance(effect, fx.InstallSnapshot):

@@ -10,9 +10,12 @@ from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.dataplane import RESULTS_KEPT_PER_CHANNEL, DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.stageopt import StageOptimizer, StepTerms
 from swarmtrain_protocols.state import CanonicalState
+from tests.protocols import reference_numbers as reference
 from tests.protocols.rounds_kit import (
     CHUNK,
     GROUP,
@@ -25,6 +28,8 @@ from tests.protocols.rounds_kit import (
     hash_of,
     opening,
 )
+
+STAGE = "train/1/0"
 
 
 def plane(**changes: object) -> DataPlane:
@@ -139,11 +144,11 @@ def test_parts_become_one_result_that_moves_the_state() -> None:
     assert blob.root == Blob.of(chunks).root
     mean = np.frombuffer(b"".join(chunks), np.float32)
     assert here.decoded(blob.root).tobytes() == mean.tobytes()
-    assert here.apply(TRAIN, 0, blob.root) == (1, here.states[TRAIN].root())
+    assert here.apply(fx.ApplyResult(TRAIN, 0, blob.root)) == (1, here.states[TRAIN].root())
     momentum = np.float32(0.5) * momentum + mean
     theta = theta - (mean + np.float32(0.5) * momentum)
     assert state.theta.tobytes() == theta.tobytes()
-    assert state.momentum.tobytes() == momentum.tobytes()
+    assert state.slots["momentum"].tobytes() == momentum.tobytes()
 
 
 def test_parts_are_served_as_long_as_their_result() -> None:
@@ -247,8 +252,54 @@ def test_a_signed_result_that_is_not_finite_is_refused_before_anybody_applies_it
         round_.here.accept(wanted)
 
 
+STAGES = RunKeys(stages=2, inner_lr=0.01, inner_warmup_steps=0)
+
+
+def test_a_step_of_a_stage_takes_the_runs_optimizer() -> None:
+    """What the effect says of scale, recovery and decay reaches the arithmetic."""
+    here, gradient = plane(keys=STAGES), numbers(2)
+    state = here.new_state(STAGE, 40, VALUES)
+    assert state.slot_names == ("m", "v")
+    state.theta[:] = numbers(1)
+    here.states[STAGE] = state
+    expected = state.copy()
+    blob = plane().encode(gradient, "int8")
+    here.adopt_result(blob, VALUES, "int8")
+    decoded = here.decoded(blob.root)
+    assert here.square_norm(blob.root) == sum(
+        reference.square_norm(decoded[here.layout(VALUES).part(i)].tolist())
+        for i in range(here.layout(VALUES).chunks)
+    )
+    applied = fx.ApplyResult(STAGE, 40, blob.root, 0.5, 39, ((3, 9), (VALUES - 2, VALUES)))
+    assert here.apply(applied) == (41, state.root())
+    terms = StepTerms(40, 0.5, 39, applied.plain)
+    slots = list(expected.slots.values())
+    StageOptimizer.of(STAGES).step(terms, expected.theta, slots, decoded, 0)
+    assert state.theta.tobytes() == expected.theta.tobytes()
+    assert [a.tobytes() for a in state.slots.values()] == [a.tobytes() for a in slots]
+    for other in (StepTerms(40, 0.25, 39), StepTerms(40, 0.5), StepTerms(40, 0.5, 39)):
+        again = np.zeros(VALUES, np.float32) + numbers(1)
+        fresh = [np.zeros(VALUES, np.float32) for _ in slots]
+        StageOptimizer.of(STAGES).step(other, again, fresh, decoded, 0)
+        assert again.tobytes() != state.theta.tobytes(), other
+
+
+def test_the_state_of_a_stage_is_fetched_with_its_slots() -> None:
+    donor = plane(keys=STAGES).new_state(STAGE, 3, VALUES)
+    for seed, array in enumerate(donor.arrays):
+        array[:] = numbers(seed)
+    blob, here = donor.blob(), plane(keys=STAGES)
+    purpose = fx.Snapshot(STAGE, 3, blob.root, VALUES)
+    places = here.destinations(purpose, 0, here.total_chunks(purpose))
+    for place, chunk in zip(places, blob.chunks, strict=True):
+        place[:] = chunk
+    assert here.install(purpose) == (3, donor.root())
+    diloco = plane(keys=RunKeys(stages=2, pipeline_mode="diloco"))
+    assert diloco.new_state(STAGE, 0, VALUES).slot_names == ("momentum",)
+
+
 def test_a_snapshot_of_another_state_is_refused_and_changes_nothing() -> None:
-    donor = CanonicalState(TRAIN, 3, numbers(1), numbers(2), chunk_values=CHUNK)
+    donor = CanonicalState(TRAIN, 3, numbers(1), {"momentum": numbers(2)}, chunk_values=CHUNK)
     blob, here = donor.blob(), plane()
     mine = CanonicalState.first(TRAIN, numbers(5), chunk_values=CHUNK)
     here.states[TRAIN] = mine
@@ -271,7 +322,7 @@ def test_a_snapshot_of_another_state_is_refused_and_changes_nothing() -> None:
     right = fx.Snapshot(TRAIN, 3, blob.root, VALUES)
     load(right)
     assert here.install(right) == (3, donor.root())
-    assert here.states[TRAIN].momentum.tobytes() == donor.momentum.tobytes()
+    assert here.states[TRAIN].root() == donor.root()
 
 
 def test_a_whole_result_is_checked_against_the_committed_root() -> None:
@@ -341,5 +392,5 @@ def test_a_result_of_an_earlier_life_is_kept_until_it_is_applied() -> None:
     blob = plane().encode(numbers(2), "fp32")
     here.adopt_result(blob, VALUES, "fp32")
     assert here.provide(blob.root) is blob
-    here.apply(TRAIN, 0, blob.root)
+    here.apply(fx.ApplyResult(TRAIN, 0, blob.root))
     assert here.provide(blob.root) is None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs import get_codec, use_numba
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.rules import outer_rule
 from swarmtrain_protocols.state import (
     CanonicalState,
     Layout,
@@ -29,14 +30,16 @@ from tests.protocols import reference_numbers as reference
 Array = np.ndarray[Any, Any]
 CHUNK = 512
 FP32, INT8 = get_codec("fp32"), get_codec("int8")
+OUTER = outer_rule(0.7, 0.9)
 
 
 def vector(n: int, seed: int = 0, scale: float = 1.0) -> Array:
     return (np.random.default_rng(seed).standard_normal(n) * scale).astype(np.float32)
 
 
-def a_state(n: int = 1200, seed: int = 0) -> CanonicalState:
-    return CanonicalState("train/0/0", 3, vector(n, seed), vector(n, seed + 1), chunk_values=CHUNK)
+def a_state(n: int = 1200, seed: int = 0, names: tuple[str, ...] = ("momentum",)) -> CanonicalState:
+    slots = {name: vector(n, seed + 1 + index) for index, name in enumerate(names)}
+    return CanonicalState("train/0/0", 3, vector(n, seed), slots, chunk_values=CHUNK)
 
 
 def mean_chunks(seed: int, n: int = 1200) -> list[Any]:
@@ -58,13 +61,13 @@ def expected_root(state: CanonicalState) -> bytes:
         "channel": state.channel,
         "round": state.round,
         "values": state.theta.size,
-        "slots": ["theta", "momentum"],
+        "slots": ["theta", *state.slots],
     }
     chunks = [msgpack.packb(header)]
     for start in range(0, state.theta.size, CHUNK):
         part = slice(start, start + CHUNK)
-        theta, momentum = state.theta[part].tolist(), state.momentum[part].tolist()
-        chunks.append(reference.pack(theta) + reference.pack(momentum))
+        arrays = (state.theta, *state.slots.values())
+        chunks.append(b"".join(reference.pack(array[part].tolist()) for array in arrays))
     return tree([blake3(b"\x00" + chunk).digest() for chunk in chunks])
 
 
@@ -75,13 +78,48 @@ def test_the_hash_is_the_specified_one(n: int) -> None:
     assert state.blob().root == expected_root(state)
 
 
+@pytest.mark.parametrize("names", [(), ("momentum",), ("m", "v")], ids=len)
+def test_every_slot_is_in_the_hash_the_chunks_and_the_copy(names: tuple[str, ...]) -> None:
+    state = a_state(names=names)
+    assert (state.slot_names, state.nbytes) == (names, 4 * 1200 * (1 + len(names)))
+    blob = state.blob()
+    assert blob.root == state.root() == expected_root(state)
+    assert [len(chunk) for chunk in blob.chunks[1:]] == [
+        state.layout.state_nbytes(i, names) for i in range(3)
+    ]
+    theta = np.zeros(1200, "f4")
+    joiner = CanonicalState.first("train/0/0", theta, names, round=3, chunk_values=CHUNK)
+    for index, chunk in enumerate(blob.chunks):
+        joiner.load_chunk(index, chunk)
+    assert joiner.root() == blob.root
+    for mine, theirs in zip(joiner.arrays, state.arrays, strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+    copy = joiner.copy()
+    roots = {joiner.root()}
+    for array in copy.arrays:
+        array[700] += 1
+        changed = CanonicalState("train/0/0", 3, copy.theta, copy.slots, chunk_values=CHUNK)
+        roots.add(changed.root())
+    assert len(roots) == 2 + len(names) and joiner.root() == blob.root
+
+
+def test_states_with_other_slots_are_other_states() -> None:
+    named = [a_state(names=("m", "v")), a_state(names=("v", "m")), a_state(names=("m",))]
+    assert len({state.root() for state in named}) == 3
+    two = a_state(names=("m", "v"))
+    with pytest.raises(PeerFault, match="another state"):
+        two.load_chunk(0, a_state().header)
+    with pytest.raises(PeerFault, match="bytes"):
+        two.load_chunk(1, a_state().chunk(1))
+
+
 def test_the_hash_covers_round_channel_and_every_slot() -> None:
     base = a_state().root()
     others = [a_state(), a_state(), a_state(), a_state()]
     others[0].round = 4
     others[1].channel = "train/0/1"
     others[2].theta[700] = np.nextafter(others[2].theta[700], np.float32(9))
-    others[3].momentum[1199] = -0.0
+    others[3].slots["momentum"][1199] = -0.0
     assert len({base, *(state.root() for state in others)}) == 5
 
 
@@ -91,7 +129,7 @@ def test_apply_equals_plain_python_and_refreshes_the_hash(numba: bool) -> None:
     try:
         state = a_state()
         state.root()
-        theta, momentum = state.theta.tolist(), state.momentum.tolist()
+        theta, momentum = state.theta.tolist(), state.slots["momentum"].tolist()
         for seed in (5, 6):
             chunks = mean_chunks(seed)
             mean: list[float] = []
@@ -99,9 +137,9 @@ def test_apply_equals_plain_python_and_refreshes_the_hash(numba: bool) -> None:
                 mean += reference.decode("int8", bytes(data), state.layout.nvalues(index))
             lr, beta = reference.f32(0.7), reference.f32(0.9)
             theta, momentum = reference.outer_step(theta, momentum, mean, lr, beta)
-            state.apply(chunks, INT8, 0.7, 0.9)
+            state.apply(chunks, INT8, OUTER)
             assert state.theta.tolist() == theta
-            assert state.momentum.tolist() == momentum
+            assert state.slots["momentum"].tolist() == momentum
             assert state.root() == expected_root(state)
         assert state.round == 5
     finally:
@@ -110,9 +148,9 @@ def test_apply_equals_plain_python_and_refreshes_the_hash(numba: bool) -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     alone, together = a_state(), a_state()
-    alone.apply(mean_chunks(5), INT8, 0.4, 0.9)
+    alone.apply(mean_chunks(5), INT8, outer_rule(0.4, 0.9))
     with ThreadPoolExecutor(3) as pool:
-        together.apply(mean_chunks(5), INT8, 0.4, 0.9, run=pool.map)
+        together.apply(mean_chunks(5), INT8, outer_rule(0.4, 0.9), run=pool.map)
     assert alone.root() == together.root() == expected_root(alone)
 
 
@@ -124,7 +162,7 @@ def test_a_bad_result_changes_nothing(bad: int) -> None:
     chunks[bad][:4] = np.float32(np.inf).tobytes()
     for broken in (chunks, chunks[:2], [*mean_chunks(5)[:2], b""]):
         with pytest.raises(PeerFault):
-            state.apply(broken, INT8, 0.7, 0.9)
+            state.apply(broken, INT8, OUTER)
     assert (state.root(), state.round) == (before, 3)
     assert expected_root(state) == before
 
@@ -132,16 +170,14 @@ def test_a_bad_result_changes_nothing(bad: int) -> None:
 def test_a_joiner_rebuilds_the_state_from_its_chunks() -> None:
     donor = a_state()
     blob = donor.blob()
-    donor.apply(mean_chunks(5), INT8, 0.7, 0.9)  # the snapshot stands still
+    donor.apply(mean_chunks(5), INT8, OUTER)  # the snapshot stands still
     assert bytes(blob.chunks[0]) == header_chunk("train/0/0", 3, 1200)
-    joiner = CanonicalState(
-        "train/0/0", 3, np.zeros(1200, "f4"), np.zeros(1200, "f4"), chunk_values=CHUNK
-    )
+    joiner = CanonicalState.first("train/0/0", np.zeros(1200, "f4"), round=3, chunk_values=CHUNK)
     assert joiner.root() != blob.root
     for index in (2, 0, 3, 1):
         joiner.load_chunk(index, blob.chunks[index])
     assert joiner.root() == blob.root == expected_root(joiner)
-    joiner.apply(mean_chunks(5), INT8, 0.7, 0.9)
+    joiner.apply(mean_chunks(5), INT8, OUTER)
     assert joiner.root() == donor.root()
     with pytest.raises(PeerFault):
         joiner.load_chunk(1, blob.chunks[3])
@@ -153,16 +189,31 @@ def test_a_copy_moves_alone() -> None:
     state = a_state()
     copy = state.copy()
     before = state.root()
-    state.apply(mean_chunks(1), INT8, 0.7, 0.9)
+    state.apply(mean_chunks(1), INT8, OUTER)
     assert copy.root() == before == expected_root(copy)
 
 
 def test_headers_are_canonical_or_refused() -> None:
     good = header_chunk("train/0/0", 7, 99)
     assert (parse_header(good).round, parse_header(memoryview(good)).values) == (7, 99)
+    stage = header_chunk("train/3/0", 7, 99, ("m", "v"))
+    assert parse_header(stage).slots == ("theta", "m", "v")
+    twice = msgpack.packb({"channel": "a", "round": 1, "values": 2, "slots": ["theta", "m", "m"]})
+    many = ["theta", "a", "b", "c", "d"]
+    more = msgpack.packb({"channel": "a", "round": 1, "values": 2, "slots": many})
     other = msgpack.packb({"channel": "a", "round": 1, "values": 2, "slots": ["m", "v"]})
     longer = msgpack.packb({"round": 1, "channel": "a", "values": 2, "slots": ["theta"]})
-    for bad in (b"", good[:-1], good + b"\0", other, longer, b"\xff", b"\x93\x01\x02\x03"):
+    for bad in (
+        b"",
+        good[:-1],
+        good + b"\0",
+        other,
+        longer,
+        twice,
+        more,
+        b"\xff",
+        b"\x93\x01\x02\x03",
+    ):
         with pytest.raises(PeerFault) as caught:
             parse_header(bad)
         assert caught.value.code == "malformed"
@@ -175,7 +226,8 @@ def test_layout() -> None:
     assert layout.part(3) == slice(3 * limits.CHUNK_VALUES, 3 * limits.CHUNK_VALUES + 10)
     assert layout.range_values(2, 2) == limits.CHUNK_VALUES + 10
     assert layout.encoded_nbytes(3, INT8) == 14
-    assert layout.state_nbytes(0) == 8 * limits.CHUNK_VALUES
+    assert layout.state_nbytes(0, ("momentum",)) == 8 * limits.CHUNK_VALUES
+    assert layout.state_nbytes(0, ()) == 4 * limits.CHUNK_VALUES
     assert Layout(limits.CHUNK_VALUES).chunks == 1
     for call in (lambda: Layout(0), lambda: layout.part(4), lambda: layout.part(-1)):
         with pytest.raises(LocalProtocolError):
@@ -252,10 +304,10 @@ def test_misuse_is_told() -> None:
     with pytest.raises(LocalProtocolError):
         reduce_chunks([chunks[:1]], [1.0], INT8, INT8, 1200, chunk_values=CHUNK)
     with pytest.raises(LocalProtocolError):
-        CanonicalState("a", 0, np.zeros(4), np.zeros(4))  # fp64
+        CanonicalState("a", 0, np.zeros(4), {})  # fp64
     with pytest.raises(LocalProtocolError):
-        CanonicalState("a", 0, np.zeros(8, "f4")[::2], np.zeros(4, "f4"))
+        CanonicalState("a", 0, np.zeros(8, "f4")[::2], {})
     with pytest.raises(LocalProtocolError):
-        CanonicalState("a", 0, np.zeros(5, "f4"), np.zeros(4, "f4"))
+        CanonicalState("a", 0, np.zeros(5, "f4"), {"m": np.zeros(4, "f4")})
     with pytest.raises(PeerFault):
         decode_chunks(chunks[:2], INT8, np.zeros(1200, "f4"), chunk_values=CHUNK)

@@ -77,7 +77,7 @@ class Oracle:
         self.round += 1
 
     def state_hash(self) -> str:
-        state = CanonicalState(CHANNEL, self.round, self.theta, self.momentum)
+        state = CanonicalState(CHANNEL, self.round, self.theta, {"momentum": self.momentum})
         return state.root().hex()
 
 

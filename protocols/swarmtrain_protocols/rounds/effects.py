@@ -42,12 +42,16 @@ class StoreResult:
 class ApplyResult:
     """Apply the committed result of ``round`` to the canonical state.
 
+    ``scale``, ``recovered`` and ``plain`` are for optimizers of stages (``stageopt.StepTerms``).
     Answer ``applied(now, channel, round + 1, state_hash)``.
     """
 
     channel: str
     round: int
     root: bytes
+    scale: float = 1.0
+    recovered: int = -1
+    plain: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,6 +307,6 @@ class RoundsAreRight(LogIsOne):
             if state.round >= len(known):
                 continue  # its commit is applied here before anybody has emitted it
             right = known[state.round]
-            same = right.raw == state.theta.tobytes() + state.momentum.tobytes()
+            same = right.raw == state.theta.tobytes() + state.slots["momentum"].tobytes()
             if not same and node.core.catchup.tracks[channel].state_hash is not None:
                 world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -27,7 +27,7 @@ from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
-from swarmtrain_protocols.state import CanonicalState, header_chunk
+from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import address_of
@@ -101,6 +101,7 @@ class Site:
         self.plane = DataPlane(
             outer_lr=spec.outer_lr,
             outer_momentum=spec.outer_momentum,
+            keys=spec.manifest.keys,
             chunk_values=spec.chunk_values,
         )
         self._luck = Stream(ctx.rng.getrandbits(60), "site", ctx.name)
@@ -155,14 +156,7 @@ class Site:
         for name in sorted(files):
             if name.startswith("state/"):
                 saved = msgspec.msgpack.decode(files[name], type=_SavedState)
-                theta = np.zeros(saved.values, np.float32)
-                state = CanonicalState(
-                    saved.channel,
-                    saved.round,
-                    theta,
-                    np.zeros_like(theta),
-                    chunk_values=self.spec.chunk_values,
-                )
+                state = self.plane.new_state(saved.channel, saved.round, saved.values)
                 for index, chunk in enumerate(saved.chunks):
                     state.load_chunk(index, chunk)
                 self._checkpoints[saved.channel] = saved.round
@@ -407,7 +401,7 @@ class Site:
         self.ctx.disk.sync_file(name)
 
     def _apply(self, now: float, effect: fx.ApplyResult) -> None:
-        round_number, state_hash = self.plane.apply(effect.channel, effect.round, effect.root)
+        round_number, state_hash = self.plane.apply(effect)
         self._moved(now, effect.channel, round_number, state_hash, False)
 
     def _install(self, now: float, effect: fx.InstallSnapshot) -> None:
@@ -441,7 +435,7 @@ class Site:
 
     def _save_state(self, state: CanonicalState) -> None:
         chunks = tuple(bytes(chunk) for chunk in state.blob().chunks)
-        assert chunks[0] == header_chunk(state.channel, state.round, state.theta.size)
+        assert chunks[0] == state.header
         saved = _SavedState(state.channel, state.round, state.theta.size, chunks)
         self.ctx.disk.write("state/" + state.channel, msgspec.msgpack.encode(saved))
 

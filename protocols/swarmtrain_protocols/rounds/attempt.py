@@ -65,6 +65,7 @@ class Attempt:
     store_asked: bool = False
     stored_root: bytes | None = None
     durable: bool = False
+    square_norm: float = 0.0
     refused: list[int] = field(default_factory=list)
     held_changed: list[int] = field(default_factory=list)
 
@@ -316,7 +317,8 @@ class Attempt:
             root = self.opened.contributors[own].root
             self.out.append(Send(leader, m.Withdraw(self.key.generation, self.key.channel, root)))
         if everything and self.stored_root is not None:
-            self.out.append(Send(leader, m.Holding(self.key, self.stored_root, self.durable)))
+            holding = m.Holding(self.key, self.stored_root, self.durable, self.square_norm)
+            self.out.append(Send(leader, holding))
 
     def cancel(self) -> None:
         """The attempt is over: no fetch goes on."""

@@ -14,6 +14,7 @@ from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.ledger import ChannelState, Ledger, Outcome
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import Attempt
 from swarmtrain_protocols.rounds.fetches import Fetches
@@ -42,6 +43,8 @@ class Offer:
     since: int = 0
     """The round that was next when it was offered."""
     again_at: float = math.inf
+    pledged: bool = False
+    """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""
 
 
 @dataclass(slots=True)
@@ -111,11 +114,32 @@ class RoundMember:
         self._out.append(fx.ReleaseContribution(channel, offer.root))
         return True
 
+    def pledge(self, offer: Offer) -> None:
+        """Hold a contribution ready for a step; it takes the place of one that was not closed.
+
+        Raises:
+            LocalProtocolError: the one in its place is in an open attempt.
+        """
+        old = self._offers.get(offer.channel)
+        if old is not None and old.bound is not None:
+            raise LocalProtocolError("one contribution at a time", offer.channel)
+        if old is not None and old.root != offer.root:
+            self._out.append(fx.ReleaseContribution(old.channel, old.root))
+        offer.pledged, offer.since = True, self.ledger.channels[offer.channel].round
+        self._offers[offer.channel] = offer
+
+    def retract(self, channel: str) -> None:
+        """The step went on without what was pledged."""
+        offer = self._offers.get(channel)
+        if offer is not None and offer.pledged and offer.bound is None:
+            del self._offers[channel]
+            self._out.append(fx.ReleaseContribution(channel, offer.root))
+
     def undecided(self, channel: str) -> Offer | None:
         return self._offers.get(channel)
 
     def _send_ready(self, offer: Offer) -> None:
-        if self.leader is None:
+        if self.leader is None or offer.pledged:
             return
         self._out.append(
             Send(
@@ -176,13 +200,24 @@ class RoundMember:
         Several may come at once, so that an attempt is over before this node has begun it.
         """
         if isinstance(body, e.RoundOpened):
-            offer = self._offers.get(body.key.channel)
-            if offer is not None and (self._me, offer.root) in (
-                (c.member, c.root) for c in body.contributors
-            ):
-                offer.bound = body.key
+            self._bind(body.key, body.contributors)
+        elif isinstance(body, e.StepClosed):
+            for item in body.stages:
+                key = RoundKey(body.generation, stage_channel(item.stage), body.step, body.attempt)
+                self._bind(key, item.contributors)
         elif isinstance(body, e.RoundCommitted | e.RoundAborted):
             self._decide_offer(body.key)
+        elif isinstance(body, e.StepOutcome | e.StageLost):
+            for name, offer in list(self._offers.items()):
+                if offer.bound is not None and not self.ledger.channels[name].is_open(offer.bound):
+                    self._decide_offer(offer.bound)
+
+    def _bind(self, key: RoundKey, contributors: tuple[e.Contributor, ...]) -> None:
+        offer = self._offers.get(key.channel)
+        if offer is not None and (self._me, offer.root) in (
+            (c.member, c.root) for c in contributors
+        ):
+            offer.bound = key
 
     def jumped(self) -> None:
         """A snapshot replaced the ledger: what was offered may have been decided unseen."""
@@ -324,7 +359,7 @@ class RoundMember:
     def _expire_offer(self, channel: ChannelState) -> None:
         """A contribution whose base is too old is returned to its trainer, never silently used."""
         offer = self._offers.get(channel.name)
-        if offer is None or offer.bound is not None or not channel.holds_state:
+        if offer is None or offer.bound is not None or not channel.holds_state or offer.pledged:
             return
         if channel.round - offer.base_round > self._max_base_age:
             if self.leader is not None:
@@ -340,16 +375,21 @@ class RoundMember:
         if attempt is not None:
             attempt.reduced(now, part, root)
 
-    def stored(self, now: float, key: RoundKey, root: bytes, durable: bool) -> None:
-        """All parts are in place and hashed to ``root``; ``durable``: on disk."""
+    def stored(
+        self, now: float, key: RoundKey, root: bytes, durable: bool, square_norm: float = 0.0
+    ) -> None:
+        """All parts are in place and hashed to ``root``; ``durable``: on disk.
+
+        ``square_norm``: of the decoded result, for stages of a pipeline.
+        """
         attempt = self._find(key)
         if attempt is None:
             self._out.append(fx.ReleaseAttempt(key))
             return
-        attempt.stored_root, attempt.durable = root, durable
+        attempt.stored_root, attempt.durable, attempt.square_norm = root, durable, square_norm
         if self._attempts.get(key.channel) is attempt:
             if self.leader is not None:
-                self._out.append(Send(self.leader, m.Holding(key, root, durable)))
+                self._out.append(Send(self.leader, m.Holding(key, root, durable, square_norm)))
             return
         for closing in self._closing:
             if closing.attempt is attempt:

@@ -78,6 +78,7 @@ class DriverCore:
         stages: block stages of the run.
         view: the step in progress, or None while none can make progress.
         workers: members that serve a stage and can be reached, this node included.
+        version: optimizer steps (or rounds) that the weights of a stage must have.
         paths: which hops a micro-batch visits.
         sticky: a backward goes to the worker of its forward if that is alive (``diloco``).
     """
@@ -90,6 +91,7 @@ class DriverCore:
         stages: int,
         view: Callable[[], View | None],
         workers: Callable[[int], Sequence[PeerId]],
+        version: Callable[[int], int],
         paths: PathPlan,
         sticky: bool = False,
         router: Router | None = None,
@@ -105,6 +107,7 @@ class DriverCore:
         self._view_now = view
         self._view: View | None = None
         self._workers = workers
+        self._version = version
         self._paths = paths
         self._sticky = sticky
         self._tasks: dict[tuple[int, Hop], _Task] = {}
@@ -314,7 +317,9 @@ class DriverCore:
         )
         self.router.sent(now, self._tickets, peer, task.hop)
         task.live[attempt] = peer
-        self._out.append(Send(peer, hop_request(view, identity, batch, self._stages, self._out)))
+        version = self._version(stage)
+        request = hop_request(view, version, identity, batch, self._stages, self._out)
+        self._out.append(Send(peer, request))
 
     def _preferred(self, now: float, task: _Task, workers: Sequence[PeerId]) -> PeerId | None:
         """In ``diloco`` replicas differ: a backward belongs to the weights of its forward."""

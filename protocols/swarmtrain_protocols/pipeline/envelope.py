@@ -22,7 +22,12 @@ class View:
 
 
 def hop_request(
-    view: View, identity: HopId, batch: MicroBatch, stages: int, out: list[Effect]
+    view: View,
+    version: int,
+    identity: HopId,
+    batch: MicroBatch,
+    stages: int,
+    out: list[Effect],
 ) -> HopRequest:
     """The request ``identity`` with the tensors it was always sent with."""
     hop, backward = identity.hop, identity.backward
@@ -33,7 +38,7 @@ def hop_request(
     return HopRequest(
         identity,
         "backward" if backward else "forward",
-        view.step,
+        version,
         view.era,
         batch.path,
         inputs,

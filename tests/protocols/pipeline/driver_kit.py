@@ -56,6 +56,7 @@ class Rig:
             stages=stages,
             view=lambda: self.view,
             workers=lambda stage: self.serving[stage],
+            version=lambda stage: 5,
             paths=paths or PathPlan(stages),
             sticky=sticky,
             router=Router(random.Random(3), policy),

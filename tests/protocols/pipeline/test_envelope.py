@@ -24,7 +24,7 @@ def batch(inputs: int, gradient: int, tokens: int) -> MicroBatch:
 
 def test_the_request_names_step_version_and_era() -> None:
     out: list[Effect] = []
-    made = hop_request(VIEW, HopId(2, 9, 5, 1, True, 3), batch(10, 20, 30), 1, out)
+    made = hop_request(VIEW, 9, HopId(2, 9, 5, 1, True, 3), batch(10, 20, 30), 1, out)
     assert (made.version, made.stage_generation, made.path, made.kind) == (
         9,
         4,
@@ -32,9 +32,9 @@ def test_the_request_names_step_version_and_era() -> None:
         "backward",
     )
     assert (len(made.inputs.data), len(made.gradient.data), made.tokens) == (10, 20, b"")
-    head = hop_request(VIEW, HopId(2, 9, 5, 2, True, 0), batch(10, 20, 30), 1, out)
+    head = hop_request(VIEW, 9, HopId(2, 9, 5, 2, True, 0), batch(10, 20, 30), 1, out)
     assert (head.gradient, len(head.tokens)) == (EMPTY, 30)
-    forward = hop_request(VIEW, HopId(2, 9, 5, 1, False, 0), batch(10, 20, 30), 1, out)
+    forward = hop_request(VIEW, 9, HopId(2, 9, 5, 1, False, 0), batch(10, 20, 30), 1, out)
     assert (forward.kind, forward.gradient) == ("forward", EMPTY)
     assert out == []
 
@@ -44,7 +44,9 @@ def test_every_request_fits_in_a_frame(sizes: tuple[int, int, int]) -> None:
     inputs, gradient, tokens = (1024 * size for size in sizes)
     out: list[Effect] = []
     hop = 2 if tokens else 1
-    made = hop_request(VIEW, HopId(2, 9, 5, hop, True, 0), batch(inputs, gradient, tokens), 1, out)
+    made = hop_request(
+        VIEW, 9, HopId(2, 9, 5, hop, True, 0), batch(inputs, gradient, tokens), 1, out
+    )
     assert len(messages.encode(made)) < limits.FRAME_BYTES_CONTROL_MAX
     stripped = [t for t in (made.inputs, made.gradient) if t.nbytes and not t.data]
     kept = [e.tensor for e in out if isinstance(e, ServeTensor)]

@@ -35,6 +35,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Trainer -> peer process, once: what model it computes, on what, and how much room it has.
 
     ``values``: parameters of each stage, the ends first. ``values_max``: of all served together.
+    ``plain``: ranges of values of each stage that do not decay, for ``entries.ChannelLayout``.
     """
 
     pid: int
@@ -42,6 +43,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     schema_hash: bytes
     values: tuple[int, ...]
     values_max: int
+    plain: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 class Define(msgspec.Struct, frozen=True, tag="define"):

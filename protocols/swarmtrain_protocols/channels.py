@@ -14,6 +14,16 @@ from swarmtrain_protocols.messages.common import RoundKey
 ZERO_HASH = bytes(32)
 
 
+def are_ranges(ranges: tuple[tuple[int, int], ...], values: int) -> bool:
+    """Whether half-open ranges are ascending, disjoint, not empty and within ``values``."""
+    position = 0
+    for first, last in ranges:
+        if not position <= first < last <= values:
+            return False
+        position = last
+    return True
+
+
 class Outcome(msgspec.Struct):
     """A committed round: enough to fetch its result from anybody and to verify it."""
 

@@ -74,8 +74,11 @@ class StewardsChanged(msgspec.Struct, frozen=True, tag="stewards"):
 
 
 class ChannelLayout(msgspec.Struct, frozen=True, array_like=True):
+    """``plain``: half-open ranges of values, ascending and disjoint, without weight decay (07)."""
+
     channel: Channel
     values: Count
+    plain: Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=limits.PLAIN_RANGES_MAX)] = ()
 
 
 class ModelDefined(msgspec.Struct, frozen=True, tag="model"):

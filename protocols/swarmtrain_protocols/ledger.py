@@ -14,7 +14,7 @@ import msgspec
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome
+from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome, are_ranges
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.pipeline import book
@@ -76,6 +76,11 @@ class Ledger(msgspec.Struct):
 
     def train_channels(self) -> list[ChannelState]:
         return [c for c in self.channels.values() if c.holds_state]
+
+    def plain_ranges(self, channel: str) -> tuple[tuple[int, int], ...]:
+        """Values of a channel that do not decay, by the model of the run."""
+        layout = self.model.layout if self.model is not None else ()
+        return next((item.plain for item in layout if item.channel == channel), ())
 
     def may_vote(self, member: bytes) -> bool:
         known = self.members.get(member)
@@ -202,6 +207,7 @@ def valid_model(body: e.ModelDefined) -> bool:
         and len(set(names)) == len(names)
         and all(name.startswith("train/") for name in names)
         and all(0 < item.values <= limits.VALUES_PER_CHANNEL_MAX for item in body.layout)
+        and all(are_ranges(item.plain, item.values) for item in body.layout)
     )
 
 

@@ -203,16 +203,6 @@ def pieces(ranges: Ranges, start: int, n: int) -> Iterator[tuple[slice, bool]]:
         yield slice(position - start, stop - start), False
 
 
-def check_ranges(ranges: Ranges, values: int) -> bool:
-    """Whether they are ascending, disjoint, not empty and within ``values``."""
-    position = 0
-    for first, last in ranges:
-        if not position <= first < last <= values:
-            return False
-        position = last
-    return True
-
-
 def square_norm(x: F32) -> float:
     """Sum of the squares of a chunk f32[n] in fp64, the same bits on every machine.
 

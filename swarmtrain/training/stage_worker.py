@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus
+from swarmtrain.training.stages.cut import plain_ranges
 from swarmtrain.training.stages.runtime import HopResult, StageRuntime
 from swarmtrain_peer import host
 from swarmtrain_peer import stage_link as sl
@@ -61,6 +62,7 @@ class StageWorker:
             runtime.schema_hash,
             runtime.values,
             self._values_max,
+            tuple(plain_ranges(runtime.layout(stage)) for stage in range(len(runtime.values))),
         )
 
     def serve(self, line: sl.StageLine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.channels import ChannelState
+from swarmtrain_protocols.channels import ChannelState, are_ranges
 from tests.protocols.rounds_kit import TRAIN, VALUES, A, B, Log, hash_of, opening
 
 
@@ -57,3 +57,9 @@ def test_two_attempts_at_once_or_a_commit_of_nothing_are_bugs() -> None:
     channel.abort("x")
     with pytest.raises(AssertionError):
         channel.commit(7, hash_of("result"), (), 1)
+
+
+@pytest.mark.parametrize("ranges", [((3, 3),), ((0, 11),), ((5, 7), (6, 8)), ((4, 5), (1, 2))])
+def test_bad_ranges_are_found(ranges: tuple[tuple[int, int], ...]) -> None:
+    assert are_ranges((), 10) and are_ranges(((0, 10),), 10) and are_ranges(((0, 5), (5, 10)), 10)
+    assert not are_ranges(ranges, 10)

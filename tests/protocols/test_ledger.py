@@ -87,6 +87,7 @@ def test_the_model_is_defined_once_and_has_to_make_sense() -> None:
     log = Log(A, model=False)
     two = (e.ChannelLayout(TRAIN, 1), e.ChannelLayout(TRAIN, 1))
     other = (e.ChannelLayout("group/x", 1),)
+    outside = (e.ChannelLayout(TRAIN, 9, ((0, 2), (8, 10))),)
     huge = (e.ChannelLayout(TRAIN, limits.VALUES_PER_CHANNEL_MAX + 1),)
     bad = [
         defined(values=0),
@@ -95,6 +96,7 @@ def test_the_model_is_defined_once_and_has_to_make_sense() -> None:
         e.ModelDefined(bytes(32), two[:1], (bytes(32),) * 2, A),
         e.ModelDefined(bytes(32), other, (bytes(32),), A),
         e.ModelDefined(bytes(32), huge, (bytes(32),), A),
+        e.ModelDefined(bytes(32), outside, (bytes(32),), A),
     ]
     for body in bad:
         assert not log.add(body)
@@ -102,6 +104,17 @@ def test_the_model_is_defined_once_and_has_to_make_sense() -> None:
     assert log.add(defined())
     assert not log.add(defined(values=3))
     assert log.ledger.channels[TRAIN].pinned_hash(0) == hash_of("state 0")
+    assert log.ledger.plain_ranges(TRAIN) == log.ledger.plain_ranges("group/x") == ()
+
+
+def test_the_model_says_which_values_do_not_decay() -> None:
+    log = Log(A, model=False)
+    assert log.ledger.plain_ranges(TRAIN) == ()
+    ranges = ((0, 2), (8, 9))
+    layout = (e.ChannelLayout("train/0/1", 9), e.ChannelLayout(TRAIN, 9, ranges))
+    assert log.add(e.ModelDefined(bytes(32), layout, (bytes(32),) * 2, A))
+    again = load_snapshot(log.ledger.snapshot())
+    assert again.plain_ranges(TRAIN) == ranges and again.plain_ranges("train/0/1") == ()
 
 
 def test_an_attempt_has_one_outcome() -> None:

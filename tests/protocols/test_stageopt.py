@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarmtrain_protocols.channels import are_ranges
 from swarmtrain_protocols.codecs import kernels, use_numba
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.stageopt import (
     AdamWNumbers,
     StageOptimizer,
     StepTerms,
-    check_ranges,
     cosine,
     lr_factor,
     pieces,
@@ -163,7 +163,7 @@ def test_values_in_plain_ranges_do_not_decay_and_chunks_do_not_show() -> None:
 def test_pieces_cover_every_value_once(borders: list[int], start: int, n: int) -> None:
     borders = sorted(set(borders))
     ranges = tuple(zip(borders[0::2], borders[1::2], strict=False))
-    assert check_ranges(ranges, 60)
+    assert are_ranges(ranges, 60)
     found = [
         (start + index, inside)
         for part, inside in pieces(ranges, start, n)
@@ -174,12 +174,6 @@ def test_pieces_cover_every_value_once(borders: list[int], start: int, n: int) -
         for value in range(start, start + n)
     ]
     assert found == expected
-
-
-@pytest.mark.parametrize("ranges", [((3, 3),), ((0, 11),), ((5, 7), (6, 8)), ((4, 5), (1, 2))])
-def test_bad_ranges_are_found(ranges: tuple[tuple[int, int], ...]) -> None:
-    assert check_ranges(((0, 10),), 10) and check_ranges(((0, 5), (5, 10)), 10)
-    assert not check_ranges(ranges, 10)
 
 
 def test_functions_that_must_not_come_from_the_c_library() -> None:

@@ -102,6 +102,20 @@ def layout_of(module: nn.Module) -> StageLayout:
     return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
 
 
+def plain_ranges(layout: StageLayout) -> tuple[tuple[int, int], ...]:
+    """Values of a stage without weight decay: those of parameters of one dimension."""
+    ranges: list[tuple[int, int]] = []
+    start = 0
+    for _, shape in layout:
+        stop = start + math.prod(shape)
+        if len(shape) <= 1 and ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        elif len(shape) <= 1:
+            ranges.append((start, stop))
+        start = stop
+    return tuple(ranges)
+
+
 def cut_parts(
     embed: nn.Module,
     blocks: Sequence[nn.Module],

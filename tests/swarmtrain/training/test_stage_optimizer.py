@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from swarmtrain.training.model import ByteGPT, Sizes
+from swarmtrain.training.stages.cut import layout_of, plain_ranges
+from swarmtrain_protocols.channels import are_ranges
 from swarmtrain_protocols.codecs import use_numba
 from swarmtrain_protocols.stageopt import StageOptimizer, StepTerms, square_norm
 
@@ -99,3 +102,16 @@ def test_a_recovered_stage_equals_a_new_optimizer_of_pytorch():
         oracle.step()
         rule.step(StepTerms(700 + age, recovered=700), theta, slots, flat(gradient), 0)
     np.testing.assert_allclose(theta, flat([p.detach() for p in parameters]), atol=2e-6)
+
+
+def test_what_does_not_decay_is_what_a_preset_leaves_out():
+    """The ranges of a flat vector against the groups that ``presets.build`` makes."""
+    model = ByteGPT(Sizes(d_model=16, heads=2, context=8), 0)
+    ranges = plain_ranges(layout_of(model))
+    parts = [torch.full((p.numel(),), float(p.dim() <= 1)) for p in model.parameters()]
+    expected = torch.cat(parts).numpy() > 0
+    inside = np.zeros(expected.size, bool)
+    for first, last in ranges:
+        inside[first:last] = True
+    assert are_ranges(ranges, expected.size) and (inside == expected).all() and inside.any()
+    assert plain_ranges([("a", (3,)), ("b", ()), ("c", (2, 2)), ("d", (5,))]) == ((0, 4), (8, 13))

@@ -23,7 +23,7 @@ def gradients(seed):
         yield [(rng.standard_normal(size) * 0.1 + 0.02).astype(np.float32) for size in SIZES]
 
 
-def plain_ranges():
+def narrow_ranges():
     """Where parameters of one dimension lie in the flat vector."""
     ranges, start = [], 0
     for size in SIZES:
@@ -78,7 +78,7 @@ def test_a_run_of_steps_equals_pytorch_in_fp64(name, clip):
             assert scale < 1.0
         oracle.step()
         moved += np.abs(flat([p.detach() for p in parameters]) - before)
-        terms = StepTerms(step, scale, plain=plain_ranges())
+        terms = StepTerms(step, scale, plain=narrow_ranges())
         rule.step(terms, theta, slots, flat(gradient), 0)
         expected = flat([p.detach() for p in parameters])
         # A few roundings of 2**-24 relative to theta per step, whatever the direction.

@@ -267,6 +267,18 @@ class Swarm:
         return {round_: next(iter(hashes)) for round_, hashes in found.items()}
 
 
+def wait_same_stand(seats: list[Seat], least: int = 0) -> tuple[int, str]:
+    """(round, state hash) once all have the same, at round ``least`` or later."""
+
+    def look() -> tuple[int, str] | None:
+        stands = {seat.stand() for seat in seats}
+        found = stands.pop()
+        return found if not stands and found[0] >= least else None
+
+    found: tuple[int, str] = poll_until(look, f"one state everywhere, at {least} or later")
+    return found
+
+
 def _config(name: str, more: Document | None) -> PeerConfig:
     base: Document = {"name": name, "listen": "127.0.0.1:0", "votes": True, "leave_grace_s": 5.0}
     return PeerConfig(**{**base, **(more or {})})

@@ -13,7 +13,15 @@ from swarmtrain_peer.spawn import Supervisor, child_environment, spawn_peer
 from swarmtrain_protocols.errors import NotAuthorised, RunMismatch, VersionMismatch
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
-from tests.swarm.harness import CHANNEL, WAIT_S, Seat, Swarm, closing_all, poll_until
+from tests.swarm.harness import (
+    CHANNEL,
+    WAIT_S,
+    Seat,
+    Swarm,
+    closing_all,
+    poll_until,
+    wait_same_stand,
+)
 from tests.swarm.synthetic import Plan, Trainer
 
 pytestmark = pytest.mark.timeout(100)
@@ -125,18 +133,6 @@ def commits_with(witness: Seat, member: str) -> list[int]:
 def wait_stand(seat: Seat, round_: int) -> None:
     """Until the state of ``seat`` is the one before ``round_`` or a later one."""
     poll_until(lambda: seat.stand()[0] >= round_, f"{seat.name} catches up")
-
-
-def wait_same_stand(seats: list[Seat], least: int = 0) -> tuple[int, str]:
-    """(round, state hash) once all have the same, at round ``least`` or later."""
-
-    def look() -> tuple[int, str] | None:
-        stands = {seat.stand() for seat in seats}
-        found = stands.pop()
-        return found if not stands and found[0] >= least else None
-
-    found: tuple[int, str] = poll_until(look, f"one state everywhere, at {least} or later")
-    return found
 
 
 def restart_all(seats: list[Seat]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
@@ -20,6 +19,7 @@ from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby
 from swarmtrain_protocols.rounds.loss import LossWatch
+from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 
@@ -29,22 +29,6 @@ RECHECK_S = 0.1
 _TOLD_HONESTLY = ("stale_generation", "not_a_member", "not_an_owner", "base_from_the_future")
 """Refusals that an honest member causes whose news is older or newer than the leader's: it computes
 a part because a former leader said so, or was declared lost and does not know yet."""
-
-
-@dataclass(slots=True)
-class _Phase:
-    """What the leader knows of the attempt that is open in one channel."""
-
-    key: RoundKey
-    opened: e.RoundOpened
-    started: float
-    deadline: float
-    held: dict[int, dict[bytes, tuple[int, ...]]] = field(default_factory=dict)
-    refused: dict[int, None] = field(default_factory=dict)
-    deputies: dict[int, bytes] = field(default_factory=dict)
-    holding: dict[bytes, tuple[bytes, bool]] = field(default_factory=dict)
-    lost_since: float = math.inf
-    proposed: str = ""
 
 
 class RoundLeader:
@@ -64,13 +48,14 @@ class RoundLeader:
         self.ledger = ledger
         self.policy = policy
         self.active = False
+        self.decider: Decider | None = None
         self._me = me
         self._rng = rng
         self._out = out
         self._propose = propose
         self._connected = connected
         self._lobbies = Lobbies(policy, 0.0)
-        self._phases: dict[str, _Phase] = {}
+        self._phases: dict[str, Phase] = {}
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
         self._loss = LossWatch()
@@ -107,7 +92,9 @@ class RoundLeader:
     def receive(self, now: float, peer: PeerId, message: object) -> None:
         if not self.active:
             return
-        if isinstance(message, m.Ready):
+        if isinstance(message, m.Ready) and self.ledger.stepwise(message.channel):
+            self._fault(peer, "unknown_channel")
+        elif isinstance(message, m.Ready):
             fault = self._lobbies.announced(now, self.ledger, peer, message)
             if fault:
                 self._fault(peer, fault)
@@ -121,7 +108,7 @@ class RoundLeader:
         elif isinstance(message, m.Holding):
             phase = self._phase_of(message.key)
             if phase is not None and peer in phase.opened.holders:
-                phase.holding[peer] = (message.root, message.durable)
+                phase.holding[peer] = message
         self.step(now)
 
     def _lost(self, peer: PeerId, message: m.Withdraw) -> None:
@@ -161,7 +148,7 @@ class RoundLeader:
             notice = fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})
         self._out.append(Emit(notice))
 
-    def _phase_of(self, key: RoundKey) -> _Phase | None:
+    def _phase_of(self, key: RoundKey) -> Phase | None:
         phase = self._phases.get(key.channel)
         return phase if phase is not None and phase.key == key else None
 
@@ -187,7 +174,7 @@ class RoundLeader:
                 self._close(now, channel, phase)
                 phase = None
             if channel.open is not None and phase is None:
-                self._phases[name] = _Phase(
+                self._phases[name] = Phase(
                     channel.open.key, channel.open, now, now + self._timeout(channel)
                 )
                 lobby = self._lobbies.room(name)
@@ -199,14 +186,14 @@ class RoundLeader:
                 lobby.first_ready = now if lobby.ready else math.inf
         self.step(now)
 
-    def _close(self, now: float, channel: ChannelState, phase: _Phase) -> None:
+    def _close(self, now: float, channel: ChannelState, phase: Phase) -> None:
         del self._phases[channel.name]
         outcome = channel.outcome(phase.key.round)
         if outcome is None or outcome.attempt != phase.key.attempt:
             return
         self._lobbies.room(channel.name).committed(now)
-        for member, (root, _) in phase.holding.items():
-            if root != outcome.root:
+        for member, holding in phase.holding.items():
+            if holding.root != outcome.root:
                 self._fault(member, "wrong_result")
 
     def _timeout(self, channel: ChannelState) -> float:
@@ -233,6 +220,8 @@ class RoundLeader:
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
                 self._maybe_open(now, name)
+        if self.ledger.pipeline.stages:
+            return  # a stage that nobody holds is rebuilt (11)
         rewind = self._loss.check(now, self.ledger, self._present_reports())
         if rewind is not None:
             self._propose(now, rewind)
@@ -284,12 +273,24 @@ class RoundLeader:
             e.Contributor(k, lobby.ready[k].root, lobby.ready[k].samples, lobby.ready[k].base_round)
             for k in ready
         )
-        owners = [k for k in present if k in ready and self.ledger.members[k].reachable]
-        owners = owners or [k for k in present if self.ledger.members[k].reachable] or [self._me]
-        parts = plan_parts(first.values, owners, self._me, key.round, self.policy.chunk_values)
+        parts = self.parts(first.values, ready, present, key.round)
         return e.RoundOpened(
             key, contributors, parts, holders, first.values, first.codec, gather, state_hash
         )
+
+    def parts(
+        self, values: int, preferred: list[bytes], present: list[bytes], round_number: int
+    ) -> tuple[e.Part, ...]:
+        """A part table: reachable ones of ``preferred`` own it, else any reachable member."""
+        reachable = [k for k in present if self.ledger.members[k].reachable]
+        owners = [k for k in reachable if k in preferred] or reachable or [self._me]
+        return plan_parts(values, owners, self._me, round_number, self.policy.chunk_values)
+
+    def standing(self, now: float, channel: str) -> tuple[tuple[bytes, ...], bytes] | None:
+        """(holders, state hash) before the next round: present members that are in step."""
+        known = self.ledger.channels[channel]
+        key = RoundKey(self.ledger.generation, channel, known.round, known.attempt)
+        return self._pin(now, key, self._lobbies.room(channel), self.present())
 
     def _pin(
         self, now: float, key: RoundKey, lobby: Lobby, present: list[bytes]
@@ -318,7 +319,7 @@ class RoundLeader:
 
     # -- an open attempt -------------------------------------------------------------------
 
-    def _push(self, now: float, phase: _Phase) -> None:
+    def _push(self, now: float, phase: Phase) -> None:
         channel = self.ledger.channels[phase.key.channel]
         present = self.here()
         if channel.chosen is not None and phase.proposed == "set":
@@ -329,7 +330,7 @@ class RoundLeader:
         else:
             self._decide(now, phase, present)
 
-    def _replace_lost_owners(self, now: float, phase: _Phase, present: list[bytes]) -> None:
+    def _replace_lost_owners(self, now: float, phase: Phase, present: list[bytes]) -> None:
         for index, part in enumerate(phase.opened.parts):
             current = phase.deputies.get(index, part.owner)
             if current in present or phase.proposed:
@@ -349,24 +350,10 @@ class RoundLeader:
             fields: dict[str, object] = {"what": "deputy", "why": why, "using": choices[0].hex()}
             self._out.append(Emit(fx.Notice("fallback", fields)))
 
-    def _delivered(self, phase: _Phase) -> tuple[list[int], bool]:
-        """Contributors that every part's computer has, and whether every part has a computer."""
-        common = set(range(len(phase.opened.contributors)))
-        complete = True
-        for index, part in enumerate(phase.opened.parts):
-            current = phase.deputies.get(index, part.owner)
-            held = phase.held.get(index, {}).get(current)
-            if held is None:
-                complete = False
-                common = set()
-            else:
-                common &= set(held)
-        return sorted(common), complete
-
-    def _gather(self, now: float, phase: _Phase, present: list[bytes]) -> None:
+    def _gather(self, now: float, phase: Phase, present: list[bytes]) -> None:
         if phase.proposed:
             return
-        delivered, complete = self._delivered(phase)
+        delivered, complete = phase.delivered()
         delivered = [i for i in delivered if i not in phase.refused]
         wanted = [
             i
@@ -389,7 +376,7 @@ class RoundLeader:
             phase.proposed = "set"
             phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])
 
-    def _decide(self, now: float, phase: _Phase, present: list[bytes]) -> None:
+    def _decide(self, now: float, phase: Phase, present: list[bytes]) -> None:
         if phase.proposed in ("commit", "abort"):
             return
         holders = phase.opened.holders
@@ -397,15 +384,16 @@ class RoundLeader:
         must_sync = len(holders) < 3 and not phase.key.channel.startswith("group/")
         votes: dict[bytes, list[bytes]] = {}
         for member in sorted(phase.holding):
-            root, durable = phase.holding[member]
-            if durable or not must_sync:
-                votes.setdefault(root, []).append(member)
+            holding = phase.holding[member]
+            if holding.durable or not must_sync:
+                votes.setdefault(holding.root, []).append(member)
         best = max((len(members) for members in votes.values()), default=0)
         if best >= need:
             root = next(r for r, members in votes.items() if len(members) == best)
-            body = e.RoundCommitted(phase.key, root, tuple(votes[root]))
-            if self._propose(now, body):
-                phase.proposed = "commit"
+            self._commit(now, phase, root, tuple(votes[root]))
+            return
+        if self._fixed(phase) and not phase.holding and phase.undeliverable(present):
+            self._abort(now, phase, "a contributor is lost")
             return
         silent = [k for k in holders if k not in phase.holding]
         if best + len(silent) < need:
@@ -422,7 +410,22 @@ class RoundLeader:
         if now >= phase.deadline:
             self._abort(now, phase, "holders did not report in time")
 
-    def _abort(self, now: float, phase: _Phase, reason: str) -> None:
+    def _fixed(self, phase: Phase) -> bool:
+        """The set was fixed before anything was delivered, and the outcome is somebody else's."""
+        return self.decider is not None and self.ledger.stepwise(phase.key.channel)
+
+    def _commit(self, now: float, phase: Phase, root: bytes, held_by: tuple[bytes, ...]) -> None:
+        if self.decider is not None and self._fixed(phase):
+            norms = [phase.holding[k].square_norm for k in held_by]
+            norm = next((n for n in norms if 0.0 <= n < math.inf), 0.0)
+            self.decider.committable(now, phase.key, root, held_by, norm)
+        elif self._propose(now, e.RoundCommitted(phase.key, root, held_by)):
+            phase.proposed = "commit"
+
+    def _abort(self, now: float, phase: Phase, reason: str) -> None:
+        if self.decider is not None and self._fixed(phase):
+            self.decider.cannot(now, phase.key, reason)
+            return
         if phase.proposed != "abort" and self._propose(now, e.RoundAborted(phase.key, reason)):
             phase.proposed = "abort"
 

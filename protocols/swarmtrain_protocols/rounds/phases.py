@@ -1,0 +1,67 @@
+"""What the leader knows of an attempt that is open, and who decides it. Spec 08."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.common import RoundKey
+
+
+class Decider(Protocol):
+    """Decides attempts whose outcome is not logged channel by channel: steps of a pipeline (11).
+
+    Both calls may come any number of times for one attempt.
+    """
+
+    def committable(
+        self, now: float, key: RoundKey, root: bytes, held_by: tuple[bytes, ...], norm: float
+    ) -> None:
+        """Enough holders have this result; ``norm`` is its square norm."""
+
+    def cannot(self, now: float, key: RoundKey, reason: str) -> None:
+        """The attempt will never be committable."""
+
+
+@dataclass(slots=True)
+class Phase:
+    """What the leader knows of the attempt that is open in one channel."""
+
+    key: RoundKey
+    opened: e.RoundOpened
+    started: float
+    deadline: float
+    held: dict[int, dict[bytes, tuple[int, ...]]] = field(default_factory=dict)
+    refused: dict[int, None] = field(default_factory=dict)
+    deputies: dict[int, bytes] = field(default_factory=dict)
+    holding: dict[bytes, m.Holding] = field(default_factory=dict)
+    lost_since: float = math.inf
+    proposed: str = ""
+
+    def delivered(self) -> tuple[list[int], bool]:
+        """Contributors that every part's computer has, and whether every part has a computer."""
+        common = set(range(len(self.opened.contributors)))
+        complete = True
+        for index, part in enumerate(self.opened.parts):
+            current = self.deputies.get(index, part.owner)
+            held = self.held.get(index, {}).get(current)
+            if held is None:
+                complete = False
+                common = set()
+            else:
+                common &= set(held)
+        return sorted(common), complete
+
+    def undeliverable(self, present: list[bytes]) -> bool:
+        """A contribution of a fixed set is missing at a part, and will not come any more."""
+        for index, item in enumerate(self.opened.contributors):
+            if item.member in present and index not in self.refused:
+                continue
+            for number, part in enumerate(self.opened.parts):
+                current = self.deputies.get(number, part.owner)
+                if index not in self.held.get(number, {}).get(current, ()):
+                    return True
+        return False

@@ -89,7 +89,8 @@ def cut_hugging_face(model: nn.Module, stages: int) -> Cut:
     ``transformer.wte``, ``.wpe``, ``.h``, ``.ln_f``, ``lm_head``.
 
     Raises:
-        CannotCut: other names, attention that takes no dense mask, or as ``cut_parts``.
+        CannotCut: other names, attention that takes no dense mask, pieces that answer other logits
+            than the model, or as ``cut_parts``.
     """
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", "eager")
@@ -119,10 +120,39 @@ def cut_hugging_face(model: nn.Module, stages: int) -> Cut:
     )
     if not isinstance(context, int):
         raise CannotCut("the model's config", "no max_position_embeddings or n_positions")
+    if getattr(config, "sliding_window", None):
+        raise CannotCut("attention within a sliding window", "its layers need another mask")
     assert isinstance(norm, nn.Module) and isinstance(blocks, nn.ModuleList)
-    return cut_parts(
-        embed, list(blocks), Head(norm, logits), stages, context=context, shared=shared
-    )
+    head = Head(norm, logits)
+    found = cut_parts(embed, list(blocks), head, stages, context=context, shared=shared)
+    _check_equal(model, found)
+    return found
+
+
+@torch.no_grad()
+def _check_equal(model: nn.Module, cut: Cut) -> None:
+    """Names do not tell all (scaled embeddings, other masks): compare the logits of some tokens.
+
+    Raises:
+        CannotCut: the pieces compute something else than the model.
+    """
+    first = next(model.parameters())
+    if first.is_meta:
+        return
+    ids = (torch.arange(min(8, cut.context)) * 7 % cut.vocabulary)[None].to(first.device)
+    whole = model(ids)
+    expected = whole if isinstance(whole, Tensor) else whole.logits
+    x = cut.ends.embed(ids)
+    for stage in cut.modules[1:]:
+        x = stage(x)
+    found = cut.ends.head(x)
+    tolerance = 0.05 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if not bool((found - expected).abs().max() <= tolerance * expected.abs().max()):
+        raise CannotCut(
+            f"{type(model).__name__} in pieces answers other logits than whole",
+            "it does more than embedding, layers, norm and lm_head",
+            "cut it yourself with swarmtrain.training.stages.cut.cut_parts",
+        )
 
 
 def _has(part: object, *names: str) -> bool:

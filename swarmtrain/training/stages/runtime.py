@@ -82,7 +82,7 @@ class StageRuntime:
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         bounds = Bounds(batch_max, cut.context, cut.width)
         self.boundary = device_codec(codec, bounds, self.device, self.dtype, subspace)
-        self._subspace = subspace
+        self.subspace = subspace
         self._served: dict[int, _Served] = {}
         self.serve(served)
 
@@ -165,8 +165,8 @@ class StageRuntime:
         else:
             parts = [p.detach().float().cpu() for p in self.cut.modules[stage].parameters()]
             found = torch.cat([part.reshape(-1) for part in parts]).numpy()
-        if self._subspace is not None:
-            self._subspace.constrain(found, self.layout(stage))
+        if self.subspace is not None:
+            self.subspace.constrain(found, self.layout(stage))
         return found
 
     def load(self, stage: int, theta: F32 | NDArray[np.float64]) -> None:
@@ -308,9 +308,7 @@ class StageRuntime:
             gx = torch.zeros_like(x) if gx is None else gx
             self._check_finite(hop, gx)
             output = self.boundary.encode_gradient(gx)
-        for part in found:
-            if part is not None:
-                self._check_finite(hop, part)
+        self._check_finite(hop, *(part for part in found if part is not None))
         if sign:
             served.add(found, sign)
         return HopResult(output, loss)
@@ -377,8 +375,10 @@ class StageRuntime:
         self._check_finite(hop, y)
         return self.boundary.encode_activation(y, ids)
 
-    def _check_finite(self, hop: int, x: Tensor) -> None:
-        if not float(x.detach().abs().max()) <= limits.VALUE_MAGNITUDE_MAX / 2:
+    def _check_finite(self, hop: int, *parts: Tensor) -> None:
+        # One number for all parts: each look at a device's numbers waits for the device.
+        largest = torch.stack([part.detach().abs().max() for part in parts]).max()
+        if not float(largest) <= limits.VALUE_MAGNITUDE_MAX / 2:
             raise Diverged(
                 f"hop {hop} computed values that are not finite",
                 "weights or inputs are too large",
@@ -427,10 +427,12 @@ class _Served:
             start += p.numel()
 
     def add(self, gradients: Sequence[Tensor | None], sign: int) -> None:
+        # Whatever needs memory comes first: half an addition could not be taken back.
+        flat = [None if part is None else part.reshape(-1) for part in gradients]
         start = 0
-        for p, part in zip(self.parameters, gradients, strict=True):
+        for p, part in zip(self.parameters, flat, strict=True):
             if part is not None:
-                self.accumulator[start : start + p.numel()].add_(part.reshape(-1), alpha=sign)
+                self.accumulator[start : start + p.numel()].add_(part, alpha=sign)
             start += p.numel()
 
 

@@ -20,6 +20,7 @@ from swarmtrain_peer import host
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
+from swarmtrain_peer.tensors import FIRST_TICKET
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import (
@@ -38,6 +39,7 @@ from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import DiskFull, LocalProtocolError, PeerFault, SwarmError
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, RoundKey
+from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
@@ -61,6 +63,18 @@ class _Asked:
 
 class Guest(Protocol):
     """Who else fetches, with tickets of ``GUEST_TICKETS``."""
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None: ...
+
+
+class Stages(Protocol):
+    """Who carries out the effects of a pipeline (``stage_desk.StageDesk``)."""
+
+    def execute(self, effect: Effect) -> bool: ...
+
+    def arrived(self, peer: PeerId, message: HopRequest | HopReply) -> None: ...
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
 
@@ -105,6 +119,7 @@ class Driver:
         self._closed = False
         self.released: dict[RoundKey, None] = {}
         self.guest: Guest | None = None
+        self.stages: Stages | None = None
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -183,14 +198,14 @@ class Driver:
             self._apply(effect)
         elif isinstance(effect, fx.InstallSnapshot):
             install = partial(self.data.install, effect.snapshot)
-            self._offload(
+            self.offload(
                 partial(self._advance, effect.snapshot.channel, install),
                 partial(self._applied, effect.snapshot.channel),
                 partial(self._install_failed, effect.snapshot.channel),
             )
         elif isinstance(effect, fx.CompleteResult):
             result = effect.result
-            self._offload(
+            self.offload(
                 partial(self._complete, result),
                 lambda _: self.run(self.node.completed, result),
                 partial(self._install_failed, result.channel),
@@ -199,10 +214,10 @@ class Driver:
             self.data.release_attempt(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             self.data.drop(effect.root)
-        else:
+        elif self.stages is None or not self.stages.execute(effect):
             raise AssertionError(f"unknown effect {effect!r}")
 
-    def _offload(
+    def offload(
         self,
         work: Callable[[], Any],
         done: Callable[[Any], None],
@@ -297,6 +312,9 @@ class Driver:
         if ticket in GUEST_TICKETS and self.guest is not None:
             self.guest.fetched(ticket, leaves)
             return
+        if ticket <= FIRST_TICKET and self.stages is not None:
+            self.stages.fetched(ticket, leaves)
+            return
         asked = self._asked.pop(ticket, None)
         if asked is None:
             return
@@ -305,7 +323,7 @@ class Driver:
         if isinstance(purpose, fx.WholeResult | fx.Snapshot):
             self.run(self.node.fetched, ticket)
             return
-        self._offload(
+        self.offload(
             partial(self.data.accept, purpose, leaves),
             lambda _: self.run(self.node.fetched, ticket),
             lambda error: self.run(self.node.fetch_failed, ticket, _failure(error)),
@@ -315,6 +333,9 @@ class Driver:
     def fetch_failed(self, ticket: int, reason: str) -> None:
         if ticket in GUEST_TICKETS and self.guest is not None:
             self.guest.fetch_failed(ticket, reason)
+            return
+        if ticket <= FIRST_TICKET and self.stages is not None:
+            self.stages.fetch_failed(ticket, reason)
             return
         self._asked.pop(ticket, None)
         self.run(self.node.fetch_failed, ticket, reason)
@@ -348,7 +369,7 @@ class Driver:
             self._clock.names(root, key)
             self.run(self.node.reduced, key, part, root)
 
-        self._offload(
+        self.offload(
             partial(self.data.reduce, key, part, effect.chosen),
             done,
             lambda error: self._on_event(
@@ -367,7 +388,7 @@ class Driver:
             self.run(self.node.stored, key, outcome[0].root, outcome[1])
 
         group = not key.channel.startswith("train/")
-        self._offload(
+        self.offload(
             work,
             done,
             lambda error: None,  # released meanwhile: nobody waits for it
@@ -402,7 +423,7 @@ class Driver:
             self._applied(effect.channel, outcome)
 
         apply = partial(self.data.apply, effect)
-        self._offload(partial(self._advance, effect.channel, apply), done)
+        self.offload(partial(self._advance, effect.channel, apply), done)
 
     def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
         """Move a state, then show it to whoever watches while it holds still."""
@@ -425,6 +446,13 @@ class Driver:
         self.run(self.node.disconnected, peer)
 
     def message(self, peer: PeerId, message: Message) -> None:
+        if isinstance(message, HopRequest | HopReply) and self.stages is not None:
+            self.stages.arrived(peer, message)  # its tensors come first
+        else:
+            self.deliver(peer, message)
+
+    def deliver(self, peer: PeerId, message: Message) -> None:
+        """Hand a message to the node; what is wrong with it is its sender's fault."""
         try:
             self.run(self.node.receive, peer, message)
         except PeerFault as fault:

@@ -101,8 +101,8 @@ class Narrator:
         """Entries of pipelines."""
         emit = self._events.emit
         if isinstance(body, e.StageAssigned):
-            fields = {"stages": list(body.stages), "reason": body.reason}
-            emit("stage_assigned", peer=body.member.hex(), **fields)
+            peer, stages = body.member.hex(), list(body.stages)
+            emit("stage_assigned", peer=peer, stages=stages, reason=body.reason)
         elif isinstance(body, e.StepClosed):
             contributors = {c.member for item in body.stages for c in item.contributors}
             emit(
@@ -125,8 +125,13 @@ class Narrator:
         elif isinstance(body, e.StepOutcome):
             emit("step_aborted", step=body.step, attempt=body.attempt, reason=body.reason)
         elif isinstance(body, e.StageLost):
-            fields = {"stage": body.stage, "step": body.step, "host": body.host.hex()}
-            emit("stage_lost", reason=body.reason, **fields)
+            emit(
+                "stage_lost",
+                stage=body.stage,
+                step=body.step,
+                host=body.host.hex(),
+                reason=body.reason,
+            )
         elif isinstance(body, e.StageRecovered):
             emit(
                 "stage_recovered",

@@ -98,6 +98,7 @@ class PeerRuntime:
         self.state_hooks: list[Callable[[CanonicalState], None]] = []
         self.metrics_listeners: list[Callable[[PeerId, bytes], None]] = []
         self.link_listeners: list[Callable[[PeerId], None]] = []
+        self.on_node: Callable[[], None] = lambda: None  # the node is there, and did nothing yet
         self.failure: asyncio.Future[BaseException]
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
@@ -141,6 +142,7 @@ class PeerRuntime:
         manifest = s.manifest or await self._fetch_manifest()
         self.manifest = manifest
         self._make_node(manifest)
+        self.on_node()
         if self.keeper is not None:
             self.driver.pump()  # what the log says of a rewind comes before what the disk says
             await self.keeper.recover(self._restored, self.node.stored_earlier)
@@ -361,7 +363,7 @@ class PeerRuntime:
         # What one peer says ends nobody whom the log lists as a member.
         member = self._started and self.node.joiner.is_member
         if code in ("banned", "duplicate", "expired") and not member:
-            self._fail(NotAuthorised(f"refused by {address}", f"{code}: {reason}", ""))
+            self.fail(NotAuthorised(f"refused by {address}", f"{code}: {reason}", ""))
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
         self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
@@ -380,7 +382,7 @@ class PeerRuntime:
     def _on_event(self, event: object) -> None:
         # The fault of a remote peer is something to tell, never the end of this process.
         if isinstance(event, BaseException) and not isinstance(event, PeerFault):
-            self._fail(event)
+            self.fail(event)
             return
         self._changed.set()
         if isinstance(event, LedgerChanged):
@@ -391,7 +393,7 @@ class PeerRuntime:
         for listener in list(self.listeners):
             listener(event)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         if not self.failure.done():
             self.failure.set_result(error)
 

@@ -7,7 +7,7 @@ forgotten when its step is over; the bytes in store never exceed a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,11 +24,15 @@ FIRST_TICKET = -(1 << 40)
 """Tickets of tensors lie below this; those of the cores are positive."""
 
 
-def blob_of(data: bytes | bytearray | memoryview) -> Blob:
-    """The bytes of a tensor as a blob of whole chunks."""
+def _chunks(data: bytes | bytearray | memoryview) -> list[memoryview]:
     view = memoryview(data).cast("B")
     starts = range(0, max(1, view.nbytes), CHUNK_BYTES)
-    return Blob.of([view[start : start + CHUNK_BYTES] for start in starts])
+    return [view[start : start + CHUNK_BYTES] for start in starts]
+
+
+def blob_of(data: bytes | bytearray | memoryview) -> Blob:
+    """The bytes of a tensor as a blob of whole chunks; hashes them."""
+    return Blob.of(_chunks(data))
 
 
 class Fetcher(Protocol):
@@ -44,6 +48,14 @@ class Fetcher(Protocol):
         destinations: list[memoryview],
         timeout_s: float,
     ) -> None: ...
+
+
+class Registry(Protocol):
+    """What is needed of ``dataplane.DataPlane``: others fetch what is registered."""
+
+    def register(self, blob: Blob) -> None: ...
+
+    def drop(self, root: bytes) -> None: ...
 
 
 @dataclass(slots=True)
@@ -71,8 +83,9 @@ class TensorStore:
         bytes_max: of all tensors kept and under way; what does not fit is refused.
     """
 
-    def __init__(self, fetcher: Fetcher, bytes_max: int) -> None:
+    def __init__(self, fetcher: Fetcher, registry: Registry, bytes_max: int) -> None:
         self._fetcher = fetcher
+        self._registry = registry
         self._bytes_max = bytes_max
         self._kept: dict[bytes, _Kept] = {}
         self._wanted: dict[int, _Wanted] = {}
@@ -105,11 +118,6 @@ class TensorStore:
             raise LocalProtocolError("a tensor is gone", tensor.root.hex()[:8])
         return kept.data
 
-    def provide(self, root: bytes) -> Blob | None:
-        """For the transport: others fetch from here."""
-        kept = self._kept.get(root)
-        return None if kept is None else kept.blob
-
     def resolve(
         self,
         peer: PeerId,
@@ -138,14 +146,14 @@ class TensorStore:
         for tensor in lacking.values():
             self._ask(peer, tensor, wanted)
 
-    def fetched(self, ticket: int) -> None:
-        """The transport has put and verified the bytes of ``ticket``."""
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
+        """The transport has put the bytes of ``ticket`` in place, verified by these leaf hashes."""
         wanted = self._wanted.pop(ticket, None)
         if wanted is None:
             return
         root, data = wanted.asked.pop(ticket)
         self.nbytes -= len(data)
-        self._put(root, _Kept(blob_of(data), wanted.step, data))
+        self._put(root, _Kept(Blob(_chunks(data), leaves), wanted.step, data))
         wanted.missing.pop(root, None)
         if not wanted.missing:
             wanted.go_on()
@@ -163,6 +171,7 @@ class TensorStore:
         """Forget the tensors of ``step`` and of steps before it."""
         for root in [r for r, kept in self._kept.items() if kept.step <= step]:
             self.nbytes -= len(self._kept.pop(root).data)
+            self._registry.drop(root)
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -175,6 +184,7 @@ class TensorStore:
             raise LocalProtocolError("no room for tensors", f"{self._bytes_max} bytes are in use")
         self.nbytes += len(kept.data)
         self._kept[root] = kept
+        self._registry.register(kept.blob)
 
     def _ask(self, peer: PeerId, tensor: Tensor, wanted: _Wanted) -> None:
         data = bytearray(tensor.nbytes)
@@ -182,8 +192,7 @@ class TensorStore:
         self._ticket -= 1
         wanted.asked[self._ticket] = (tensor.root, data)
         self._wanted[self._ticket] = wanted
-        view = memoryview(data)
-        places = [view[at : at + CHUNK_BYTES] for at in range(0, tensor.nbytes, CHUNK_BYTES)]
+        places = _chunks(data)
         self._fetcher.fetch(
             self._ticket, peer, tensor.root, 0, len(places), places, FETCH_TIMEOUT_S
         )

@@ -8,6 +8,7 @@ from swarmtrain_peer.tensors import CHUNK_BYTES, TensorStore, blob_of
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages.pipeline import EMPTY, HopId, HopReply, HopRequest, Tensor
 
 PEER = PeerId(bytes(32))
@@ -31,9 +32,26 @@ class Fetcher:
             at += place.nbytes
 
 
+class Registry:
+    """What others can fetch."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[bytes, Blob] = {}
+
+    def register(self, blob: Blob) -> None:
+        self.blobs[blob.root] = blob
+
+    def drop(self, root: bytes) -> None:
+        del self.blobs[root]
+
+
+REGISTRY = Registry()
+
+
 def make(bytes_max: int = 1 << 24) -> tuple[TensorStore, Fetcher]:
     fetcher = Fetcher()
-    return TensorStore(fetcher, bytes_max), fetcher
+    REGISTRY.blobs.clear()
+    return TensorStore(fetcher, REGISTRY, bytes_max), fetcher
 
 
 def request(inputs: Tensor, gradient: Tensor = EMPTY, step: int = 3) -> HopRequest:
@@ -66,13 +84,13 @@ def test_large_tensors_are_fetched_once_and_served_on() -> None:
     store.resolve(PEER, message, lambda: said.append("go"), said.append)
     first, second = fetcher.asked
     fetcher.deliver(first, LARGE)
-    store.fetched(first)
+    store.fetched(first, blob_of(LARGE).leaves)
     assert not said, "the gradient is still on its way"
     fetcher.deliver(second, other)
-    store.fetched(second)
+    store.fetched(second, blob_of(other).leaves)
     assert said == ["go"]
     assert store.data_of(message.inputs) == LARGE and store.data_of(message.gradient) == other
-    blob = store.provide(message.inputs.root)
+    blob = REGISTRY.blobs.get(message.inputs.root)
     assert blob is not None and b"".join(blob.chunks) == LARGE
     assert store.nbytes == 2 * len(LARGE)
     store.resolve(PEER, message, lambda: said.append("again"), said.append)
@@ -87,7 +105,7 @@ def test_a_failed_fetch_is_told_once_and_its_room_is_free_again() -> None:
     first, second = fetcher.asked
     store.fetch_failed(first, "disconnected")
     store.fetch_failed(second, "disconnected")
-    store.fetched(second)
+    store.fetched(second, ())
     assert said == ["disconnected"]
     assert store.nbytes == 0
 
@@ -99,7 +117,7 @@ def test_tensors_go_with_their_step() -> None:
     store.over(3)
     with pytest.raises(LocalProtocolError, match="gone"):
         store.data_of(old)
-    assert store.data_of(new) and store.provide(old.root) is None
+    assert store.data_of(new) and old.root not in REGISTRY.blobs
     assert store.nbytes == len(LARGE)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages.pipeline import HopRequest, Kind, StepKey, Tensor
+from swarmtrain_protocols.rounds.effects import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,94 @@ class ServeTensor:
 
     step: int
     tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeepCopy:
+    """All chunks of another stage's snapshot are in place: offer it, instead of an older copy.
+
+    It never becomes a state of this node. No answer.
+    """
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class DropCopy:
+    """The copy of this channel is not needed here any more. No answer."""
+
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateInput:
+    """A state that candidates for a lost stage are made of.
+
+    ``what``: ``snapshot`` (an older state of the stage), ``left`` or ``right`` (of a neighbour).
+    ``here``: it is this node's own canonical state of that channel; else its chunks were fetched.
+    """
+
+    what: str
+    snapshot: Snapshot
+    here: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BuildCandidates:
+    """Find out which weights a lost stage could get (``candidates``), from ``inputs``.
+
+    ``norms``: of the last gradients of the left and the right stage, 0: unknown. Answer
+    ``candidates_built(now, stage, names)``, at most 16 names; a snapshot's is ``snapshot``.
+    """
+
+    stage: int
+    inputs: tuple[CandidateInput, ...]
+    norms: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TryCandidate:
+    """Give the module of the stage the weights of a candidate, for ``evaluate`` hops alone.
+
+    Answer ``candidate_ready(now, stage, name, root)`` with the hash of the state before ``round``
+    that has these weights and an optimizer that starts anew, or ``candidate_failed(now, stage,
+    name, reason)``.
+    """
+
+    stage: int
+    name: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptCandidate:
+    """The log has chosen: the state of ``TryCandidate`` becomes the canonical one, on disk too.
+
+    The shell calls ``NodeCore.restore`` with it.
+    """
+
+    stage: int
+    name: str
+    round: int
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DropCandidates:
+    """Forget the inputs and candidates of a stage. No answer."""
+
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeedCalibration:
+    """Tokens of ``count`` held-out micro-batches, the same ones every time.
+
+    Answer ``calibration(now, stage, batches)``; none if the corpus is not here.
+    """
+
+    stage: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)

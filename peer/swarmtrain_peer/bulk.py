@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from swarmtrain_peer import host
+from swarmtrain_peer.linkrate import LinkRate
 from swarmtrain_peer.poller import Poller, make_poller
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
@@ -44,17 +46,26 @@ class Sink(Protocol):
 
 
 class Job:
-    """Chunks of one request to be sent; ``done`` is called on a pool thread."""
+    """Chunks of one request to be sent; ``done`` is called on a pool thread.
 
-    __slots__ = ("cancelled", "chunks", "conn", "done", "nbytes", "request", "started")
+    ``may_pack``: the asker takes packed chunks too.
+    """
+
+    __slots__ = ("cancelled", "chunks", "conn", "done", "may_pack", "nbytes", "request", "started")
 
     def __init__(
-        self, request: int, chunks: list[tuple[int, memoryview]], done: Callable[[Job], None]
+        self,
+        request: int,
+        chunks: list[tuple[int, memoryview]],
+        done: Callable[[Job], None],
+        *,
+        may_pack: bool = False,
     ) -> None:
         self.request = request
         self.chunks = deque(chunks)
         self.nbytes = sum(chunk.nbytes for _, chunk in chunks)
         self.done = done
+        self.may_pack = may_pack
         self.conn: BulkConnection | None = None
         self.started = False
         self.cancelled = False
@@ -77,6 +88,7 @@ class BulkConnection:
         self.received_bytes = 0
         self.sent_bytes = 0
         self.queued_bytes = 0
+        self.rate = LinkRate()
         self._pool = pool
         self._sock = sock
         self._keys = keys
@@ -97,6 +109,7 @@ class BulkConnection:
         self._out_at = 0
         self._out_end = 0
         self._offset = 0
+        self._packed: bytes | None = None
         sock.setblocking(False)
         self.read_fd = sock.fileno()
         self.write_fd = os.dup(self.read_fd)
@@ -225,10 +238,12 @@ class BulkConnection:
         out = memoryview(self._out)
         while budget > 0 and not self._dead:
             if self._out_at == self._out_end and not self._fill(out):
+                self.rate.idle()
                 return False
             try:
                 count = self._sock.send(out[self._out_at : self._out_end])
             except BlockingIOError:
+                self.rate.full(host.mono_s(), self.sent_bytes)
                 return True
             self._out_at += count
             self.sent_bytes += count
@@ -251,8 +266,13 @@ class BulkConnection:
             job.done(job)
         job.started = True
         number, chunk = job.chunks[0]
+        if not self._offset:
+            self._packed = self.rate.packed(chunk) if job.may_pack else None
+        if self._packed is not None:
+            chunk = memoryview(self._packed)
         nbytes = min(chunk.nbytes - self._offset, limits.FRAME_BYTES_BULK_MAX)
-        header = Header(nbytes, self._offset, chunk.nbytes, job.request, number)
+        packed = self._packed is not None
+        header = Header(nbytes, self._offset, chunk.nbytes, job.request, number, packed)
         head = bulklink.pack_header(header)
         self._out_at, self._out_end = 0, len(head) + nbytes + TAG_BYTES
         out[: len(head)] = head

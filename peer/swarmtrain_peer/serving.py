@@ -160,16 +160,25 @@ class Serving:
             else:
                 self._sent(request.root, chunk.nbytes, host.mono_s())
         if large:
-            self._queue(peer, number, large, _Served(request.root))
+            self._queue(peer, request, large, _Served(request.root))
 
     def _queue(
-        self, peer: PeerId, number: int, large: list[tuple[int, memoryview]], served: _Served
+        self,
+        peer: PeerId,
+        request: FetchRequest,
+        large: list[tuple[int, memoryview]],
+        served: _Served,
     ) -> None:
         connections = sorted(self._connections(peer), key=lambda conn: conn.queued_bytes)
         streams = max(1, min(len(connections), len(large)))
+        number, may_pack = request.request, request.packed
         self._served.setdefault(peer, {})[number] = served
+
+        def done(job: Job) -> None:
+            self._done_later(peer, job)
+
         for i in range(streams):
-            job = Job(number, large[i::streams], lambda job: self._done_later(peer, job))
+            job = Job(number, large[i::streams], done, may_pack=may_pack)
             served.jobs.append(job)
             served.unfinished += 1
         for i, job in enumerate(served.jobs):

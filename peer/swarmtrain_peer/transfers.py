@@ -27,6 +27,7 @@ from swarmtrain_protocols.messages.fetch import (
     FetchRefused,
     FetchRequest,
 )
+from swarmtrain_protocols.packing import unpack
 
 _LEAVES_ON_LOOP_MAX = 64
 """More leaves than that are checked on a thread: the loop must not stall for a tree."""
@@ -69,6 +70,7 @@ class Fetch:
         self.touched: list[BulkConnection] = []
         self._writers = 0
         self._filled = [0] * count
+        self._packed: dict[int, bytearray] = {}
         self._hashes: list[bytes | None] = [None] * count
         self._hashes_missing = count
         self._leaves: tuple[bytes, ...] | None = None
@@ -88,8 +90,8 @@ class Fetch:
             if not 0 <= index < len(self.destinations):
                 self.spoilt = True
                 raise PeerFault("malformed", f"chunk {header.chunk} was not asked for")
-            destination = self.destinations[index]
-            if header.chunk_bytes == destination.nbytes and header.offset < self._filled[index]:
+            destination = self._place(index, header)
+            if destination is None or header.offset < self._filled[index]:
                 return None  # sent twice: the other side could not know that it had arrived
             if header.chunk_bytes != destination.nbytes or header.offset > self._filled[index]:
                 self.spoilt = True
@@ -98,12 +100,40 @@ class Fetch:
             self._filled[index] += header.nbytes
         return destination[header.offset : header.offset + header.nbytes]
 
+    def _place(self, index: int, header: Header) -> memoryview | None:
+        """Where a chunk's bytes go in the form in which they come; None in another than before.
+
+        A packed chunk is smaller than the chunk, so no more memory is taken than was asked for.
+        """
+        destination, packed = self.destinations[index], self._packed.get(index)
+        if self._filled[index] and header.packed != (packed is not None):
+            return None
+        if not header.packed:
+            return destination
+        if packed is None and header.chunk_bytes < destination.nbytes:
+            packed = self._packed[index] = bytearray(header.chunk_bytes)
+        return memoryview(b"" if packed is None else packed)
+
     def end(self, header: Header, ok: bool) -> bool:
-        """Any thread: the frame is written. True if it completed its chunk."""
-        with self.lock:
-            self._writers -= 1
-            self.lock.notify_all()
-            return ok and self.active and header.offset + header.nbytes == header.chunk_bytes
+        """Any thread: the frame is written. True if it completed its chunk.
+
+        Raises:
+            PeerFault: ``malformed``: what came packed does not unpack to the chunk's size.
+        """
+        ok = ok and header.offset + header.nbytes == header.chunk_bytes
+        index = header.chunk - self.first
+        try:
+            if ok and header.packed:
+                unpack(self._packed[index], self.destinations[index])
+                self._packed[index] = bytearray()  # its form is remembered, its bytes are not
+        except PeerFault:
+            self.spoilt = True
+            raise
+        finally:
+            with self.lock:
+                self._writers -= 1
+                self.lock.notify_all()
+        return ok and self.active
 
     def put(self, index: int, payload: bytes) -> bool:
         """Loop thread: a chunk from the control link; False if it is not one that was asked for."""
@@ -288,6 +318,7 @@ class Fetches:
             root=fetch.root,
             first=fetch.first,
             count=len(fetch.destinations),
+            packed=True,
         )
         return self._send(fetch.peer, request, dial)
 

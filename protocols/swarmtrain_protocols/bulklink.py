@@ -7,7 +7,7 @@
 A bulk connection belongs to the control link whose bulk secret it proves to know; both sides add a
 fresh nonce, so a recorded connection cannot be replayed. Then frames, in both directions:
 
-    u32 LE bytes   u32 LE offset   u32 LE chunk bytes   u32 zero   u64 LE request   u64 LE chunk
+    u32 LE bytes   u32 LE offset   u32 LE chunk bytes   u32 LE form   u64 LE request   u64 LE chunk
     bytes + 16 of AES-256-GCM; the header is the associated data, the nonce counts frames
 """
 
@@ -34,19 +34,28 @@ _CAN_WRITE_INTO = hasattr(AESGCM, "encrypt_into") and hasattr(AESGCM, "decrypt_i
 
 
 class Header(NamedTuple):
-    """``nbytes`` of chunk number ``chunk`` from ``offset``; the whole chunk has ``chunk_bytes``."""
+    """``nbytes`` of chunk number ``chunk`` from ``offset``; the whole chunk has ``chunk_bytes``.
+
+    If it is ``packed`` (form 1, ``packing.py``), all three count packed bytes.
+    """
 
     nbytes: int
     offset: int
     chunk_bytes: int
     request: int
     chunk: int
+    packed: bool = False
 
 
 def pack_header(header: Header) -> bytes:
     """32 bytes."""
     return _HEADER.pack(
-        header.nbytes, header.offset, header.chunk_bytes, 0, header.request, header.chunk
+        header.nbytes,
+        header.offset,
+        header.chunk_bytes,
+        header.packed,
+        header.request,
+        header.chunk,
     )
 
 
@@ -56,12 +65,12 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         PeerFault: ``oversize`` or ``malformed``.
     """
-    nbytes, offset, chunk_bytes, zero, request, chunk = _HEADER.unpack(data)
+    nbytes, offset, chunk_bytes, form, request, chunk = _HEADER.unpack(data)
     if nbytes > limits.FRAME_BYTES_BULK_MAX:
         raise PeerFault("oversize", f"bulk frame of {nbytes} bytes")
-    if nbytes == 0 or zero or offset + nbytes > chunk_bytes:
+    if nbytes == 0 or form > 1 or offset + nbytes > chunk_bytes:
         raise PeerFault("malformed", "bulk frame outside of its chunk")
-    return Header(nbytes, offset, chunk_bytes, request, chunk)
+    return Header(nbytes, offset, chunk_bytes, request, chunk, form == 1)
 
 
 def link_tag(bulk_secret: bytes) -> bytes:

@@ -83,6 +83,9 @@ def test_header_layout_and_round_trip() -> None:
     header = Header(7, 1, 8, 1 << 40, 3)
     assert pack_header(header) == struct.pack("<IIIIQQ", 7, 1, 8, 0, 1 << 40, 3)
     assert parse_header(pack_header(header)) == header
+    packed = Header(7, 1, 8, 1 << 40, 3, True)
+    assert pack_header(packed) == struct.pack("<IIIIQQ", 7, 1, 8, 1, 1 << 40, 3)
+    assert parse_header(pack_header(packed)) == packed
 
 
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
@@ -102,7 +105,7 @@ def test_hostile_headers_are_bounded_or_refused(data: bytes) -> None:
         ((limits.FRAME_BYTES_BULK_MAX + 1, 0, 1 << 31, 0, 0, 0), "oversize"),
         ((0, 0, 1, 0, 0, 0), "malformed"),
         ((2, 7, 8, 0, 0, 0), "malformed"),
-        ((2, 0, 8, 1, 0, 0), "malformed"),
+        ((2, 0, 8, 2, 0, 0), "malformed"),
     ],
 )
 def test_refused_headers(header: tuple[int, ...], code: str) -> None:

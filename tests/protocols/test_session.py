@@ -128,7 +128,7 @@ def test_vectors() -> None:
         assert initiator.prove().hex() == vector["bulk_proof"]
         frame, plain = bytes.fromhex(vector["bulk_frame"]), bytearray(5)
         initiator.receiver.open(memoryview(frame)[32:], frame[:32], memoryview(plain))
-        assert parse_header(frame[:32]) == (5, 0, 5, 1, 0) and plain == b"chunk"
+        assert parse_header(frame[:32]) == (5, 0, 5, 1, 0, False) and plain == b"chunk"
 
 
 def test_two_round_trips_open_a_link() -> None:

@@ -14,13 +14,15 @@ class FetchRequest(msgspec.Struct, frozen=True, tag="fetch?"):
     """Asks for chunks ``first … first+count-1`` of blob ``root``.
 
     ``request`` is the asker's number, fresh for each fetch of a link; the same number again asks
-    again for what may have been lost with a bulk connection.
+    again for what may have been lost with a bulk connection. ``packed``: chunks on bulk
+    connections may come packed (``packing.py``); absent, they must not.
     """
 
     request: Count
     root: Hash
     first: Count
     count: Count
+    packed: bool = False
 
 
 class FetchAccepted(msgspec.Struct, frozen=True, tag="fetch"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -300,8 +299,8 @@ def test_a_peer_killed_in_mid_call_is_left_behind(trio: list[st.Peer]) -> None:
     assert len({reduced.root_hash for reduced in found}) == 1
 
 
-def test_four_processes_agree_on_four_bytes_in_milliseconds() -> None:
-    """The bound is ten times the goal: what is measured here is that no step waits for a timer."""
+def test_four_processes_agree_on_four_bytes_forty_times() -> None:
+    """One round after the other; how long one takes is for ``benchmarks/allreduce.py``."""
     with st.Peer.start() as first:
         with Member(first.ticket) as a, Member(first.ticket) as b, Member(first.ticket) as c:
             members = [a, b, c]
@@ -309,14 +308,11 @@ def test_four_processes_agree_on_four_bytes_in_milliseconds() -> None:
                 member.hear()
             for member in members:
                 member.order(group="small", values=1, expect=4, rounds=40)
-            roots, times = [], []
+            roots = []
             for _ in range(40):
-                started = time.perf_counter()
                 value = np.full(1, 1.0, np.float32)
                 reduced = first.all_reduce(value, group="small", expect=4, timeout=60.0)
-                times.append(time.perf_counter() - started)
                 roots.append(reduced.root_hash)
                 assert reduced.values.tolist() == [1.0]
                 assert reduced.weight == 4.0
             assert all(member.hear()["roots"] == roots for member in members)
-    assert statistics.median(times) < 0.2

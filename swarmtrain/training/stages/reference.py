@@ -21,6 +21,7 @@ from swarmtrain.training.stages.cut import Cut
 from swarmtrain.training.stages.runtime import StageRuntime
 from swarmtrain_protocols.codecs.boundary import I32, encode_tokens
 from swarmtrain_protocols.pipeline.hops import plain_path, stage_of
+from swarmtrain_protocols.pipeline.sampling import Sampling, decode_logits, next_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +47,11 @@ def reference_step(
         fixed: what the embedding adds to its output, by token ids (codec ``subspace``).
         path: order of hops; None: the order of the layers.
     """
-    runtime = StageRuntime(
-        cut,
-        range(cut.stages + 1),
-        codec="fp64",
-        batch_max=1,
-        seed=0,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    modules = [copy.deepcopy(runtime.module(stage)) for stage in range(cut.stages + 1)]
-    parameters = {s: [p for _, p in m.named_parameters()] for s, m in enumerate(modules)}
-    for stage, values in theta.items():
-        start = 0
-        for p in parameters[stage]:
-            part = torch.from_numpy(values[start : start + p.numel()].copy())
-            p.data.copy_(part.view(p.shape))
-            start += p.numel()
+    model = Whole(cut, theta, dtype, fixed)
     losses = []
     for tokens in micro_batches:
         ids = torch.from_numpy(tokens.astype(np.int64))
-        x = modules[0].embed(ids[:, :-1])  # type: ignore[operator]
-        added = None if fixed is None else fixed(ids[:, :-1])
-        x = x if added is None else x + added
-        for hop in (path or plain_path(cut.stages))[1:-1]:
-            x = modules[hop](x)
-        logits = modules[0].head(x)  # type: ignore[operator]
+        logits = model.logits(ids[:, :-1], path)
         loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
@@ -78,9 +59,53 @@ def reference_step(
         stage: torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in found]
         ).numpy()
-        for stage, found in parameters.items()
+        for stage, found in model.parameters.items()
     }
     return Step(gradients, losses)
+
+
+class Whole:
+    """All pieces of a cut on the CPU, called one after the other. Arguments as above."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        theta: Mapping[int, NDArray[Any]],
+        dtype: torch.dtype = torch.float32,
+        fixed: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        stages = range(cut.stages + 1)
+        name = str(dtype).removeprefix("torch.")
+        runtime = StageRuntime(cut, stages, codec="fp64", batch_max=1, seed=0, dtype=name)
+        self.cut, self._fixed = cut, fixed
+        self.modules = [copy.deepcopy(runtime.module(stage)) for stage in stages]
+        self.parameters = {s: list(m.parameters()) for s, m in enumerate(self.modules)}
+        for stage, values in theta.items():
+            start = 0
+            for p in self.parameters[stage]:
+                part = torch.from_numpy(values[start : start + p.numel()].copy())
+                p.data.copy_(part.view(p.shape))
+                start += p.numel()
+
+    def logits(self, ids: Tensor, path: Sequence[int] | None = None) -> Tensor:
+        """int64 [batch, time] → [batch, time, vocabulary]."""
+        x: Tensor = self.modules[0].embed(ids)  # type: ignore[operator]
+        added = None if self._fixed is None else self._fixed(ids)
+        x = x if added is None else x + added
+        for hop in (path or plain_path(self.cut.stages))[1:-1]:
+            x = self.modules[hop](x)
+        found: Tensor = self.modules[0].head(x)  # type: ignore[operator]
+        return found
+
+    @torch.no_grad()
+    def generate(self, prompt: Sequence[int], count: int, sampling: Sampling) -> list[int]:
+        """``count`` tokens after ``prompt``; beyond the context only its last tokens are seen."""
+        ids = list(prompt)
+        for _ in range(count):
+            window = torch.tensor([ids[-self.cut.context :]])
+            row = self.logits(window)[0, -1].float().numpy()
+            ids.append(next_token(row, sampling, len(ids)))
+        return ids[len(prompt) :]
 
 
 class LocalPipeline:
@@ -135,6 +160,16 @@ class LocalPipeline:
         for hop in plain_path(self.stages):
             x = self._at(hop, 0).generate(hop, x, ids if hop == 0 else b"").output
         return x
+
+    def generate(self, prompt: Sequence[int], count: int, sampling: Sampling) -> list[int]:
+        """As ``Whole.generate``, hop by hop."""
+        ids = list(prompt)
+        cut = self.replicas[0][0].cut
+        for _ in range(count):
+            window = np.array([ids[-cut.context :]], np.int32)
+            row = decode_logits(self.logits(window), 1, cut.vocabulary)[0]
+            ids.append(next_token(row, sampling, len(ids)))
+        return ids[len(prompt) :]
 
     def gradients(self, stage: int) -> NDArray[Any]:
         """The sum of the accumulators of a stage's replicas, [n]."""

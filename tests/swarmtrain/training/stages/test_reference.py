@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from swarmtrain.training.model import ByteGPT, Sizes, loss_of
-from swarmtrain.training.stages.reference import LocalPipeline, reference_step
+from swarmtrain.training.stages.reference import LocalPipeline, Whole, reference_step
 from swarmtrain.training.stages.runtime import StageRuntime
 from swarmtrain_protocols.codecs.boundary import encode_tokens
 from swarmtrain_protocols.pipeline.hops import skipped_path, swapped_path
+from swarmtrain_protocols.pipeline.sampling import Sampling
 from tests.swarmtrain.training.stages.models import (
     BYTE_GPT,
     DECODER,
@@ -145,6 +146,21 @@ def test_evaluation_is_the_loss_of_one_process_and_adds_nothing() -> None:
     expected = expected_of(keys(), "float32")
     losses = [pipeline.evaluate(tokens(k)) for k in range(MICRO_BATCHES)]
     np.testing.assert_allclose(losses, expected.losses, rtol=1e-6)
+    assert not any(pipeline.gradients(stage).any() for stage in range(5))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=8, top_p=0.9, seed=4)]
+)
+def test_generation_says_what_one_process_says(sampling: Sampling) -> None:
+    """Longer than the context, so that the window moves."""
+    given = keys()
+    pipeline, prompt = pipelines(given, "float32"), [3, 1, 4, 1, 5]
+    cut = pipeline.replicas[0][0].cut
+    theta = {s: pipeline.replicas[s][0].theta(s) for s in range(5)}
+    found = pipeline.generate(prompt, 24, sampling)
+    assert found == Whole(cut, theta).generate(prompt, 24, sampling)
+    assert len(found) == 24 and len(set(found)) > 2
     assert not any(pipeline.gradients(stage).any() for stage in range(5))
 
 

@@ -52,6 +52,9 @@ class ErrandFailed:
     reason: str
 
 
+Done = Callable[[float, "ErrandDone | ErrandFailed"], None]
+
+
 @dataclass(slots=True)
 class _Errand:
     handle: int
@@ -69,6 +72,7 @@ class _Errand:
     retry_at: float = math.inf
     tried: dict[PeerId, None] = field(default_factory=dict)
     trouble: str = "nobody has answered yet"
+    done: Done | None = None
 
 
 class Errands:
@@ -110,12 +114,14 @@ class Errands:
         *,
         timeout_s: float,
         pinned: Mapping[int, PeerId] | None = None,
+        done: Done | None = None,
     ) -> int:
         """Begin an errand; ``ErrandDone`` or ``ErrandFailed`` carry the handle returned.
 
         Args:
             tokens: encoded ids, as in ``HopRequest``.
             pinned: peers that must serve a hop (a candidate for a lost stage is only at its host).
+            done: called with (now, event) instead of telling the layer above.
 
         Raises:
             LocalProtocolError: too many at once, or a kind that belongs to steps.
@@ -128,6 +134,7 @@ class Errands:
         errand = _Errand(
             handle, kind, tokens, path, dict(pinned or {}), now + timeout_s, self._version()
         )
+        errand.done = done
         self._errands[handle] = errand
         self._ask(now, errand)
         return handle
@@ -149,9 +156,8 @@ class Errands:
                 self._failed(now, errand)
             return
         if errand.at == len(errand.path) - 1:
-            del self._errands[errand.handle]
-            done = ErrandDone(errand.handle, message.output, message.loss, errand.version)
-            self._out.append(Emit(done))
+            result = ErrandDone(errand.handle, message.output, message.loss, errand.version)
+            self._end(now, errand, result)
             return
         errand.at += 1
         errand.inputs = message.output
@@ -172,9 +178,10 @@ class Errands:
 
     def tick(self, now: float) -> None:
         for errand in list(self._errands.values()):
+            if errand.handle not in self._errands:
+                continue  # what an earlier one led to
             if now >= errand.expires:
-                del self._errands[errand.handle]
-                self._out.append(Emit(ErrandFailed(errand.handle, errand.trouble)))
+                self._end(now, errand, ErrandFailed(errand.handle, errand.trouble))
             elif errand.asked is not None and now >= self._due(errand):
                 errand.trouble = "no answer in time"
                 self._failed(now, errand)
@@ -189,6 +196,13 @@ class Errands:
         return min(times, default=math.inf)
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _end(self, now: float, errand: _Errand, event: ErrandDone | ErrandFailed) -> None:
+        del self._errands[errand.handle]
+        if errand.done is not None:
+            errand.done(now, event)
+        else:
+            self._out.append(Emit(event))
 
     def _due(self, errand: _Errand) -> float:
         return errand.asked_at + self._hop_timeout_s(errand.path[errand.at])

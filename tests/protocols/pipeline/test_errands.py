@@ -196,3 +196,23 @@ def test_misuse_is_refused() -> None:
         world.start()
     with pytest.raises(LocalProtocolError, match="too many"):
         world.start()
+
+
+def test_whoever_began_it_is_told_instead_of_the_layer_above() -> None:
+    world = World()
+    told: list[tuple[float, object]] = []
+    handle = world.start(done=lambda now, event: told.append((now, event)))
+    for n in range(4):
+        world.answer(tensor(n), loss=2.0)
+    assert told == [(1.0, ErrandDone(handle, tensor(3), 2.0, 7))] and world.events() == []
+
+
+def test_an_errand_that_is_cancelled_by_the_failure_of_another_asks_nobody() -> None:
+    world = World()
+    world.workers = []
+    other: list[int] = []
+    world.start(done=lambda now, event: world.errands.cancel(other[0]))
+    other.append(world.start())
+    world.workers = list(PEERS)
+    world.errands.tick(31.0)
+    assert world.out == [] and world.errands.deadline() == math.inf

@@ -112,7 +112,7 @@ def test_a_copy_that_is_not_needed_any_more_is_dropped() -> None:
     desk.look(0.0)
     desk.give(0.0, 0)
     desk.out.clear()
-    desk.log.assign(D, 1)
+    desk.log.assign(D, 0, 1)
     desk.buddy.tick(CHECK_S)
     assert desk.out == [px.DropCopy(ONE)]
     desk.out.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.rounds.phases import Phase
 from tests.protocols.rounds_kit import A, B, C, Log, opening
 
@@ -32,3 +33,18 @@ def test_what_is_missing_of_somebody_who_is_gone_never_comes() -> None:
     assert not one.undeliverable([second]), "the first one's is everywhere"
     one.refused[1] = None
     assert one.undeliverable([A, B]), "its bytes are no contribution"
+
+
+def test_a_part_is_broken_if_its_computer_lacks_what_nobody_has_any_more() -> None:
+    one = phase()
+    chosen = e.RoundSet(one.key, (e.Coefficient(0, 0.5), e.Coefficient(1, 0.5)))
+    one.held = {0: {A: (0, 1)}, 1: {B: (0, 1)}}
+    assert not one.broken([A], chosen), "all computers have all"
+    one.deputies[1] = C
+    assert not one.broken([A, C], chosen), "the deputy has said nothing yet"
+    one.held[1][C] = (0,)
+    assert one.broken([A, C], chosen)
+    assert not one.broken([A, B, C], chosen), "its maker is there and has it"
+    assert not one.broken([A, C], e.RoundSet(one.key, (e.Coefficient(0, 1.0),))), "not chosen"
+    one.refused[1] = None
+    assert one.broken([A, B, C], chosen), "its maker has lost it"

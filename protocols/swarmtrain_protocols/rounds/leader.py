@@ -400,13 +400,16 @@ class RoundLeader:
             differ = "results differ" if len(votes) > 1 else "a result is not on disk"
             self._abort(now, phase, differ)
             return
+        chosen = self.ledger.channels[phase.key.channel].chosen
+        lost = ""
         if best + sum(k in present for k in silent) < need:
-            phase.lost_since = min(phase.lost_since, now)
-            if now >= phase.lost_since + self.policy.lost_grace_s:
-                self._abort(now, phase, "too many holders lost")
-                return
-        else:
-            phase.lost_since = math.inf
+            lost = "too many holders lost"
+        elif not phase.holding and chosen is not None and phase.broken(present, chosen):
+            lost = "a chosen contribution is lost"
+        phase.lost_since = min(phase.lost_since, now) if lost else math.inf
+        if lost and now >= phase.lost_since + self.policy.lost_grace_s:
+            self._abort(now, phase, lost)
+            return
         if now >= phase.deadline:
             self._abort(now, phase, "holders did not report in time")
 

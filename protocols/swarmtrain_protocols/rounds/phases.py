@@ -65,3 +65,18 @@ class Phase:
                 if index not in self.held.get(number, {}).get(current, ()):
                     return True
         return False
+
+    def broken(self, present: list[bytes], chosen: e.RoundSet) -> bool:
+        """A part's computer says that it lacks a chosen contribution, whose maker is gone.
+
+        Its owner was lost together with the only copy of the bytes: no deputy can compute the part.
+        """
+        for coefficient in chosen.coefficients:
+            index = coefficient.index
+            if self.opened.contributors[index].member in present and index not in self.refused:
+                continue
+            for number, part in enumerate(self.opened.parts):
+                said = self.held.get(number, {}).get(self.deputies.get(number, part.owner))
+                if said is not None and index not in said:
+                    return True
+        return False

@@ -28,8 +28,12 @@ from swarmtrain_protocols.messages import Message, RoundKey
 from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import log as lm
 from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.messages import pipeline as pm
 from swarmtrain_protocols.messages import rounds as rm
 from swarmtrain_protocols.node_events import LedgerChanged
+from swarmtrain_protocols.pipeline.book import pipeline_state
+from swarmtrain_protocols.pipeline.core import PipelineCore
+from swarmtrain_protocols.proposals import Proposals
 from swarmtrain_protocols.reception import Reception
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import CatchUp
@@ -70,7 +74,8 @@ class NodeCore:
         self.site = site
         self.manifest = manifest
         self.run = manifest.run_id
-        self.ledger = Ledger()
+        keys = manifest.keys
+        self.ledger = Ledger(pipeline=pipeline_state(keys.stages, keys.pipeline_mode))
         self._keyring = keyring
         self._wall_offset_s = wall_s - now
         self._raw: list[Effect] = []
@@ -79,8 +84,22 @@ class NodeCore:
         self._linked: dict[PeerId, None] = {}
         self._changed = False
         self.policy = policy or policy_of(manifest.keys, chunk_values)
+        self._proposals = Proposals(self._raw)
         self._make_rounds(rng, chunk_values)
         self._make_membership()
+        self.pipeline = PipelineCore(
+            me=self.me,
+            keys=manifest.keys,
+            ledger=self.ledger,
+            out=self._raw,
+            rng=rng,
+            member=self.member,
+            rounds=self.leader,
+            in_step=self.catchup.in_step,
+            connected=self.linked,
+            propose=self._proposals.propose,
+            pump=self._pump,
+        )
         self.dht = DhtCore(
             keyring=keyring,
             rng=rng,
@@ -100,6 +119,7 @@ class NodeCore:
             genesis=genesis,
             snapshot_of=lambda: self.ledger.snapshot(),  # noqa: PLW0108, the ledger is replaced
         )
+        self._proposals.log = self.log
         self.leadership = Leadership(
             me=self.me,
             ledger=self.ledger,
@@ -108,7 +128,7 @@ class NodeCore:
             linked=self._linked,
             changed=self._leader_changed,
             announce=self._announce,
-            duties=(self.shepherd, self.leader),
+            duties=(self.shepherd, self.leader, self.pipeline),
             dispatch=self._dispatch,
         )
         self._pump(now)
@@ -140,7 +160,7 @@ class NodeCore:
             ledger=self.ledger,
             out=self._raw,
             policy=self.policy,
-            propose=self._propose,
+            propose=self._proposals.propose,
             connected=self.linked,
         )
 
@@ -150,8 +170,8 @@ class NodeCore:
             me=self.me,
             ledger=self.ledger,
             out=self._raw,
-            propose=self._propose,
-            change_voters=self._change_voters,
+            propose=self._proposals.propose,
+            change_voters=self._proposals.change_voters,
             check_capability=self._check_capability,
             linked=self.linked,
             max_rounds=self.manifest.keys.max_rounds,
@@ -163,7 +183,7 @@ class NodeCore:
             joiner=self.joiner,
             shepherd=self.shepherd,
             rounds=self.leader,
-            propose=self._propose,
+            propose=self._proposals.propose,
         )
 
     # -- what the shell calls --------------------------------------------------------------
@@ -184,6 +204,7 @@ class NodeCore:
         self.dht.connected(now, peer, addresses)
         self.member.connected(peer)
         self.joiner.linked(now)
+        self.pipeline.connected(now, peer)
         if peer == self.leadership.leader:
             self.leadership.announce(now)
         self._pump(now)
@@ -194,6 +215,7 @@ class NodeCore:
         self.dht.disconnected(now, peer)
         self.fetches.disconnected(now, peer)
         self.leader.disconnected(now, peer)
+        self.pipeline.disconnected(now, peer)
         self._pump(now)
 
     def tick(self, now: float) -> None:
@@ -207,11 +229,12 @@ class NodeCore:
         self.leader.step(now)
         self.shepherd.step(now)
         self.joiner.step(now, self.linked())
+        self.pipeline.tick(now)
         self._pump(now)
 
     def deadline(self) -> float:
         rounds = (self.fetches, self.member, self.catchup, self.leader)
-        parts = (self.log, self.dht, *rounds, self.shepherd, self.joiner)
+        parts = (self.log, self.dht, *rounds, self.shepherd, self.joiner, self.pipeline)
         return min(part.deadline() for part in parts)
 
     def drain(self) -> list[Effect]:
@@ -247,6 +270,7 @@ class NodeCore:
         self.catchup.restore(channel, round_number, state_hash)
         self.catchup.reconcile(now)
         self.catchup.announce()
+        self.pipeline.reconcile(now)
         self._pump(now)
 
     def stored_earlier(self, channel: str, round_number: int, root: bytes) -> None:
@@ -262,6 +286,10 @@ class NodeCore:
             self.catchup.training = training
             self.catchup.announce()
             self._pump(now)
+
+    def set_worker(self, now: float, values_max: int) -> None:
+        """A trainer with room for so many parameters computes stages here; 0: none (any more)."""
+        self.pipeline.set_worker(now, values_max)
 
     def finished(self, now: float, done: bool) -> None:
         """The trainer of this site has done its planned steps (or has taken up work again)."""
@@ -301,13 +329,17 @@ class NodeCore:
         self.member.reduced(now, key, part, root)
         self._pump(now)
 
-    def stored(self, now: float, key: RoundKey, root: bytes, durable: bool) -> None:
-        self.member.stored(now, key, root, durable)
+    def stored(
+        self, now: float, key: RoundKey, root: bytes, durable: bool, square_norm: float = 0.0
+    ) -> None:
+        """``square_norm``: of the decoded result, where its rounds are steps of a stage."""
+        self.member.stored(now, key, root, durable, square_norm)
         self.catchup.reconcile(now)
         self._pump(now)
 
     def applied(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:
         self.catchup.applied(now, channel, round_number, state_hash)
+        self.pipeline.reconcile(now)
         self._pump(now)
 
     def completed(self, now: float, result: fx.WholeResult) -> None:
@@ -330,29 +362,6 @@ class NodeCore:
             verify=self._keyring.verify,
         )
 
-    def _propose(self, now: float, body: e.EntryBody) -> bool:
-        """Append to the log; False if it takes nothing at the moment."""
-        if not self.log.is_leader:
-            return False
-        try:
-            self.log.propose(now, body)
-        except LocalProtocolError as error:
-            # Cut off from a majority, for example: whoever proposes tries again or is replaced.
-            self._refused("proposal", error)
-            return False
-        return True
-
-    def _change_voters(self, now: float, voters: tuple[PeerId, ...]) -> bool:
-        try:
-            self.log.change_voters(now, voters)
-        except LocalProtocolError as error:
-            self._refused("change of stewards", error)
-            return False
-        return True
-
-    def _refused(self, what: str, error: LocalProtocolError) -> None:
-        self._raw.append(Emit(fx.Notice("fallback", {"what": what, "why": str(error)})))
-
     def _dispatch(self, now: float, peer: PeerId, message: Message) -> None:
         kind = type(message).__module__
         if kind == lm.__name__:
@@ -363,6 +372,8 @@ class NodeCore:
             return
         elif isinstance(message, FOR_ROUND_LEADER):
             self.leader.receive(now, peer, message)
+        elif kind == pm.__name__:
+            self.pipeline.receive(now, peer, message)
         elif kind == rm.__name__:
             self.member.receive(now, peer, message)
         elif isinstance(message, mm.SnapshotQuery):
@@ -413,7 +424,8 @@ class NodeCore:
         """A snapshot replaces the ledger; every core looks at the new one from now on."""
         self.ledger = ledger
         rounds = (self.member, self.catchup, self.leader)
-        for core in (*rounds, self.joiner, self.shepherd, self.reception, self.leadership):
+        membership = (self.joiner, self.shepherd, self.reception, self.leadership)
+        for core in (*rounds, *membership, self.pipeline):
             core.ledger = ledger
         self.member.jumped()
         self._learn_members()
@@ -435,6 +447,7 @@ class NodeCore:
                 self.catchup.announce()
             elif accepted:
                 self.member.logged(body)
+                self.pipeline.logged(body)
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
 
@@ -455,6 +468,7 @@ class NodeCore:
         self.member.reconcile(now)
         self.catchup.reconcile(now)
         self.leader.reconcile(now)
+        self.pipeline.reconcile(now)
         self.shepherd.step(now)
         self.joiner.step(now, self.linked())
         if self.joiner.is_member:
@@ -468,9 +482,11 @@ class NodeCore:
     def _leader_changed(self, now: float, leader: PeerId | None) -> None:
         self.member.leader = self.catchup.leader = self.reception.leader = leader
         self.joiner.leader_changed(now, leader)
+        self.pipeline.leader_changed(now, leader)
 
     def _announce(self, now: float) -> None:
         self.member.announce(now)
         self.catchup.announce()
+        self.pipeline.announce(now)
         if self.leadership.leading:
             self.joiner.step(now, self.linked())

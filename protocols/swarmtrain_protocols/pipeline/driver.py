@@ -193,9 +193,7 @@ class DriverCore:
         for k in lease.micro_batches:
             batch = self.batches.get(k)
             if batch is None:
-                batch = MicroBatch(k, self._paths.path(k, self._load))
-                self.batches[k] = batch
-                self._out.append(px.NeedTokens(view.step, k))
+                self.batches[k] = MicroBatch(k, self._paths.path(k, self._load))
             elif batch.done:
                 self._tell_done(batch)
         for hop, k in lease.redo:
@@ -235,16 +233,14 @@ class DriverCore:
         del self._tasks[batch.k, task.hop]
         if not task.redo:
             batch.answered(reply.output, reply.loss, peer)
-            self._go_on(now, batch)
-
-    def _go_on(self, now: float, batch: MicroBatch) -> None:
+            if batch.done:
+                self.window.grow()
         following = batch.now
-        if following is not None:
+        if following is not None and not task.redo:
             self._begin(now, batch, following)
-            return
-        self.window.grow()
-        self._tell_done(batch)
-        self._ask_at = now
+        elif following is None and not any(k == batch.k for k, _ in self._tasks):
+            self._tell_done(batch)  # again, if hops had to be done again
+            self._ask_at = now
 
     def _refused(self, now: float, peer: PeerId, refusal: HopRefused) -> None:
         issue = self._issues.get(refusal.id)
@@ -399,11 +395,16 @@ class DriverCore:
             self._issue(now, task)
 
     def _step(self, now: float) -> None:
-        """Leases: ask for more where there is room, give up those that have run out."""
+        """Leases: begin what there is room for, ask for more, give up those that have run out."""
         if self._view is None:
             return
         if self._expires <= now:
             self._abandon()
+        under_way = sum(batch.begun and not batch.done for batch in self.batches.values())
+        for k, batch in self.batches.items():
+            if not batch.begun and under_way < self.window.size:
+                batch.begun, under_way = True, under_way + 1
+                self._out.append(px.NeedTokens(self._view.step, k))
         if self._ask_at <= now and self.leader is not None:
             self._ask_at = now + LEASE_POLL_S
             message = LeaseRequest(
@@ -466,6 +467,10 @@ class DriverCore:
         return self.router.finish_s((hop, True), self._workers(stage_of(hop, self._stages)))
 
     # -- figures ---------------------------------------------------------------------------
+
+    def issues(self) -> list[tuple[HopId, PeerId]]:
+        """Requests that are waited for, and who has them."""
+        return [(identity, issue.peer) for identity, issue in self._issues.items()]
 
     def figures(self) -> dict[str, int]:
         """Micro-batches by state, for the dashboard."""

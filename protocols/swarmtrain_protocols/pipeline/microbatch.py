@@ -22,6 +22,8 @@ class MicroBatch:
 
     k: int
     path: tuple[int, ...]
+    begun: bool = False
+    """Leased micro-batches wait until there is room for them."""
     tokens: bytes | None = None
     place: int = 0
     loss: float = 0.0

@@ -386,11 +386,14 @@ class Site:
         except LocalProtocolError:
             self.truth.seen["store-after-release"] += 1
             return
-        durable = effect.key.channel.startswith("train/")
+        channel = effect.key.channel
+        durable = channel.startswith("train/")
         if durable:
-            values = self.core.ledger.channels[effect.key.channel].values
-            self._save_result(effect.key.channel, effect.key.round, blob, values)
-        self.core.stored(now, effect.key, blob.root, durable)
+            values = self.core.ledger.channels[channel].values
+            self._save_result(channel, effect.key.round, blob, values)
+        stepwise = self.plane.rules.stepwise(channel)
+        norm = self.plane.square_norm(blob.root) if stepwise else 0.0
+        self.core.stored(now, effect.key, blob.root, durable, norm)
 
     def _save_result(self, channel: str, round_number: int, blob: Blob, values: int) -> None:
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)

@@ -1,0 +1,276 @@
+"""A whole pipeline in the simulator: sites with real cores, toy stages, trouble from a seed.
+
+``run_pipeline(seed)`` is one schedule, as ``swarm.run_swarm`` is for rounds: build the swarm of the
+seed, let trouble happen, heal, and demand that steps go on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from swarmtrain_protocols.manifest import RunKeys, make_manifest
+from swarmtrain_protocols.testing.check_pipeline import BooksAgree, StepsAreRight
+from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.draws import Stream
+from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
+from swarmtrain_protocols.testing.network import NetworkModel
+from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSite, PipelineSpec
+from swarmtrain_protocols.testing.pipeline_truth import PipelineTruth
+from swarmtrain_protocols.testing.toystage import Toy
+from swarmtrain_protocols.testing.world import Violation, World
+from swarmtrain_protocols.tickets import Capability, sign_capability
+
+TROUBLE_FROM_S = 6.0
+TROUBLE_UNTIL_S = 22.0
+HEAL_AT_S = 26.0
+LIVENESS_S = 90.0
+STEPS_AFTER_HEALING = 2
+CHUNK_VALUES = 8
+
+TRIGGERS = (
+    *("persist", "synced", "fetch", "emit:LedgerChanged", "emit:StateAdvanced", "emit:HopDone"),
+    *("send:hop?", "send:hop", "send:lease?", "send:lease", "send:mb-done"),
+    *("send:close?", "send:close", "send:reopen", "send:plan", "send:step-ready"),
+    *("send:held", "send:result", "send:holding"),
+    *("do:Compute", "do:Undo", "do:HandOver", "do:ClearGradients", "do:NeedTokens"),
+    *("do:BeginAttempt", "do:ReducePart", "do:StoreResult", "do:ApplyResult"),
+)
+
+
+@dataclass
+class Outcome:
+    """What came of one schedule. ``violation`` is the class of the first violation, or ''."""
+
+    seed: int
+    schedule: list[Fault]
+    violation: str = ""
+    text: str = ""
+    tail: list[str] = field(default_factory=list)
+    trace: str = ""
+    seen: Counter[str] = field(default_factory=Counter)
+    committed: int = 0
+    aborted: int = 0
+    micro_batches: int = 0
+    compared: int = 0
+    simulated_s: float = 0.0
+    recovery_s: float = 0.0
+
+
+@dataclass
+class Pipeline:
+    """A built world, what it knows, and its checkers."""
+
+    world: World
+    truth: PipelineTruth
+    steps: StepsAreRight
+    books: BooksAgree
+    spec: PipelineSpec
+
+    def site(self, name: str) -> PipelineSite | None:
+        node = self.world.hosts[name].node
+        return node if isinstance(node, PipelineSite) else None
+
+
+def make_spec(seed: int, toy: Toy, **changes: Any) -> PipelineSpec:
+    """A pipeline of toy stages; ``changes`` are run keys."""
+    keys: dict[str, Any] = {
+        "stages": toy.stages,
+        "micro_batches": toy.micro_batches,
+        "codec_scatter": "fp32",
+        "codec_gather": "fp32",
+        "inner_optimizer": "sgd",
+        "inner_lr": 0.5,
+        "inner_weight_decay": 0.0,
+        "inner_warmup_steps": 0,
+        "replicas_min": 2,
+        "ends_replicas": 2,
+        "start_peers": 2,
+        "close_fraction": 0.75,
+    }
+    founder = FakeKeyring("founder")
+    manifest = make_manifest(
+        RunKeys(**{**keys, **changes}), founder.peer_id, seed.to_bytes(16, "little")
+    )
+    capability = sign_capability(
+        founder, Capability(b"ticket-1", manifest.run_id, role="trainer", vote=True)
+    )
+    return PipelineSpec(
+        manifest=manifest,
+        capability=capability,
+        founder_site="a",
+        layout=(),
+        chunk_values=CHUNK_VALUES,
+        outer_lr=0.7,
+        outer_momentum=0.0,
+        phase_s=(1.0, 2.0),
+        work_s=(0.001, 0.01),
+        toy=toy,
+    )
+
+
+def spec_of(seed: int) -> tuple[PipelineSpec, tuple[PipelinePart, ...]]:
+    """The swarm of a seed: one to three stages on four to six sites, one or two drivers."""
+    luck = Stream(seed, "pipeline")
+
+    def pick(*values: float) -> float:
+        return values[luck.integer(len(values))]
+
+    stages = 1 + luck.integer(3)
+    toy = Toy(seed, stages, 4 + luck.integer(5))
+    spec = make_spec(
+        seed,
+        toy,
+        inner_clip=pick(0.0, 1.0, 1.0),
+        codec_scatter=("fp32", "fp32", "bf16")[luck.integer(3)],
+        codec_gather=("fp32", "int8")[luck.integer(2)],
+    )
+    spec = replace(
+        spec,
+        work_s=(0.001, pick(0.005, 0.1)),
+        hop_s=(0.002, pick(0.01, 0.05)),
+        by_root=pick(0.0, 0.0, 0.3),
+        trainer_life_s=pick(0.0, 0.0, 12.0),
+        room=2 + luck.integer(2),
+    )
+    names = "abcdef"[: 4 + luck.integer(3)]
+    drivers = names[0] + (names[1 + luck.integer(len(names) - 1)] if luck.chance(0.6) else "")
+    slow = names[luck.integer(len(names))] if luck.chance(0.3) else ""
+    parts = [
+        PipelinePart(name, drives=name in drivers, slower=4.0 if name == slow else 1.0)
+        for name in names
+    ]
+    if luck.chance(0.3):  # a seed: it leads, drives, and computes nothing
+        parts[0] = replace(parts[0], trains=False, holds_state=False)
+    return spec, tuple(parts)
+
+
+def build(
+    seed: int,
+    spec: PipelineSpec | None = None,
+    parts: Sequence[PipelinePart] = (),
+    *,
+    model: NetworkModel | None = None,
+) -> Pipeline:
+    """A world with its sites started one after another, its checkers watching."""
+    if spec is None:
+        spec, parts = spec_of(seed)
+    world = World(seed, model=model, strict_addresses=True)
+    truth = PipelineTruth(
+        parts={part.name: part for part in parts},
+        names={peer_id_of(part.name): part.name for part in parts},
+        ticket_sites=("a", "b"),
+        seen=world.seen,
+    )
+    steps = StepsAreRight(truth, spec.toy, spec.manifest.keys, spec.chunk_values)
+    books = BooksAgree(spec.toy, 2 * spec.toy.stages)
+    luck = Stream(seed, "starts")
+    for part in parts:
+        start_s = 0.0 if part.name == spec.founder_site else luck.between(0.0, 4.0)
+        world.add(part.name, _factory(spec, part, truth), start_s=start_s)
+    world.watch(steps, books)
+    return Pipeline(world, truth, steps, books, spec)
+
+
+def _factory(
+    spec: PipelineSpec, part: PipelinePart, truth: PipelineTruth
+) -> Callable[[Any], PipelineSite]:
+    return lambda ctx: PipelineSite(ctx, spec, part, truth)
+
+
+def plan_of(seed: int) -> Plan:
+    """What may go wrong in the swarm of a seed."""
+    _, parts = spec_of(seed)
+    return Plan(
+        tuple(part.name for part in parts),
+        start_s=TROUBLE_FROM_S,
+        end_s=TROUBLE_UNTIL_S,
+        count=(2, 12),
+        kinds=PLAIN_KINDS,
+        triggers=TRIGGERS,
+        vanish_max=0,
+    )
+
+
+def run_pipeline(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Checker) -> Outcome:
+    """One schedule from beginning to end; the schedule is that of the seed unless given."""
+    faults = list(schedule) if schedule is not None else generate(seed, plan_of(seed))
+    return run_built(build(seed), seed, faults, *checkers)
+
+
+def run_built(swarm: Pipeline, seed: int, faults: Sequence[Fault], *checkers: Checker) -> Outcome:
+    """A schedule on a world that was built."""
+    outcome = Outcome(seed, list(faults))
+    world = swarm.world
+    world.watch(*checkers)
+    world.plan(faults)
+    try:
+        world.run(HEAL_AT_S)
+        outcome.recovery_s = settle_within(
+            world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
+        )
+    except Violation as broken:
+        outcome.violation, outcome.text = broken.kind, str(broken)
+        outcome.tail = world.trace.tail(60)
+    outcome.trace = world.trace.digest()
+    outcome.seen = world.seen
+    outcome.committed = len(swarm.steps.committed)
+    outcome.aborted = swarm.steps.aborted
+    outcome.micro_batches = swarm.steps.micro_batches
+    outcome.compared = swarm.books.compared
+    outcome.simulated_s = world.now
+    return outcome
+
+
+class _Recovered:
+    """Steps were committed after healing, and whoever serves a stage is in step (PL13)."""
+
+    def __init__(self, swarm: Pipeline) -> None:
+        self.swarm = swarm
+        self.target = len(swarm.steps.committed) + STEPS_AFTER_HEALING
+
+    def __call__(self) -> bool:
+        if len(self.swarm.steps.committed) < self.target:
+            return False
+        for host in self.swarm.world.hosts.values():
+            if host.vanished:
+                continue
+            site = self.swarm.site(host.name)
+            if site is None or not site.core.joiner.is_member:
+                return False
+            for stage in site.core.ledger.pipeline.assigned.get(host.peer, ()):
+                state = site.plane.states.get(f"train/{stage}/0")
+                if state is None or state.round < self.target:
+                    return False
+        return True
+
+
+def describe(swarm: Pipeline) -> str:
+    """Where every site stands, for the report of a run that does not finish."""
+    lines = []
+    for name, host in swarm.world.hosts.items():
+        site = swarm.site(name)
+        if site is None:
+            lines.append(f"{name}: vanished={host.vanished}")
+            continue
+        core, state = site.core, site.core.ledger.pipeline
+        names = swarm.truth.names
+        rounds = {s: swarm_round(site, s) for s in range(swarm.spec.toy.stages + 1)}
+        lines.append(
+            f"{name}: index={core.ledger.index} leader={names.get(core.log.leader or b'', '-')} "
+            f"member={core.joiner.is_member} links={''.join(names[p] for p in core.linked())} "
+            f"step={state.step}.{state.attempt} era={state.era} closed={state.closed is not None} "
+            f"assigned={ {names[m]: s for m, s in state.assigned.items()} } states={rounds} "
+            f"drives={core.pipeline.driver.figures() if core.pipeline.driver.active else '-'} "
+            f"have={[core.pipeline.worker.have(h) for h in range(swarm.spec.toy.stages + 2)]}"
+        )
+    return "\n  ".join(["", *lines])
+
+
+def swarm_round(site: PipelineSite, stage: int) -> int:
+    """The version of a stage at a site, -1: it is not here."""
+    state = site.plane.states.get(f"train/{stage}/0")
+    return state.round if state is not None else -1

@@ -111,7 +111,7 @@ class Backend:
     async def _status(self, args: Document, connection: ControlConnection) -> Document:
         runtime, desk = self._runtime, self._desk
         node, ledger, stats = runtime.node, runtime.node.ledger, runtime.transport.stats
-        train = ledger.train_channels()
+        train, outer = ledger.train_channels(), runtime.outer_at()
         return {
             "run": runtime.settings.run.hex(),
             "name": runtime.manifest.keys.name,
@@ -136,7 +136,10 @@ class Backend:
             "bytes_received": total_bytes(stats, "received"),
             "ended": ledger.ended or None,
             "paused": ledger.paused or None,
-            "overlap": runtime.overlap,
+            "overlap": outer.overlap,
+            "overlap_key": runtime.manifest.keys.overlap,
+            "outer_lr": outer.lr,
+            "outer_momentum": outer.momentum,
             "trainer": {
                 "attached": desk.attached,
                 "device": desk.device,

@@ -109,10 +109,10 @@ class TrainerDesk:
         self._check_model(schema_hash, layout)
         self._schema_hash, self._layout = schema_hash, layout
         path = self._port.open(schema_hash, layout)
-        for state in list(self._runtime.data.states.values()):
-            self._port.publish(state.channel, state.round, state.theta)
         if node.ledger.model is not None:
             await self._wait_state([name for name, _ in layout])
+        for state in list(self._runtime.data.states.values()):
+            self._on_state(state)
         if connection not in self._connections:
             self._connections.append(connection)
             connection.on_close(partial(self._gone, connection))
@@ -153,8 +153,8 @@ class TrainerDesk:
     def _attached(self, path: str, args: Document) -> Document:
         runtime, node = self._runtime, self._runtime.node
         run = msgspec.to_builtins(runtime.manifest.keys)
-        run |= {"overlap": runtime.overlap}
-        run |= {"outer_lr": runtime.outer[0], "outer_momentum": runtime.outer[1]}
+        outer = runtime.outer_at()
+        run |= {"overlap": outer.overlap, "outer_lr": outer.lr, "outer_momentum": outer.momentum}
         outcomes = {
             channel: found
             for channel, seq in dict(args.get("in_flight") or {}).items()
@@ -306,8 +306,7 @@ class TrainerDesk:
         flight = _Flight(seq, blob.root, handed_s=started, figures=dict(args))
         self._flights[channel] = flight
         self._account(args)
-        index = runtime.node.ledger.index
-        self._memo.sent[channel] = Sent(seq=seq, root=blob.root.hex(), index=index)
+        self._memo.sent[channel] = Sent(seq, blob.root.hex(), runtime.node.ledger.index)
         flight.encode_s = host.mono_s() - started
         await self._remember()
         runtime.events.emit(
@@ -326,9 +325,10 @@ class TrainerDesk:
             bytes=blob.nbytes,
             encode_s=round(flight.encode_s, 6),
         )
-        offer = Offer(
-            channel, blob.root, nvalues, codec, float(args["samples"]), int(args["base_round"]), 0
-        )
+        samples, base_round = float(args["samples"]), int(args["base_round"])
+        steps = runtime.manifest.keys.inner_steps / len(self._layout)
+        times = steps * float(args.get("step_s", 0.0)), flight.encode_s
+        offer = Offer(channel, blob.root, nvalues, codec, samples, base_round, 0, *times)
         runtime.driver.run(runtime.node.contribute, offer)
 
     async def _remember(self) -> None:
@@ -426,7 +426,8 @@ class TrainerDesk:
     def _on_state(self, state: CanonicalState) -> None:
         """On a pool thread, while the state holds still."""
         if self._port.is_open:
-            self._port.publish(state.channel, state.round, state.theta)
+            outer = self._runtime.outer_at(state.round)
+            self._port.publish(state.channel, state.round, state.theta, outer)
 
     # -- evaluation and the end -------------------------------------------------------------------
 
@@ -452,8 +453,7 @@ class TrainerDesk:
 
     async def evaluated(self, args: Document) -> Document:
         """The trainer's loss of θ on the fixed held-out set."""
-        round_number, loss = int(args["round"]), float(args["loss"])
-        self.figures.evaluated(round_number, loss)
+        self.figures.evaluated(int(args["round"]), float(args["loss"]))
         return {}
 
     async def _end(self, reason: str) -> None:

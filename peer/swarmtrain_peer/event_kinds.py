@@ -413,6 +413,13 @@ KINDS: dict[str, Kind] = {
         Kind("paused", "warning", "U700", "The run is paused.", ("reason",)),
         Kind("resumed", "info", "U701", "The run goes on.", ("reason?",)),
         Kind("leaving", "info", "U702", "This site leaves the run.", ("now", "reason?")),
+        Kind(
+            "config_changed",
+            "info",
+            "U703",
+            "From this round on every member has another value: the overlap mode, as measured.",
+            ("key", "value", "why?"),
+        ),
         Kind("run_ended", "info", "U710", "The run is over.", ("reason",)),
     )
 }

@@ -77,6 +77,9 @@ class Narrator:
             emit("rewound", reason=body.reason, generation=body.generation)
         elif isinstance(body, e.RunEnded):
             emit("run_ended", reason=body.reason)
+        elif isinstance(body, e.ConfigChanged):
+            fields = {"key": body.key, "value": body.value, "why": body.reason}
+            emit("config_changed", round=body.at_round, **fields)
         else:
             self._round(body)
 

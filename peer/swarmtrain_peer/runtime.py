@@ -44,7 +44,7 @@ from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages.session import Hello, Refused
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.node_events import LedgerChanged
-from swarmtrain_protocols.outer import auto_outer
+from swarmtrain_protocols.schedule import OuterStep, outer_at
 from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
 
@@ -110,8 +110,6 @@ class PeerRuntime:
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
         self.disk_pool = ThreadPoolExecutor(1, "swarmtrain-disk")
-        self.outer: tuple[float, float] = (1.0, 0.0)
-        self.overlap = "off"
 
     # -- start --------------------------------------------------------------------------------
 
@@ -173,15 +171,7 @@ class PeerRuntime:
     def _make_node(self, manifest: Manifest) -> None:
         s = self.settings
         keys = manifest.keys
-        self.overlap = "eager" if keys.overlap == "auto" else keys.overlap
-        auto = auto_outer(self.overlap, max(keys.start_peers, 2), keys.max_rounds)
-        self.outer = (
-            auto[0] if keys.outer_lr is None else keys.outer_lr,
-            auto[1] if keys.outer_momentum is None else keys.outer_momentum,
-        )
-        lr, beta = self.outer
-        spread = self.chunk_pool.map
-        self.data = DataPlane(outer_lr=lr, outer_momentum=beta, keys=keys, run=spread)
+        self.data = DataPlane(keys=keys, run=self.chunk_pool.map)
         records = RecordFile(s.records) if s.records is not None else None
         old = list(records.load()) if records is not None else []
         genesis = None
@@ -228,6 +218,13 @@ class PeerRuntime:
             on_state=self._on_state,
             clock=self.clock,
         )
+
+    def outer_at(self, round_number: int | None = None) -> OuterStep:
+        """Overlap mode and outer step of a round, by default of the newest."""
+        ledger = self.node.ledger
+        if round_number is None:
+            round_number = max((c.round for c in ledger.train_channels()), default=0)
+        return outer_at(self.manifest.keys, ledger, round_number)
 
     def capability(self) -> bytes:
         """The bearer's right to be a member: from the ticket, or the founder's own."""

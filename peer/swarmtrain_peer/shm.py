@@ -22,6 +22,8 @@ channel i  4096·(1+i), one page each
            192     u64 generation of the decision words, odd while they are written
            200     u64 decided hand-over; 208 u64 outcome; 216 f64 coefficient; 224 u64 round
            256     u64 hand-over that the peer process reads, 0 if none
+           320     of θ slot 0, then of slot 1: u64 overlap mode (0 not said, 1 off, 2 delayed,
+                   3 eager), f64 outer learning rate, f64 outer momentum, all of θ's round
            512     ranges, 64 bytes each: u64 rank, first, count, generation (``2·seq - 1`` while
                    hand-over ``seq`` is written, ``2·seq`` once it is complete: written last),
                    u64 base round, f64 samples, u64 steps, u64 unused
@@ -55,6 +57,7 @@ from swarmtrain_peer.shm_layout import (
     AT_HELD,
     AT_N,
     AT_OUTCOME,
+    AT_OUTER,
     AT_PUBLISHED,
     AT_RANGE_COUNT,
     AT_RANGE_WORDS,
@@ -65,6 +68,7 @@ from swarmtrain_peer.shm_layout import (
     HEADER_STOP,
     MAGIC,
     OUTCOMES,
+    OVERLAPS,
     PAGE,
     RANGE_BYTES,
     ChannelPlaces,
@@ -82,6 +86,7 @@ from swarmtrain_protocols.errors import (
     RunMismatch,
     VersionMismatch,
 )
+from swarmtrain_protocols.schedule import OuterStep
 
 F32 = NDArray[np.float32]
 
@@ -185,8 +190,11 @@ class PeerSide(_Side):
         _fence()
         self._header[HEADER_READY] = 1
 
-    def publish(self, name: str, round: int, theta: F32) -> None:
-        """Copy θ (f32[n]) of ``round`` into the slot nobody is told to read, then point at it."""
+    def publish(self, name: str, round: int, theta: F32, outer: OuterStep | None = None) -> None:
+        """Copy θ (f32[n]) of ``round`` into the slot nobody is told to read, then point at it.
+
+        ``outer`` is the outer step of that round, whose result θ does not have yet.
+        """
         channel = self.channel(name)
         if theta.shape != (channel.at.n,) or theta.dtype != np.float32:
             raise LocalProtocolError("publish", f"{name}: {theta.dtype}{theta.shape}")
@@ -195,6 +203,9 @@ class PeerSide(_Side):
         channel.words[AT_SLOT_GENERATION + slot] = generation | 1
         _fence()
         np.copyto(channel.theta[slot], theta)
+        at = AT_OUTER + 3 * slot
+        channel.words[at] = 0 if outer is None else OVERLAPS.index(outer.overlap)
+        channel.doubles[at + 1 : at + 3] = (0.0, 0.0) if outer is None else outer[1:]
         _fence()
         channel.words[AT_SLOT_GENERATION + slot] = (generation | 1) + 1
         channel.words[AT_PUBLISHED] = (round << 1 | slot) + 1
@@ -313,6 +324,15 @@ class TrainerSide(_Side):
         Raises:
             LocalProtocolError: it changed under every one of a bounded number of tries.
         """
+        found = self.theta_and_step(name, out)
+        return None if found is None else found[0]
+
+    def theta_and_step(self, name: str, out: F32) -> tuple[int, OuterStep | None] | None:
+        """As ``theta``, with the outer step of that round if the peer process says it.
+
+        Raises:
+            LocalProtocolError: it changed under every one of a bounded number of tries.
+        """
         channel = self.channel(name)
         for _ in range(limits.SHM_READ_TRIES_MAX):
             word = channel.word(AT_PUBLISHED)
@@ -322,11 +342,21 @@ class TrainerSide(_Side):
             before = channel.word(AT_SLOT_GENERATION + slot)
             _fence()
             np.copyto(out, channel.theta[slot])
+            step = self._step(channel, slot)
             _fence()
             after = channel.word(AT_SLOT_GENERATION + slot)
             if before == after and before & 1 == 0 and channel.word(AT_PUBLISHED) == word:
-                return (word - 1) >> 1
+                return (word - 1) >> 1, step
         raise LocalProtocolError("theta", f"{name} changed under {limits.SHM_READ_TRIES_MAX} reads")
+
+    @staticmethod
+    def _step(channel: _Channel, slot: int) -> OuterStep | None:
+        at = AT_OUTER + 3 * slot
+        mode = channel.word(at)
+        if not 0 < mode < len(OVERLAPS):
+            return None
+        lr, momentum = (float(value) for value in channel.doubles[at + 1 : at + 3])
+        return OuterStep(OVERLAPS[mode], lr, momentum)
 
     def may_write(self, name: str) -> bool:
         """Whether the peer process has let go of the hand-over slot."""

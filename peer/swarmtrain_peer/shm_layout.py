@@ -14,17 +14,20 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError, RunMismatch
 
 MAGIC = b"SWTRNSHM"
-ABI_VERSION = 1
+ABI_VERSION = 2
 PAGE = 4096
 RANGES_OFFSET = 512
 RANGE_BYTES = 64
 OUTCOMES = ("", "committed", "aborted", "excluded")
+OVERLAPS = ("", "off", "delayed", "eager")
 
 # Indices of eight-byte words inside a channel page.
 AT_N, AT_THETA, AT_HANDOVER, AT_RANGE_COUNT = 8, 9, 11, 12
 AT_SLOT_GENERATION, AT_PUBLISHED = 16, 20
 AT_DECISION, AT_DECIDED_SEQ, AT_OUTCOME, AT_COEFFICIENT, AT_DECIDED_ROUND = 24, 25, 26, 27, 28
 AT_HELD = 32
+AT_OUTER = 40
+"""Three words per θ slot: overlap mode, outer learning rate, outer momentum."""
 AT_RANGE_WORDS = RANGES_OFFSET // 8
 HEADER_READY, HEADER_BEAT, HEADER_STOP = 7, 8, 9
 

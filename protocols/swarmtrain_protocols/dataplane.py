@@ -50,7 +50,6 @@ class DataPlane:
     """All tensor bytes of one node.
 
     Args:
-        outer_lr, outer_momentum: of the run, fp32 values.
         keys: of the run; None: it is no pipeline.
         run: maps chunk work over threads; ``map`` for inline work.
         chunk_values: values per chunk; smaller only in tests and in the simulator.
@@ -59,13 +58,11 @@ class DataPlane:
     def __init__(
         self,
         *,
-        outer_lr: float,
-        outer_momentum: float,
         keys: RunKeys | None = None,
         run: Mapper = map,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
-        self.rules = Rules(outer_lr, outer_momentum, keys)
+        self.rules = Rules(keys)
         self.states: dict[str, CanonicalState] = {}
         self._run = run
         self._chunk_values = chunk_values

@@ -270,6 +270,18 @@ class RunEnded(msgspec.Struct, frozen=True, tag="ended"):
     reason: Reason
 
 
+class ConfigChanged(msgspec.Struct, frozen=True, tag="config"):
+    """From ``at_round`` on, in every state channel, ``key`` has ``value``.
+
+    The one key there is: ``overlap``, ``off`` or ``eager``, in runs whose run key says ``auto``.
+    """
+
+    at_round: Count
+    key: Name
+    value: Name
+    reason: Reason
+
+
 EntryBody = Union[  # noqa: UP007
     Genesis,
     NoOp,
@@ -292,6 +304,7 @@ EntryBody = Union[  # noqa: UP007
     StageLost,
     StageRecovered,
     RunEnded,
+    ConfigChanged,
 ]
 
 _encoder = msgspec.msgpack.Encoder()

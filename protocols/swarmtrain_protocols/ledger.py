@@ -62,6 +62,8 @@ class Ledger(msgspec.Struct):
     bearers: dict[bytes, list[bytes]] = {}
     group_round: int = 0
     pipeline: book.PipelineState = msgspec.field(default_factory=book.PipelineState)
+    overlaps: list[tuple[int, str]] = []
+    """Changes of the overlap mode, by the first round that each is for; see ``schedule``."""
 
     def apply(self, index: int, body: e.EntryBody) -> bool:
         """Apply entry ``index``; False if the entry does not fit and is ignored."""
@@ -289,6 +291,8 @@ def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
     if not book.may_rewind(ledger, body):
         return False
     ledger.generation = body.generation
+    latest = max(body.rounds, default=0)
+    ledger.overlaps = [item for item in ledger.overlaps if item[0] <= latest]
     for name, round_number, root in zip(body.channels, body.rounds, body.roots, strict=True):
         channel = ledger.channels.get(name)
         if channel is not None:
@@ -301,6 +305,21 @@ def _ended(ledger: Ledger, index: int, body: e.RunEnded) -> bool:
     if ledger.ended:
         return False
     ledger.ended = body.reason or "ended"
+    return True
+
+
+def _config(ledger: Ledger, index: int, body: e.ConfigChanged) -> bool:
+    """A change is for rounds that nobody can have opened yet, so it stands before they are."""
+    train = ledger.train_channels()
+    rounds = [channel.round for channel in train] + [item[0] for item in ledger.overlaps]
+    if body.key != "overlap" or body.value not in ("off", "eager") or not train:
+        return False
+    if body.at_round <= max(rounds):
+        return False
+    if body.value == (ledger.overlaps[-1][1] if ledger.overlaps else "off"):
+        return False
+    ledger.overlaps.append((body.at_round, body.value))
+    del ledger.overlaps[: -limits.CONFIG_CHANGES_KEPT]
     return True
 
 
@@ -320,6 +339,7 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     e.Rewound: _rewound,
     e.RunEnded: _ended,
     **book.HANDLERS,
+    e.ConfigChanged: _config,
 }
 
 __all__ = [

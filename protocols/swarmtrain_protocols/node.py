@@ -151,6 +151,7 @@ class NodeCore:
             out=self._raw,
             member=self.member,
             connected=self.linked,
+            keys=self.manifest.keys,
             chunk_values=chunk_values,
         )
         self.catchup.active = self.site.holds_state

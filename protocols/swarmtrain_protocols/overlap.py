@@ -55,7 +55,8 @@ class Overlay:
     ``decided`` comes before the next ``boundary``. In mode ``off``, ``new_base`` after ``decided``
     starts the next phase; in the other modes ``boundary`` has done so.
 
-    Memory: ``base``, ``delta`` and, if eager, ``A``, of n values each; nothing is allocated later.
+    Memory: ``base``, ``delta`` and, if eager, ``A``, of n values each; nothing is allocated later,
+    but for ``A`` when ``switch`` turns to eager.
     """
 
     def __init__(
@@ -81,8 +82,7 @@ class Overlay:
         if self.delta.shape != (n,) or self.delta.dtype != self.base.dtype:
             raise LocalProtocolError(f"delta must be {self.base.dtype}[{n}]")
         self._momentum: Vector = np.zeros(n if mode == "eager" else 0, dtype)
-        self._lr = self.base.dtype.type(lr)
-        self._beta = self.base.dtype.type(beta)
+        self._set_step(lr, beta)
         self._weight = self.base.dtype.type(0)
         self._scratch: tuple[Vector, Vector] = (
             np.empty(min(n, SLICE_VALUES), dtype),
@@ -125,6 +125,28 @@ class Overlay:
         self._requeued = 0
         self._momentum[:] = 0
         self.new_base(theta, x)
+
+    def _set_step(self, lr: float, beta: float) -> None:
+        self._lr, self._beta = self.base.dtype.type(lr), self.base.dtype.type(beta)
+
+    def switch(self, mode: Mode, lr: float, beta: float) -> None:
+        """From the coming boundary on, in another mode or with another outer step.
+
+        Progress is neither lost nor counted twice: the next contribution is still ``base - x``,
+        and what was re-queued is in it. A starts at zero, as a joiner's does: the momentum of what
+        was committed before is in theta, and only its foretaste is missing.
+
+        Raises:
+            LocalProtocolError: a contribution is undecided, or the mode is unknown.
+        """
+        if mode not in MODES:
+            raise LocalProtocolError(f"unknown overlap {mode!r}", todo=f"Use one of {MODES}.")
+        if self._undecided:
+            raise LocalProtocolError("the previous contribution is undecided", "train on or wait")
+        if mode != self.mode:
+            self._momentum = np.zeros(self.base.size if mode == "eager" else 0, self.base.dtype)
+        self.mode = mode
+        self._set_step(lr, beta)
 
     def boundary(self, theta: Vector, x: Vector, weight_fraction: float) -> Handover:
         """End a phase: form the pseudo-gradient and, unless ``off``, start the next phase.

@@ -7,6 +7,7 @@ are mean gradients, take the run's optimizer (``stageopt.py``) and have its slot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,13 +25,10 @@ class Rules:
     """The rules of one run.
 
     Args:
-        outer_lr, outer_momentum: of the outer step, resolved.
         keys: of the run; None: no pipeline.
     """
 
-    def __init__(self, outer_lr: float, outer_momentum: float, keys: RunKeys | None = None) -> None:
-        self.outer_lr = outer_lr
-        self.outer_momentum = outer_momentum
+    def __init__(self, keys: RunKeys | None = None) -> None:
         self._stages: StageOptimizer | None = None
         if keys is not None and keys.stages and keys.pipeline_mode == "sync":
             self._stages = StageOptimizer.of(keys)
@@ -48,7 +46,8 @@ class Rules:
     def step(self, applied: ApplyResult) -> Step:
         """The arithmetic of one result."""
         if self._stages is None or not self.stepwise(applied.channel):
-            return outer_rule(self.outer_lr, self.outer_momentum)
+            assert math.isfinite(applied.lr) and math.isfinite(applied.momentum), applied
+            return outer_rule(applied.lr, applied.momentum)
         terms = StepTerms(applied.round, applied.scale, applied.recovered, applied.plain)
         return partial(self._stages.step, terms)
 

@@ -79,6 +79,7 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         "stewards": _stewards(answer),
         "rounds": f"{answer.get('rounds_committed')} committed, "
         f"{answer.get('rounds_aborted')} aborted, generation {answer.get('generation')}",
+        "overlap": _overlap(answer),
         "loss": "not measured" if loss is None else f"{loss:.4f}",
         "traffic": f"{sent} sent, {received} received",
     }
@@ -100,6 +101,11 @@ def _stewards(answer: dict[str, Any]) -> str:
     if count <= 1:
         return f"{count}: the run stops while that one is away"
     return f"{count}: the run goes on while {count // 2 + 1} of them answer"
+
+
+def _overlap(answer: dict[str, Any]) -> str:
+    measured = ", as measured (auto)" if answer.get("overlap_key") == "auto" else ""
+    return f"{answer.get('overlap')}{measured}"
 
 
 def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> None:

@@ -25,6 +25,7 @@ from swarmtrain.training.port import Document, Notify, Port, Session
 from swarmtrain_peer.shm import Decision, HandoverInfo
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
 from swarmtrain_protocols.overlap import MODES, Mode, Overlay
+from swarmtrain_protocols.schedule import OuterStep
 
 F32 = NDArray[np.float32]
 
@@ -36,7 +37,11 @@ NON_FINITE_MAX = 3
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The run keys that shape a phase; ``wait_s_max`` bounds one wait in seconds."""
+    """The run keys that shape a phase; ``wait_s_max`` bounds one wait in seconds.
+
+    ``mode``, ``lr`` and ``beta`` are those of the round in which this trainer attached; with each θ
+    the peer process says those of its round.
+    """
 
     mode: Mode
     lr: float
@@ -261,11 +266,12 @@ class Phase:
         if not side.may_write(self.channel):
             return  # an earlier trainer's hand-over is still being read; the next step asks again
         try:
-            round_ = side.theta(self.channel, self._theta)
+            found = side.theta_and_step(self.channel, self._theta)
         except LocalProtocolError:
             return  # θ changed under every try; the next step asks again
-        if round_ is None:
+        if found is None:
             return
+        round_, step = found
         if round_ < self._momentum_round or round_ - self.base_round > self.rules.max_base_age:
             notify(
                 "progress_dropped",
@@ -279,6 +285,8 @@ class Phase:
             self._restart(session)
             return
         self._pass_rounds(round_)
+        if step is not None:
+            self._switch(step, notify)
         seq = self._seq = max(self._seq + 1, side.next_seq(self.channel))
         self._flat.read(self.channel, self._x)
         side.begin(self.channel, seq)
@@ -304,17 +312,23 @@ class Phase:
         port.send(session, "handover", args)
         self._go_on(session, port, notify, round_)
 
+    def _switch(self, step: OuterStep, notify: Notify) -> None:
+        """This boundary's round has its own mode and outer step, the same at every member."""
+        before = self.overlay.mode
+        self.overlay.switch(cast(Mode, step.overlap), step.lr, step.momentum)
+        if self.overlay.mode != before:
+            notify("overlap_switched", {"channel": self.channel, "overlap": step.overlap})
+
     def _go_on(self, session: Session, port: Port, notify: Notify, round_: int) -> None:
-        rules = self.rules
-        if rules.mode != "off":
+        if self.overlay.mode != "off":
             self._flat.write(self.channel, self._x)
             self._begin_phase(round_)
             return
         # What is trained from here on, if anything is, counts from where the hand-over left off.
         np.copyto(self.overlay.base, self._x)
         self._begin_phase(self.base_round)
-        if rules.delay:
-            self._adopt_at = rules.delay
+        if self.rules.delay:
+            self._adopt_at = self.rules.delay
         elif self._decided(session, port, notify, wait=True):
             self._take_theta(session, 0.0)
 

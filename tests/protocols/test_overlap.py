@@ -259,3 +259,148 @@ def test_order_of_calls_is_enforced() -> None:
         overlay.new_base(theta, x)
     with pytest.raises(LocalProtocolError):
         Overlay("maybe", N, 0.4, 0.9)  # type: ignore[arg-type]
+
+
+SWITCHES: tuple[tuple[int, Mode, float], ...] = (
+    (0, "off", 0.7),
+    (9, "eager", 0.4),
+    (21, "off", 0.7),
+    (27, "delayed", 0.2),
+    (33, "eager", 0.4),
+)
+"""(first round, mode, outer learning rate): what a log may say of a run."""
+
+
+def step_at(round_number: int) -> tuple[Mode, float]:
+    return [(mode, lr) for first, mode, lr in SWITCHES if first <= round_number][-1]
+
+
+class SwitchingMember:
+    """The rules of the specification, written down from the history of one member.
+
+    ``commits`` are the committed contributions since eager mode began, newest last.
+    """
+
+    def __init__(self, theta: Array, beta: float) -> None:
+        self.base, self.beta = theta.copy(), beta
+        self.mode: Mode = "off"
+        self.commits: list[Array] = []
+        self.waiting: list[Array] = []
+
+    def boundary(self, theta: Array, x: Array, mode: Mode, lr: float, weight: float) -> Array:
+        if mode != self.mode:
+            self.mode, self.commits = mode, []
+        self.waiting.append(self.base - x)
+        delta = np.sum(self.waiting, axis=0)
+        if mode == "delayed":
+            self.base = theta.copy()
+        elif mode == "eager":
+            own = np.zeros_like(theta)
+            for age, mean in enumerate(reversed(self.commits)):
+                own = own + self.beta**age * mean
+            pending = weight * delta
+            self.base = theta - lr * (pending + self.beta * (self.beta * own + pending))
+        return delta
+
+    def decided(self, theta: Array, coefficient: float | None) -> None:
+        if coefficient is not None:
+            mean = coefficient * np.sum(self.waiting, axis=0)
+            self.commits.append(mean)
+        if coefficient:
+            self.waiting = []
+        if self.mode == "off":
+            self.base = theta.copy()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_modes_switch_at_boundaries_without_losing_or_repeating_progress(seed: int) -> None:
+    """Four members through off, eager, off, delayed, eager: aborts, exclusions, other weights.
+
+    Against the rules written down from the history, and against a balance: what a member's inner
+    steps have moved is in committed contributions, each once, or waits in the next.
+    """
+    draw, members, beta = random.Random(seed), 4, draw_beta(seed)
+    canon = Canon(np.array([draw.uniform(-1, 1) for _ in range(N)]), 0.7, beta)
+    overlays = [Overlay("off", N, 0.7, beta, np.float64) for _ in range(members)]
+    oracles = [SwitchingMember(canon.theta, beta) for _ in range(members)]
+    views = [np.zeros(N) for _ in range(members)]
+    moved, counted = np.zeros((members, N)), np.zeros((members, N))
+    for overlay, x in zip(overlays, views, strict=True):
+        overlay.start(canon.theta, x)
+    number = 0
+    while number < 40:
+        mode, lr = step_at(number)
+        weights = [draw.choice([0.25, 0.25, 0.1, 0.4]) for _ in range(members)]
+        handed = []
+        for m in range(members):
+            progress = np.array([draw.uniform(-0.1, 0.1) for _ in range(N)])
+            views[m] -= progress
+            moved[m] += progress
+            overlays[m].switch(mode, lr, beta)
+            expected = oracles[m].boundary(canon.theta, views[m], mode, lr, weights[m])
+            delta = overlays[m].boundary(canon.theta, views[m], weights[m]).delta
+            np.testing.assert_allclose(delta, expected, **CLOSE)
+            if mode != "off":
+                np.testing.assert_allclose(views[m], oracles[m].base, **CLOSE)
+            handed.append(delta.copy())
+        aborted = draw.random() < 0.2
+        out = [m for m in range(members) if draw.random() < 0.15][: members - 1]
+        fates = [None if aborted else 0.0 if m in out else weights[m] for m in range(members)]
+        if not aborted:
+            canon.lr = lr
+            canon.commit(np.sum([(a or 0.0) * d for a, d in zip(fates, handed, strict=True)], 0))
+            number += 1
+        for m, fate in enumerate(fates):
+            overlays[m].decided(fate)
+            oracles[m].decided(canon.theta, fate)
+            counted[m] += handed[m] if fate else 0.0
+            if mode == "off":
+                overlays[m].new_base(canon.theta, views[m])
+            waiting = np.sum(oracles[m].waiting, axis=0) if oracles[m].waiting else np.zeros(N)
+            np.testing.assert_allclose(counted[m] + waiting, moved[m], **CLOSE)
+            assert overlays[m].requeued == len(oracles[m].waiting)
+
+
+def draw_beta(seed: int) -> float:
+    return (0.9, 0.5, 0.0)[seed % 3]
+
+
+def test_off_eager_off_alone_ends_where_all_progress_leads() -> None:
+    """With lr 1 and momentum 0 one member's model is the sum of its steps, whatever the modes."""
+    canon, overlay, x = Canon(np.zeros(N), 1.0, 0.0), Overlay("off", N, 1.0, 0.0, "f8"), np.ones(N)
+    overlay.start(canon.theta, x)
+    total = np.zeros(N)
+    modes: list[Mode] = ["off", "off", "eager", "eager", "eager", "off", "off", "eager", "off"]
+    for mode, outcome in zip(modes, (1, None, 1, None, 1, None, 1, 1, 1), strict=True):
+        x -= 0.5
+        total -= 0.5
+        overlay.switch(mode, 1.0, 0.0)
+        overlay.boundary(canon.theta, x, 1.0)
+        if mode == "eager":
+            np.testing.assert_allclose(x, total, **CLOSE)
+        if outcome is not None:
+            canon.commit(outcome * overlay.delta)
+        overlay.decided(outcome)
+        if mode == "off":
+            overlay.new_base(canon.theta, x)
+    np.testing.assert_allclose(canon.theta, total, **CLOSE)
+
+
+def test_nothing_switches_while_a_contribution_is_undecided() -> None:
+    overlay, x, theta = Overlay("eager", N, 0.4, 0.9, "f8"), np.zeros(N), np.ones(N)
+    overlay.start(theta, x)
+    overlay.boundary(theta, x, 1.0)
+    with pytest.raises(LocalProtocolError):
+        overlay.switch("off", 0.7, 0.9)
+    overlay.decided(0.5)
+    with pytest.raises(LocalProtocolError):
+        overlay.switch("maybe", 0.7, 0.9)  # type: ignore[arg-type]
+    x -= 1
+    overlay.boundary(theta, x, 1.0)
+    overlay.decided(1.0)
+    assert overlay.A.any()
+    overlay.switch("eager", 0.3, 0.9)
+    assert overlay.A.any(), "only another mode forgets it"
+    overlay.switch("off", 0.7, 0.9)
+    overlay.switch("eager", 0.4, 0.9)
+    assert not overlay.A.any(), "a joiner's A"

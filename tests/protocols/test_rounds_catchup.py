@@ -10,6 +10,7 @@ import pytest
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import CancelFetch, Effect, Fetch, PeerId
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import (
@@ -71,6 +72,7 @@ class Seat:
             out=self.out,
             member=self.member,
             connected=lambda: self.links,
+            keys=RunKeys(outer_lr=0.5, outer_momentum=0.25),
             chunk_values=CHUNK,
         )
         self.catchup.active = True
@@ -122,7 +124,7 @@ def test_a_result_that_is_here_is_applied_and_reported() -> None:
     seat.commit()
     seat.member.in_place[TRAIN, 0] = hash_of("result 0")
     seat.catchup.reconcile(1.0)
-    assert seat.take() == [fx.ApplyResult(TRAIN, 0, hash_of("result 0"))]
+    assert seat.take() == [fx.ApplyResult(TRAIN, 0, hash_of("result 0"), lr=0.5, momentum=0.25)]
     seat.catchup.reconcile(1.1)
     assert seat.take() == []  # busy
     effects = seat.applied(1.2, 1)
@@ -147,7 +149,7 @@ def test_missed_results_are_fetched_by_their_committed_root_one_after_another() 
         seat.fetches.finished(number + 0.6, fetch.ticket, None)
         assert seat.take() == [fx.CompleteResult(result)]
         seat.catchup.completed(number + 0.7, result)
-        assert seat.take() == [fx.ApplyResult(TRAIN, number, root)]
+        assert seat.take() == [fx.ApplyResult(TRAIN, number, root, lr=0.5, momentum=0.25)]
         effects = seat.applied(number + 0.8, number + 1)
     assert seat.track == (2, True, False)
     assert seat.catchup.in_step(TRAIN)

@@ -27,6 +27,7 @@ def test_run_keys_become_the_policy() -> None:
         round_timeout_s=5.0,
         max_rounds=6,
         max_base_age_rounds=7,
+        measure_overlap=True,
         chunk_values=8,
     )
 
@@ -41,5 +42,7 @@ def test_every_field_that_has_a_run_key_follows_it() -> None:
         "max_rounds",
         "max_base_age_rounds",
     }
+    assert not policy_of(RunKeys(overlap="eager")).measure_overlap
+    assert not policy_of(RunKeys(delay=1)).measure_overlap
     default = policy_of(RunKeys())
     assert all(getattr(default, name) == getattr(RunKeys(), name) for name in shared)

@@ -24,7 +24,7 @@ STAGE = "train/1/0"
     ],
 )
 def test_slots_follow_from_the_keys(keys: RunKeys | None, slots: tuple[str, ...]) -> None:
-    rules = Rules(1.0, 0.0, keys)
+    rules = Rules(keys)
     assert rules.slots(STAGE) == rules.slots("train/0/0") == slots
     assert rules.stepwise(STAGE) == (slots != ("momentum",))
     assert not rules.stepwise("group/x")
@@ -36,7 +36,8 @@ def test_a_mean_pseudo_gradient_takes_the_outer_step() -> None:
     lr, beta = reference.f32(0.7), reference.f32(0.9)
     expected = reference.outer_step(theta.tolist(), momentum.tolist(), mean.tolist(), lr, beta)
     again = theta.copy(), momentum.copy()
-    Rules(0.7, 0.9).step(ApplyResult(STAGE, 4, bytes(32)))(theta, [momentum], mean, 0)
+    applied = ApplyResult(STAGE, 4, bytes(32), lr=0.7, momentum=0.9)
+    Rules().step(applied)(theta, [momentum], mean, 0)
     assert (theta.tolist(), momentum.tolist()) == expected
     outer_rule(0.7, 0.9)(again[0], [again[1]], mean, 0)
     assert again[0].tolist() == expected[0]
@@ -47,5 +48,5 @@ def test_a_mean_gradient_takes_the_optimizer_of_the_run() -> None:
     theta, gradient = np.array([1.0, -2.0, 3.0], "f4"), np.array([0.1, 0.3, 0.7], "f4")
     applied = ApplyResult(STAGE, 4, bytes(32), scale=0.25)
     expected = reference.sgd_step(theta.tolist(), gradient.tolist(), 0.25, 0.25)
-    Rules(1.0, 0.0, keys).step(applied)(theta, [], gradient, 0)
+    Rules(keys).step(applied)(theta, [], gradient, 0)
     assert theta.tolist() == expected

@@ -115,6 +115,15 @@ MUTANTS = (
         range(20),
     ),
     Mutant(
+        "a round is applied with the outer step of that round",
+        catchup.CatchUp,
+        "_advance",
+        "outer_at(self._keys, self.ledger, track.round)",
+        "outer_at(self._keys, self.ledger, channel.round + 1)",
+        swarm,
+        range(40),
+    ),
+    Mutant(
         "a new leader is told of contributions that wait",
         member.RoundMember,
         "announce",

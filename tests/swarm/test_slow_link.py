@@ -116,3 +116,41 @@ def test_a_slow_link_raises_neither_step_time_nor_hook_time(
             assert all(figures[round_]["wait_s"] < delay_s / 2 for round_ in (1, 2))
             assert {record["inner_steps"] for record in handovers} == {inner_steps}
         swarm.check_hashes()
+
+
+@pytest.mark.timeout(300)
+def test_auto_goes_eager_where_the_exchange_is_slow_at_every_member_alike(tmp_path: Path) -> None:
+    """Run keys as they are by default, phases of half a second, a link of 40 ms."""
+    line = DelayLine()
+    with Swarm(tmp_path) as swarm, closing_all(line):
+        founder = swarm.found(
+            overlap="auto",
+            outer_lr=None,
+            outer_momentum=None,
+            inner_steps=25,
+            start_peers=2,
+            grace_s=60.0,
+            config={"announce": (line.address,)},
+        )
+        line.target_port = int(founder.site.port_path.read_text())
+        far = swarm.enter("far", founder.ticket(), config={"votes": False})
+        line.delay_s = 0.04
+        loops = [Loop(founder), Loop(far)]
+        with closing_all(*loops):
+            changed = founder.wait_event("config_changed", timeout_s=90.0)
+            for seat in swarm.seats:
+                seat.wait_applied(changed["round"] + 4, timeout_s=60.0)
+            states = [seat.status() for seat in swarm.seats]
+        assert [loop.failure for loop in loops] == [None, None]
+        assert (changed["key"], changed["value"]) == ("overlap", "eager")
+        for seat, status in zip(swarm.seats, states, strict=True):
+            (told,) = seat.events("config_changed")
+            assert (told["round"], told["value"]) == (changed["round"], "eager")
+            assert (status["overlap"], status["overlap_key"]) == ("eager", "auto")
+            assert (status["outer_lr"], status["outer_momentum"]) == (0.4, 0.9)
+            waits = {r["base_round"]: r["blocked_s"] for r in seat.events("handover")}
+            off = [s for number, s in waits.items() if 1 <= number < changed["round"]]
+            eager = [s for number, s in waits.items() if number > changed["round"]]
+            assert min(off) > 2 * line.delay_s, "it stood still for the exchange"
+            assert statistics.median(eager) < statistics.median(off) / 2
+        swarm.check_hashes()

@@ -60,6 +60,10 @@ class FakeRun:
             "bytes_received": 39_870_000 + self.rounds * 1_480_000,
             "ended": self.ended,
             "paused": None,
+            "overlap": "eager",
+            "overlap_key": "auto",
+            "outer_lr": 0.4,
+            "outer_momentum": 0.9,
             "trainer": {
                 "attached": True,
                 "step": 20 * self.rounds,

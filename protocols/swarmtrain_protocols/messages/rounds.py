@@ -41,6 +41,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     expect: Count = 0
     seen: Count = 0
     """Log index up to which the sender has applied: what was listed after it is no news to it."""
+    phase_s: float = 0.0
+    """Seconds of inner steps between two contributions of any channel, 0: not known."""
+    exchange_s: float = 0.0
+    """Seconds that the sender's last exchange in this channel took, 0: not known."""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger, Outcome
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.member import RoundMember
+from swarmtrain_protocols.schedule import outer_at
 
 SNAPSHOT_RANGE_CHUNKS = 16
 RANGES_PER_DONOR = 2
@@ -64,6 +66,7 @@ class CatchUp:
         out: list[Effect],
         member: RoundMember,
         connected: Callable[[], list[PeerId]],
+        keys: RunKeys,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
         self.ledger = ledger
@@ -79,6 +82,7 @@ class CatchUp:
         self._out = out
         self._member = member
         self._connected = connected
+        self._keys = keys
         self._chunk_values = chunk_values
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
@@ -159,7 +163,9 @@ class CatchUp:
         if stored is not None and (outcome is None or outcome.root == stored):
             # One that the log has forgotten is judged by the next hash that it pins.
             track.busy = True
-            self._out.append(fx.ApplyResult(track.channel, track.round, stored))
+            step = outer_at(self._keys, self.ledger, track.round)
+            at = track.channel, track.round, stored
+            self._out.append(fx.ApplyResult(*at, lr=step.lr, momentum=step.momentum))
         elif outcome is None:
             reason = f"round {track.round} is no longer in the log's history"
             self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
@@ -333,6 +339,7 @@ class CatchUp:
         track.busy = False
         track.next_query = 0.0
         track.round, track.state_hash = round_number, state_hash
+        self._member.pace.applied(now, channel, round_number - 1)
         self._member.in_place.pop((channel, round_number - 1), None)
         known = self.ledger.channels.get(channel)
         caught_up = known is not None and known.round == round_number

@@ -6,6 +6,7 @@ work with ``dataplane.DataPlane`` and answers with the method named in each docs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
@@ -42,7 +43,8 @@ class StoreResult:
 class ApplyResult:
     """Apply the committed result of ``round`` to the canonical state.
 
-    ``scale``, ``recovered`` and ``plain`` are for optimizers of stages (``stageopt.StepTerms``).
+    ``scale``, ``recovered`` and ``plain`` are for optimizers of stages (``stageopt.StepTerms``),
+    ``lr`` and ``momentum``, those of the round (``schedule``), for the outer step of all others.
     Answer ``applied(now, channel, round + 1, state_hash)``.
     """
 
@@ -52,6 +54,8 @@ class ApplyResult:
     scale: float = 1.0
     recovered: int = -1
     plain: tuple[tuple[int, int], ...] = ()
+    lr: float = math.nan
+    momentum: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby
 from swarmtrain_protocols.rounds.loss import LossWatch
+from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy
@@ -59,6 +60,7 @@ class RoundLeader:
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
         self._loss = LossWatch()
+        self._choice = OverlapChoice(policy.measure_overlap)
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
@@ -67,6 +69,7 @@ class RoundLeader:
         self._phases.clear()
         self._leaving.clear()
         self._loss = LossWatch()
+        self._choice = OverlapChoice(self.policy.measure_overlap)
         if active:
             self.reconcile(now)
 
@@ -179,10 +182,7 @@ class RoundLeader:
                 )
                 lobby = self._lobbies.room(name)
                 lobby.proposed_open = None
-                for item in channel.open.contributors:
-                    known = lobby.ready.get(item.member)
-                    if known is not None and known.root == item.root:
-                        del lobby.ready[item.member]
+                self._choice.opened(channel.open.key, lobby.listed(channel.open))
                 lobby.first_ready = now if lobby.ready else math.inf
         self.step(now)
 
@@ -222,9 +222,12 @@ class RoundLeader:
                 self._maybe_open(now, name)
         if self.ledger.pipeline.stages:
             return  # a stage that nobody holds is rebuilt (11)
-        rewind = self._loss.check(now, self.ledger, self._present_reports())
-        if rewind is not None:
-            self._propose(now, rewind)
+        for body in (
+            self._loss.check(now, self.ledger, self._present_reports()),
+            self._choice.proposal(self.ledger),
+        ):
+            if body is not None:
+                self._propose(now, body)
 
     def _present_reports(self) -> dict[str, Iterable[StateReport]]:
         present = self.present()

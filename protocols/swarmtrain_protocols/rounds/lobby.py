@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs import CODEC_NAMES
 from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.entries import RoundOpened
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
@@ -43,6 +44,15 @@ class Lobby:
             return []
         shape = max(shapes, key=lambda s: shapes[s])  # ties: that of the lowest member
         return [k for k in ready if (self.ready[k].values, self.ready[k].codec) == shape]
+
+    def listed(self, opened: RoundOpened) -> list[m.Ready]:
+        """Take out and return the announcements that an attempt was opened with."""
+        said = []
+        for item in opened.contributors:
+            known = self.ready.get(item.member)
+            if known is not None and known.root == item.root:
+                said.append(self.ready.pop(item.member))
+        return said
 
     def committed(self, now: float) -> None:
         """A round was committed: measure how far rounds are apart."""

@@ -18,6 +18,7 @@ from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import Attempt
 from swarmtrain_protocols.rounds.fetches import Fetches
+from swarmtrain_protocols.rounds.pace import Pace
 
 CLOSING_TIMEOUT_S = 10.0
 NO_NEWS_S = 1.5
@@ -39,6 +40,10 @@ class Offer:
     samples: float
     base_round: int
     expect: int
+    phase_s: float = 0.0
+    """Seconds of inner steps between two contributions of any channel, 0: not known."""
+    encode_s: float = 0.0
+    """Seconds that its encoding took."""
     bound: RoundKey | None = None
     since: int = 0
     """The round that was next when it was offered."""
@@ -82,6 +87,7 @@ class RoundMember:
         self._attempts: dict[str, Attempt] = {}
         self._closing: list[_Closing] = []
         self._recent: dict[RoundKey, list[m.PartResult]] = {}
+        self.pace = Pace()
         self.in_place: dict[tuple[str, int], bytes] = {}
         """Results that are in place and committed, by (channel, round): food for the catch-up."""
 
@@ -154,6 +160,8 @@ class RoundMember:
                     offer.base_round,
                     offer.expect,
                     max(0, self.ledger.index),
+                    offer.phase_s,
+                    self.pace.exchange_s(offer.channel),
                 ),
             )
         )
@@ -277,6 +285,8 @@ class RoundMember:
         own = None if index is None else opened.contributors[index]
         if own is not None and (offer is None or own.root != offer.root):
             attempt.own_lost = True
+        elif offer is not None and own is not None:
+            self.pace.begun(now, opened.key, offer.encode_s)
         attempt.begin(now)
         if attempt.own_lost and self.leader is not None:
             attempt.reports(self.leader, everything=True)

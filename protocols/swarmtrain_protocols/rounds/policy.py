@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.schedule import is_measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class RoundPolicy:
     round_timeout_s: float = 0.0
     max_rounds: int = 0
     max_base_age_rounds: int = 2
+    measure_overlap: bool = False
+    """The overlap mode is ``auto``: it follows from what contributors measure."""
     group_grace_s: float = 2.0
     expect_grace_s: float = 30.0
     """For group calls that say how many they expect."""
@@ -38,5 +41,6 @@ def policy_of(keys: RunKeys, chunk_values: int = limits.CHUNK_VALUES) -> RoundPo
         round_timeout_s=keys.round_timeout_s,
         max_rounds=keys.max_rounds,
         max_base_age_rounds=keys.max_base_age_rounds,
+        measure_overlap=is_measured(keys),
         chunk_values=chunk_values,
     )

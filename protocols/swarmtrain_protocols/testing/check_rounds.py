@@ -16,6 +16,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.node_events import LedgerChanged
@@ -83,10 +84,13 @@ class LogIsOne(Checker):
 class RoundsAreRight(LogIsOne):
     """AR1 to AR4, GF2, OS1: outcomes, sums, sets, coefficients and states, bit for bit."""
 
-    def __init__(self, truth: Truth, lr: float, beta: float, chunk_values: int) -> None:
+    def __init__(self, truth: Truth, keys: RunKeys, chunk_values: int) -> None:
         super().__init__()
         self.truth = truth
-        self.lr, self.beta = np.float32(lr), np.float32(beta)
+        self.run_keys = keys
+        self.modes = [(0, "off" if keys.overlap == "auto" else keys.overlap)]
+        """Overlap modes with the first round that each is for, by the log."""
+        self.generation = 0
         self.chunk_values = chunk_values
         self.opened: dict[RoundKey, e.RoundOpened] = {}
         self.chosen: dict[RoundKey, e.RoundSet] = {}
@@ -121,9 +125,13 @@ class RoundsAreRight(LogIsOne):
             world.seen["abort:" + body.reason] += 1
         elif isinstance(body, e.Rewound):
             self._rewound(world, body)
+        elif isinstance(body, e.ConfigChanged):
+            self._changed(world, body)
 
     def _rewound(self, world: World, body: e.Rewound) -> None:
         """A rewind for data loss is wrong while somebody alive holds what is said to be lost."""
+        self.generation = body.generation
+        self.modes = [item for item in self.modes if item[0] <= max(body.rounds)]
         for channel, number, root in zip(body.channels, body.rounds, body.roots, strict=True):
             states = self.states[channel]
             for host in world.hosts.values():
@@ -229,10 +237,30 @@ class RoundsAreRight(LogIsOne):
         if len(states) != key.round + 1:
             world.violation("OS2", f"{key} committed after {len(states) - 1} rounds")
         before = states[-1]
-        momentum: F32 = np.asarray(self.beta * before.momentum + mean, np.float32)
-        step = self.lr * (mean + self.beta * momentum)
+        lr, beta = self._outer(key.round)
+        momentum: F32 = np.asarray(beta * before.momentum + mean, np.float32)
+        step = lr * (mean + beta * momentum)
         theta: F32 = np.asarray(before.theta - step, np.float32)
         states.append(self._reference(key.channel, key.round + 1, theta, momentum))
+
+    def _outer(self, round_number: int) -> tuple[np.float32, np.float32]:
+        """The outer step of a round, by the table of the specification for runs without end."""
+        mode = [mode for first, mode in self.modes if first <= round_number][-1]
+        lr, beta = {"off": 0.7, "eager": 0.4}[mode], 0.9
+        named = self.run_keys.outer_lr, self.run_keys.outer_momentum
+        lr = lr if named[0] is None else named[0]
+        return np.float32(lr), np.float32(beta if named[1] is None else named[1])
+
+    def _changed(self, world: World, body: e.ConfigChanged) -> None:
+        world.seen[f"overlap:{body.value}"] += 1
+        begun = [
+            key.round
+            for key in self.opened
+            if key.channel in self.states and key.generation == self.generation
+        ]
+        if self.run_keys.overlap != "auto" or any(number >= body.at_round for number in begun):
+            world.violation("CF1", f"{body} is for rounds that were opened before it")
+        self.modes.append((body.at_round, body.value))
 
     def _reference(self, channel: str, round_number: int, theta: F32, momentum: F32) -> _Reference:
         leaves = [leaf_hash(header_chunk(channel, round_number, theta.size))]

@@ -32,7 +32,7 @@ SOMETIMES = (
     *("abort:too many holders lost", "abort:a chosen contribution is lost"),
     "notice:fallback:deputy",
     *("notice:fallback:result by committed root", "resync:nobody serves the result of round"),
-    *("entry:MemberJoined", "entry:StewardsChanged", "entry:RoundAborted"),
+    *("overlap:eager", "entry:MemberJoined", "entry:StewardsChanged", "entry:RoundAborted"),
     *("send:vote", "send:takeover", "send:round?", "send:redirect", "send:withdraw"),
     *("send:state-snapshot", "aim:send:holding", "aim:do:ReducePart", "aim:do:StoreResult"),
 )

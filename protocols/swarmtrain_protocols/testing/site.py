@@ -53,8 +53,6 @@ class SwarmSpec:
     founder_site: str
     layout: tuple[tuple[str, int], ...]
     chunk_values: int
-    outer_lr: float
-    outer_momentum: float
     phase_s: tuple[float, float]
     work_s: tuple[float, float]
     checkpoint_every: int = 1
@@ -98,12 +96,7 @@ class Site:
         self.spec = spec
         self.part = part
         self.truth = truth
-        self.plane = DataPlane(
-            outer_lr=spec.outer_lr,
-            outer_momentum=spec.outer_momentum,
-            keys=spec.manifest.keys,
-            chunk_values=spec.chunk_values,
-        )
+        self.plane = DataPlane(keys=spec.manifest.keys, chunk_values=spec.chunk_values)
         self._luck = Stream(ctx.rng.getrandbits(60), "site", ctx.name)
         self._numbers = np.random.default_rng(ctx.rng.getrandbits(60))
         self._extra: list[Effect] = []
@@ -113,6 +106,7 @@ class Site:
         self._redial_at = ctx.now
         self._model_at = math.inf
         self._phase_at: dict[str, float] = {}
+        self._phase_s: dict[str, float] = {}
         self._group_at = math.inf
         self._stopping = False
         found = ctx.name == spec.founder_site and not ctx.records
@@ -217,8 +211,10 @@ class Site:
             self._define_model(now)
         for channel in self._phase_at:
             if now >= self._phase_at[channel]:
-                self._phase_at[channel] = now + self._luck.between(*self.spec.phase_s)
+                length_s = self._luck.between(*self.spec.phase_s)
+                self._phase_at[channel] = now + length_s
                 self._hand_over(now, channel)
+                self._phase_s[channel] = length_s
         if now >= self._group_at:
             self._group_at = now + self.spec.group_every_s * self._luck.between(0.5, 1.5)
             self._call_group(now)
@@ -316,7 +312,8 @@ class Site:
     ) -> None:
         blob = self.plane.encode(values, codec)
         self.truth.offered(self.ctx.peer, channel, blob, samples, values.size, codec)
-        offer = Offer(channel, blob.root, values.size, codec, samples, base_round, expect)
+        phase_s = self._phase_s.get(channel, 0.0)
+        offer = Offer(channel, blob.root, values.size, codec, samples, base_round, expect, phase_s)
         self.core.contribute(now, offer)
 
     # --- data plane ------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ function drawFacts() {
     ["leader", run.leader ? `${nameOf(who, run.leader)}${run.is_leader ? " (this site)" : ""}` : "none"],
     ["term", run.term],
     ["stewards", (run.stewards || []).map((id) => nameOf(who, id)).join(", ") || "none"],
+    ["overlap", run.overlap ? `${run.overlap}${run.overlap_key === "auto" ? ", as measured" : ""}` : "–"],
     ["this site", `${run.site_name || ""} ${short(run.site)}`],
     ...channels.slice(0, 8).map(([name, c]) => [name, `round ${c.round} · ${c.phase || ""}`]),
   ];

@@ -18,6 +18,7 @@ from swarmtrain_peer.control import ControlClosed
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols.errors import RunMismatch
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.schedule import OuterStep
 
 RESOLVED = {"overlap": "off", "outer_lr": 1.0, "outer_momentum": 0.0}
 
@@ -106,8 +107,8 @@ class FakeSite:
             raise RunMismatch("attach", "another model")
         layout = [(channel, n) for channel, n in args["layout"]]
         path = self.port.open(bytes.fromhex(args["schema_hash"]), layout)
-        for channel, theta in run.theta.items():
-            self.port.publish(channel, run.rounds[channel], theta)
+        for channel in run.theta:
+            run.publish(self, channel)
         keys = {name: getattr(run.keys, name) for name in RunKeys.__struct_fields__}
         keys["corpus_hash"] = run.keys.corpus_hash.hex()
         return {
@@ -137,8 +138,8 @@ class FakeSite:
             self.port.release(channel)
         for site in run.sites.values():
             if site.port.is_open:
-                for channel, theta in run.theta.items():
-                    site.port.publish(channel, run.rounds[channel], theta)
+                for channel in run.theta:
+                    run.publish(site, channel)
         return {}
 
     def _handover(self, args: Document) -> Document:
@@ -182,6 +183,8 @@ class FakeRun:
         """The site whose θ⁰ the run began with."""
         self.fate: Callable[[str, int], str] = lambda site, round_: "committed"
         """Says what happens to a site's contribution in a round."""
+        self.step_of: Callable[[int], OuterStep | None] = lambda round_: None
+        """The outer step that is said with θ of a round; None: that of ``resolved``."""
         self.decisions: list[tuple[str, int, dict[str, float]]] = []
         self.sites = {
             f"site{i}": FakeSite(self, f"site{i}", folder / f"site{i}") for i in range(sites)
@@ -223,7 +226,10 @@ class FakeRun:
             self.decisions.append((channel, round_, {n: float(w) for n, w in weights.items()}))
 
     def _step(self, channel: str, given: list[tuple[np.float32, np.ndarray]]) -> None:
+        step = self.step_of(self.rounds[channel])
         lr, beta = (np.float32(self.resolved[k]) for k in ("outer_lr", "outer_momentum"))
+        if step is not None:
+            lr, beta = np.float32(step.lr), np.float32(step.momentum)
         mean = np.zeros_like(self.theta[channel])
         for weight, value in given:
             mean += weight * value
@@ -232,4 +238,8 @@ class FakeRun:
         self.rounds[channel] += 1
         for site in self.sites.values():
             if site.alive and site.port.is_open:
-                site.port.publish(channel, self.rounds[channel], self.theta[channel])
+                self.publish(site, channel)
+
+    def publish(self, site: FakeSite, channel: str) -> None:
+        round_ = self.rounds[channel]
+        site.port.publish(channel, round_, self.theta[channel], self.step_of(round_))

@@ -11,6 +11,7 @@ from torch import nn
 
 from swarmtrain.training.swarm import Swarm
 from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.schedule import OuterStep
 from tests.swarmtrain.training.fake_peer import FakeRun
 from tests.swarmtrain.training.loops import Trainer, batch, make_model, train_step, vector
 
@@ -196,6 +197,45 @@ def test_a_rewind_drops_private_progress(tmp_path):
     trainer.step(2)
     assert "progress_dropped" in trainer.names()
     assert np.array_equal(vector(trainer.model), checkpoint)
+    trainer.swarm.close()
+
+
+def test_the_mode_of_each_round_comes_with_its_theta(tmp_path):
+    """Off, eager, off with their own learning rates: by hand, from the progress that was made."""
+    modes = {0: ("off", 1.0), 1: ("off", 1.0), 2: ("eager", 0.5), 3: ("eager", 0.5)}
+    modes |= {4: ("off", 0.8)}
+    run = FakeRun(tmp_path, 1, {"overlap": "off"}, inner_steps=2)
+    run.step_of = lambda round_: OuterStep(*modes[min(round_, 4)], 0.0)
+    site = run.sites["site0"]
+    trainer = Trainer(run, 0)
+    port = trainer.swarm._port
+    assert port is not None
+    for round_ in range(6):
+        base = vector(trainer.model)
+        mode, lr = modes[min(round_, 4)]
+        site.withheld = mode == "eager"
+        before = run.theta[CHANNEL].copy()
+        trainer.step(2)
+        if mode == "eager":
+            assert port.wait_until(lambda: len(run.waiting) == 1, 10.0)
+            delta = run.waiting[("site0", CHANNEL)]["value"]
+            # With momentum 0 and weight 1 the private view is θ with the own step in it.
+            assert np.abs(vector(trainer.model) - (before - np.float32(lr) * delta)).max() < 1e-6
+            run.decide(CHANNEL)
+            assert np.abs(run.theta[CHANNEL] - vector(trainer.model)).max() < 1e-6
+        assert run.rounds[CHANNEL] == round_ + 1
+        if mode == "off":
+            assert np.array_equal(vector(trainer.model), run.theta[CHANNEL]), "it has waited for θ"
+        reference = make_model(seed=0)
+        nn.utils.vector_to_parameters(torch.from_numpy(base.copy()), reference.parameters())
+        optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
+        for step in (2 * round_, 2 * round_ + 1):
+            train_step(reference, optimizer, batch(0, step))
+        progress = base - vector(reference)
+        expected = before - np.float32(lr) * progress
+        assert np.abs(run.theta[CHANNEL] - expected).max() < 1e-6, "each phase's progress, once"
+    switched = [e["overlap"] for e in trainer.events if e["event"] == "overlap_switched"]
+    assert switched == ["eager", "off"]
     trainer.swarm.close()
 
 

@@ -214,6 +214,10 @@ class Driver:
             self.data.release_attempt(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             self.data.drop(effect.root)
+        elif isinstance(effect, fx.DropState):
+            self.data.drop_state(effect.channel)
+            if self._keeper is not None:
+                self._keeper.drop_state(effect.channel)
         elif self.stages is None or not self.stages.execute(effect):
             raise AssertionError(f"unknown effect {effect!r}")
 

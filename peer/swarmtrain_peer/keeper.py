@@ -129,6 +129,21 @@ class Keeper:
         while len(have) > self._kept:
             self._data.drop(have.pop(0)[1])
 
+    def drop_state(self, channel: str) -> None:
+        """This site serves the stage no more: nothing of it is offered or kept any longer."""
+        for _, root in self._snapshots.pop(channel, []):
+            self._data.drop(root)
+        for root in [r for r, kept in self._results.items() if kept[0] == channel]:
+            del self._results[root]
+        self._based.pop(channel, None)
+        self._disk.submit(self._forget, channel)
+
+    def _forget(self, channel: str) -> None:
+        try:
+            self.store.forget(channel)
+        except SwarmError as error:
+            self._events.emit("checkpoint_refused", reason=str(error), path=str(self._folder))
+
     def keep_result(self, channel: str, round_number: int, blob: Blob) -> None:
         """The result is on disk: serve it from there when memory lets go of it."""
         self._results[blob.root] = (channel, round_number, blob.leaves)

@@ -235,6 +235,23 @@ class StateStore:
                     self._prune_results(channel, min(rounds))
         return broken
 
+    def forget(self, channel: str) -> None:
+        """Remove all checkpoints and results of a channel; other channels keep theirs.
+
+        Raises:
+            CheckpointError: the disk failed.
+        """
+        self._cache.forget()
+        with disk_errors("clean up", self._checkpoints):
+            for checkpoint in self.checkpoints()[0]:
+                if [entry.channel for entry in checkpoint.entries] == [channel]:
+                    remove_tree(self._fs, checkpoint.path)
+            self._fs.sync_folder(self._checkpoints)
+            folder = self._result_folder(channel)
+            if folder.is_dir():
+                remove_tree(self._fs, folder)
+                self._fs.sync_folder(self._results)
+
     def rewind(self, rounds: dict[str, int]) -> None:
         """Forget everything of these channels that is later than the state of the given round.
 

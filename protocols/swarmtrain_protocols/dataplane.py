@@ -301,11 +301,13 @@ class DataPlane:
         kept = self._results.setdefault(channel, [])
         kept.append((blob.root, *(part.root for part in parts)))
         while len(kept) > RESULTS_KEPT_PER_CHANNEL:
-            old = kept.pop(0)
-            for root in old:
-                self.drop(root)
-            if old[0] not in [item[0] for item in kept]:
-                self._result_codecs.pop(old[0], None)
+            self._forget_result(kept.pop(0), kept)
+
+    def _forget_result(self, roots: tuple[bytes, ...], kept: list[tuple[bytes, ...]]) -> None:
+        for root in roots:
+            self.drop(root)
+        if roots[0] not in [item[0] for item in kept]:
+            self._result_codecs.pop(roots[0], None)
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
@@ -391,6 +393,15 @@ class DataPlane:
             raise PeerFault("corrupt", "a fetched snapshot does not match its root")
         self.states[purpose.channel] = state
         return state.round, root
+
+    def drop_state(self, channel: str) -> None:
+        """Forget the state of a channel, its results and what was being fetched for it."""
+        self.states.pop(channel, None)
+        for roots in self._results.pop(channel, []):
+            self._forget_result(roots, [])
+        left = self._incoming_root.pop(channel, None)
+        if left is not None:
+            self._incoming.pop(left, None)
 
     def new_state(self, channel: str, round_number: int, values: int) -> CanonicalState:
         """A zero state with the slots of its channel; not installed."""

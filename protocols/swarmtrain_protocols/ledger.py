@@ -79,6 +79,12 @@ class Ledger(msgspec.Struct):
     def train_channels(self) -> list[ChannelState]:
         return [c for c in self.channels.values() if c.holds_state]
 
+    def follows(self, member: bytes, channel: str) -> bool:
+        """Whether ``member``, if it holds state at all, is to hold that of ``channel``."""
+        if not self.pipeline.stages or not channel.startswith("train/"):
+            return True
+        return self.pipeline.follows(member, channel)
+
     def plain_ranges(self, channel: str) -> tuple[tuple[int, int], ...]:
         """Values of a channel that do not decay, by the model of the run."""
         layout = self.model.layout if self.model is not None else ()

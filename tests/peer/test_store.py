@@ -103,6 +103,24 @@ def test_each_channel_keeps_the_slots_it_has(tmp_path: Path) -> None:
     assert {t.shape[0] for t in load_file(path).values()} == {3}
 
 
+def test_a_forgotten_channel_leaves_the_others_alone(tmp_path: Path) -> None:
+    store, state, other = StateStore(tmp_path), a_state("train/1/0"), a_state("train/2/0")
+    for each in (state, other):
+        store.save([each])
+        advance(store, each)
+        advance(store, each)
+        store.save([each])
+    store.forget("train/1/0")
+    found = StateStore(tmp_path).load()
+    assert list(found.channels) == ["train/2/0"] and not found.refused
+    assert replayed(found, "train/2/0").root() == other.root()
+    assert StateStore(tmp_path).result("train/1/0", 0) is None
+    assert StateStore(tmp_path).result("train/2/0", 1) is not None
+    store.save([state])
+    assert list(StateStore(tmp_path).load().channels) == ["train/1/0", "train/2/0"]
+    store.forget("train/9/0")
+
+
 def test_a_checkpoint_is_served_to_joiners_from_the_file(tmp_path: Path) -> None:
     store, state = StateStore(tmp_path), a_state()
     store.save([state])

@@ -69,6 +69,14 @@ class PipelineState(msgspec.Struct):
         """Members that the stage is assigned to, in member order."""
         return [k for k in sorted(self.assigned) if stage in self.assigned[k]]
 
+    def follows(self, member: bytes, channel: str) -> bool:
+        """Whether ``member`` is to hold the state of ``channel``: one of a stage it serves."""
+        return channel in [stage_channel(s) for s in self.assigned.get(member, ())]
+
+    def recovered_step(self, channel: str) -> int:
+        """The step that the latest recovery of a stage came before; -1: never."""
+        return self.stages[int(channel.split("/")[1])].recovered_step
+
     def fits(self, body: e.ModelDefined) -> bool:
         """Whether a model has exactly the channels of this run's stages."""
         names = [item.channel for item in body.layout]

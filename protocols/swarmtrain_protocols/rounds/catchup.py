@@ -2,7 +2,8 @@
 
 Restart, late join and a missed round are one procedure (docs/architecture.md). Every byte that is
 used is pinned by the log: a snapshot by the state hash of a ROUND_OPENED or MODEL_DEFINED, a result
-by the root of its ROUND_COMMITTED. Spec 10.
+by the root of its ROUND_COMMITTED. In a pipeline a node follows the stages that the log assigns to
+it; what it served before is dropped once others are further. Spec 10.
 """
 
 from __future__ import annotations
@@ -118,9 +119,33 @@ class CatchUp:
         if not self.active:
             return
         for channel in self.ledger.train_channels():
-            track = self.tracks.setdefault(channel.name, Track(channel.name))
-            self._verify(channel, track)
-            self._advance(now, channel, track)
+            if self.follows(channel.name):
+                track = self.tracks.setdefault(channel.name, Track(channel.name))
+                self._verify(channel, track)
+                self._advance(now, channel, track)
+            elif channel.name in self.tracks:
+                self._part_with(channel, self.tracks[channel.name])
+
+    def follows(self, channel: str) -> bool:
+        """Whether this node is to hold the state of ``channel``."""
+        return self.ledger.follows(self._me, channel)
+
+    def followed(self) -> list[str]:
+        """State channels that this node is to hold."""
+        return [c.name for c in self.ledger.train_channels() if self.follows(c.name)]
+
+    def _part_with(self, channel: ChannelState, track: Track) -> None:
+        """The stage is others' now.
+
+        A state that nobody is beyond stays: after a restart of everybody the log lags behind the
+        disk, and this may be the only copy.
+        """
+        if track.busy or (track.state_hash is not None and track.round >= channel.round):
+            return
+        self._abandon(track)
+        del self.tracks[track.channel]
+        self._member.forget_results(track.channel)
+        self._out.append(fx.DropState(track.channel))
 
     def _verify(self, channel: ChannelState, track: Track) -> None:
         """Compare the own state with the hash that the log pins for its round, once a round."""
@@ -160,12 +185,11 @@ class CatchUp:
         track.next_query = 0.0  # that wait is over
         outcome = channel.outcome(track.round)
         stored = self._member.in_place.get((track.channel, track.round))
-        if stored is not None and (outcome is None or outcome.root == stored):
+        forgotten = outcome is None and not self.ledger.stepwise(track.channel)
+        if stored is not None and (forgotten or (outcome is not None and outcome.root == stored)):
             # One that the log has forgotten is judged by the next hash that it pins.
             track.busy = True
-            step = outer_at(self._keys, self.ledger, track.round)
-            at = track.channel, track.round, stored
-            self._out.append(fx.ApplyResult(*at, lr=step.lr, momentum=step.momentum))
+            self._out.append(self._apply(channel, track, stored))
         elif outcome is None:
             reason = f"round {track.round} is no longer in the log's history"
             self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
@@ -174,9 +198,20 @@ class CatchUp:
         elif track.round not in self._member.pending_rounds(track.channel):
             self._fetch_result(now, channel, track, outcome)
 
+    def _apply(self, channel: ChannelState, track: Track, root: bytes) -> fx.ApplyResult:
+        """What the rule of the channel needs to take the step of the track's round."""
+        name, number = track.channel, track.round
+        outcome = channel.outcome(number)
+        if outcome is None or not self.ledger.stepwise(name):
+            step = outer_at(self._keys, self.ledger, number)
+            return fx.ApplyResult(name, number, root, lr=step.lr, momentum=step.momentum)
+        recovered = self.ledger.pipeline.recovered_step(name)
+        plain = self.ledger.plain_ranges(name)
+        return fx.ApplyResult(name, number, root, outcome.scale, recovered, plain)
+
     # -- results and snapshots -------------------------------------------------------------
 
-    def _sources(self, preferred: tuple[bytes, ...]) -> list[PeerId]:
+    def _sources(self, channel: str, preferred: tuple[bytes, ...]) -> list[PeerId]:
         here = self._connected()
         known = [PeerId(p) for p in preferred if p != self._me]
         holders = [
@@ -186,13 +221,13 @@ class CatchUp:
         ]
         self._rng.shuffle(holders)
         ordered = known + holders
-        ordered.sort(key=lambda p: p not in here)
+        ordered.sort(key=lambda p: (not self.ledger.follows(p, channel), p not in here))
         return ordered[:SOURCES_MAX]
 
     def _fetch_result(
         self, now: float, channel: ChannelState, track: Track, outcome: Outcome
     ) -> None:
-        donors = self._sources(outcome.held_by)
+        donors = self._sources(track.channel, outcome.held_by)
         total = -(-outcome.values // self._chunk_values)
         purpose = fx.WholeResult(
             track.channel, outcome.round, outcome.root, outcome.values, outcome.gather_codec
@@ -203,7 +238,7 @@ class CatchUp:
         if track.next_query > now:
             return
         track.next_query = now + QUERY_INTERVAL_S
-        for peer in self._sources(()):
+        for peer in self._sources(track.channel, ()):
             self._out.append(Send(peer, SnapshotQuery(track.channel)))
 
     def _start(
@@ -296,6 +331,8 @@ class CatchUp:
         track = self.tracks.get(offer.channel)
         if channel is None or track is None or track.busy or self.in_step(offer.channel):
             return
+        if not self.follows(offer.channel):
+            return
         download = track.download
         if download is not None:
             if isinstance(download.purpose, fx.WholeResult):
@@ -366,7 +403,7 @@ class CatchUp:
     def report(self, channel: str) -> None:
         """Tell the leader that this node holds the current state of ``channel``."""
         track = self.tracks[channel]
-        if self.leader is None or track.state_hash is None:
+        if self.leader is None or track.state_hash is None or not self.follows(channel):
             return
         message = StateReport(
             self.ledger.generation,
@@ -389,7 +426,8 @@ class CatchUp:
         self.reconcile(now)
 
     def _behind(self, track: Track) -> bool:
-        return track.channel in self.ledger.channels and not self.in_step(track.channel)
+        known = track.channel in self.ledger.channels and self.follows(track.channel)
+        return known and not self.in_step(track.channel)
 
     def deadline(self) -> float:
         if not self.active:

@@ -59,6 +59,16 @@ class ApplyResult:
 
 
 @dataclass(frozen=True, slots=True)
+class DropState:
+    """This node serves the stage no more and others are further: forget its state and files.
+
+    No answer.
+    """
+
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
 class InstallSnapshot:
     """All chunks of a snapshot are in place: make it the canonical state.
 

@@ -151,7 +151,8 @@ class Lobbies:
         """Where a member stands; only members and state channels of the ledger count."""
         channel = ledger.channels.get(message.channel)
         known = channel is not None and channel.holds_state
-        if message.generation == ledger.generation and known and peer in ledger.members:
+        known = known and peer in ledger.members and ledger.follows(peer, message.channel)
+        if message.generation == ledger.generation and known:
             self.room(message.channel).reports[peer] = message
 
     def disconnected(self, peer: PeerId) -> None:
@@ -170,7 +171,9 @@ class Lobbies:
                 if name.startswith("train/"):
                     lobby.ready.clear()
                     lobby.reports.clear()
-        for lobby in self.rooms.values():
+        for name, lobby in self.rooms.items():
+            for member in [k for k in lobby.reports if not ledger.follows(k, name)]:
+                del lobby.reports[member]
             if ledger.paused:
                 lobby.proposed_open = None  # an opening behind the pause is ignored by everybody
             for member in [k for k in lobby.callers if k not in ledger.members]:
@@ -203,7 +206,11 @@ class Lobbies:
             return [k for k in present if k in past or k in lobby.ready], 1
         number = ledger.channels[name].round
         trainers = [
-            k for k in present if ledger.members[k].trains and self._at_work(now, lobby, k, number)
+            k
+            for k in present
+            if ledger.members[k].trains
+            and ledger.follows(k, name)
+            and self._at_work(now, lobby, k, number)
         ]
         first = self.policy.start_peers if number == 0 else 1
         return trainers, max(self.policy.min_peers, first)

@@ -26,7 +26,12 @@ class LossWatch:
     def check(
         self, now: float, ledger: Ledger, reports: dict[str, Iterable[StateReport]]
     ) -> e.Rewound | None:
-        """A rewind to propose, or None. ``reports`` are those of present members, by channel."""
+        """A rewind to propose, or None. ``reports`` are those of present members, by channel.
+
+        Never in a pipeline: there a stage is lost and rebuilt, and the others keep theirs (11).
+        """
+        if ledger.pipeline.stages:
+            return None
         targets: list[tuple[str, int, bytes]] = []
         overdue = False
         for channel in ledger.train_channels():

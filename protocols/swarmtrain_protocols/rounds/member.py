@@ -338,6 +338,11 @@ class RoundMember:
             del self.in_place[slot]
         self.in_place[key.channel, key.round] = root
 
+    def forget_results(self, channel: str) -> None:
+        """No state of ``channel`` is here any more that a result could be applied to."""
+        for slot in [s for s in self.in_place if s[0] == channel]:
+            del self.in_place[slot]
+
     def _decide_offer(self, key: RoundKey) -> None:
         """The attempt ``key`` is over."""
         offer = self._offers.get(key.channel)

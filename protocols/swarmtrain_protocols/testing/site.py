@@ -352,6 +352,8 @@ class Site:
             self.plane.release_attempt(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             self.plane.drop(effect.root)
+        elif isinstance(effect, fx.DropState):
+            self._drop_state(effect.channel)
         elif isinstance(effect, fx.ReducePart):
             return [self._later(lambda at: self._reduce(at, effect))]
         elif isinstance(effect, fx.StoreResult):
@@ -365,6 +367,16 @@ class Site:
         else:
             raise AssertionError(f"unknown effect {effect!r}")
         return []
+
+    def _drop_state(self, channel: str) -> None:
+        self.plane.drop_state(channel)
+        for root in self._snapshots.pop(channel, []):
+            self.plane.drop(root)
+        self.core.catchup.snapshots.pop(channel, None)
+        self._checkpoints.pop(channel, None)
+        for name in sorted(self.ctx.disk.files):
+            if name == "state/" + channel or name.startswith(f"result/{channel}/"):
+                self.ctx.disk.write(name, None)
 
     def _later(self, call: Callable[[float], None]) -> Completion:
         return self._luck.between(*self.spec.work_s), call

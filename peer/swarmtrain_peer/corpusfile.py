@@ -1,4 +1,4 @@
-"""Corpora on disk: built from text files of this machine, or filled chunk by chunk (spec 11).
+"""Corpora on disk: built from text files of this machine, or filled chunk by chunk (spec 12).
 
 One file per corpus, ``<hash>.corpus``, mapped by whoever reads or serves it::
 

@@ -1,4 +1,4 @@
-"""A corpus as a blob: what its hash covers, and how its bytes are cut (spec 11-corpus.md).
+"""A corpus as a blob: what its hash covers, and how its bytes are cut (spec 12-corpus.md).
 
 ``train`` and ``held-out`` bytes, one after the other, are the body: chunks of 1 MiB under a Merkle
 root. The root binds neither the number of chunks nor where the held-out part begins, so a

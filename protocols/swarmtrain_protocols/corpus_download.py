@@ -1,4 +1,4 @@
-"""Which chunks of a corpus to ask whom for. Sans-I/O (spec 11-corpus.md).
+"""Which chunks of a corpus to ask whom for. Sans-I/O (spec 12-corpus.md).
 
 Holders are found by asking for the descriptor, which is small and proves itself: who serves it has
 the corpus. Missing chunks are then fetched in ranges from several holders at once. Whoever fails

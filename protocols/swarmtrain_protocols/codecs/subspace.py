@@ -3,14 +3,17 @@
 Subspace networks (arXiv 2506.01260), with a fixed basis: every output projection, and the trainable
 embedding, is kept in span(U) of an orthonormal U f32[width, rank]. An activation is then the fixed
 embedding of its token plus U·c, so (token, c) says all, and its gradient matters only as Uᵀg.
-Basis and fixed embedding follow from the run's seed, bit for bit on every machine; so does
-``constrain``, which every holder of a stage runs after each optimizer step, before the state hash.
+Basis and fixed embedding follow from the run's seed, bit for bit on every machine.
+
+A trainer computes with the projection of the weights that it is given, and projects their gradient:
+θ itself needs no treatment after a step, and its part outside the span never matters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,7 @@ from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, PeerFau
 ACTIVATION = 6
 GRADIENT = 7
 EMBEDDING_STD = 0.02
+Kinds = Literal["rows", "columns"] | None
 _SEED_BASIS = 1
 _SEED_EMBEDDING = 2
 
@@ -138,38 +142,34 @@ class Subspace:
         found: F32 = values @ self.basis.T
         return found
 
-    def constrain(self, theta: F32, layout: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """Project what writes to the residual stream into the subspace, in place.
+    def kind(self, name: str, shape: tuple[int, ...]) -> Kinds:
+        """How a tensor writes to the residual stream: ``rows`` (output projections, [width, …]),
+        ``columns`` (embeddings, [count, width]), or not at all.
 
-        Args:
-            theta: f32[n] of one stage.
-            layout: its tensors. Output projections are [width, …]; embeddings [count, width].
+        Raises:
+            ConfigError: it writes by its name but does not have the stream's width.
         """
+        kind: Kinds = None
+        if name.endswith((".out.weight", ".down.weight")):
+            kind = "rows"
+        elif name.startswith("embed."):
+            kind = "columns"
+        if kind is not None and shape[0 if kind == "rows" else -1] != self.width:
+            raise ConfigError(f"tensor {name} of shape {shape}", f"the model is {self.width} wide")
+        return kind
+
+    def constrain(self, theta: F32, layout: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Project f32[n] of one stage into the subspace, in place, bit for bit everywhere."""
         start = 0
         for name, shape in layout:
             stop = start + math.prod(shape)
-            if writes_by_rows(name):
-                self._check(name, shape, 0)
+            kind = self.kind(name, shape)
+            if kind == "rows":
                 project(self.basis, theta[start:stop].reshape(self.width, -1))
-            elif writes_by_columns(name):
-                self._check(name, shape, -1)
+            elif kind == "columns":
                 project(self.basis, theta[start:stop].reshape(-1, self.width).T)
             start = stop
         assert start == theta.size, "the layout is not this vector's"
-
-    def _check(self, name: str, shape: tuple[int, ...], axis: int) -> None:
-        if shape[axis] != self.width:
-            raise ConfigError(f"tensor {name} of shape {shape}", f"axis {axis} is not the stream's")
-
-
-def writes_by_rows(name: str) -> bool:
-    """Output projections of the blocks of our own families, nn.Linear weights [width, inner]."""
-    return name.endswith((".out.weight", ".down.weight"))
-
-
-def writes_by_columns(name: str) -> bool:
-    """Trainable embeddings of tokens and positions, [count, width]."""
-    return name.startswith("embed.")
 
 
 def project(u: F32, w: F32) -> None:

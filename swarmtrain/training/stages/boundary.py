@@ -43,6 +43,10 @@ class BoundaryCodec(Protocol):
     def name(self) -> str:
         """Name in the run key ``boundary_codec``."""
 
+    @property
+    def nbytes_max(self) -> int:
+        """Bytes of the largest activation within the bounds."""
+
     def encode_activation(self, x: Tensor, tokens: Tensor | None) -> bytes:
         """x: finite, [batch, time, width]."""
 
@@ -100,6 +104,12 @@ class PlainBoundary:
     @property
     def name(self) -> str:
         return self.oracle.name
+
+    @property
+    def nbytes_max(self) -> int:
+        bounds = self.bounds
+        rows = bounds.batch_max * bounds.time_max
+        return HEADER.size + self.oracle.payload_nbytes(rows, bounds.width)
 
     def encode_activation(self, x: Tensor, tokens: Tensor | None) -> bytes:
         """x: finite, [batch, time, width]; ``tokens`` is not needed."""
@@ -164,6 +174,12 @@ class SubspaceBoundary:
     @property
     def name(self) -> str:
         return self.subspace.name
+
+    @property
+    def nbytes_max(self) -> int:
+        return HEADER.size + self.bounds.batch_max * self.bounds.time_max * 4 * (
+            1 + self.subspace.rank
+        )
 
     def encode_activation(self, x: Tensor, tokens: Tensor | None) -> bytes:
         """x: finite, [batch, time, width]; ``tokens``: int64 [batch, time]."""

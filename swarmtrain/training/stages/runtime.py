@@ -11,7 +11,6 @@ of that over micro-batches, and whoever closes the step divides by their number.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,16 @@ from swarmtrain.training.flat import schema_hash
 from swarmtrain.training.stages.boundary import device_codec
 from swarmtrain.training.stages.cut import Cut, StageLayout
 from swarmtrain.training.stages.families import cut_preset
+from swarmtrain.training.stages.served import Served, placed
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs.base import F32
-from swarmtrain_protocols.codecs.boundary import Bounds, Buffer, decode_tokens, pack_header
+from swarmtrain_protocols.codecs.boundary import (
+    Bounds,
+    Buffer,
+    decode_tokens,
+    encode_tokens,
+    pack_header,
+)
 from swarmtrain_protocols.codecs.subspace import Subspace
 from swarmtrain_protocols.errors import ConfigError, Diverged, LocalProtocolError, PeerFault
 from swarmtrain_protocols.messages.pipeline import Kind
@@ -82,8 +88,9 @@ class StageRuntime:
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         bounds = Bounds(batch_max, cut.context, cut.width)
         self.boundary = device_codec(codec, bounds, self.device, self.dtype, subspace)
+        _check_messages(self.boundary.nbytes_max, batch_max, cut.context)
         self.subspace = subspace
-        self._served: dict[int, _Served] = {}
+        self._served: dict[int, Served] = {}
         self.serve(served)
 
     @classmethod
@@ -134,8 +141,8 @@ class StageRuntime:
                 del self._served[stage]
         for stage in wanted:
             if stage not in self._served:
-                module = _placed(self.cut.modules[stage], self.device, self.dtype)
-                self._served[stage] = _Served(module, self.device, self.dtype)
+                module = placed(self.cut.modules[stage], self.device, self.dtype)
+                self._served[stage] = Served(module, self.device, self.dtype, self.subspace)
                 self.load(stage, self.theta0(stage))
 
     def layout(self, stage: int) -> StageLayout:
@@ -172,6 +179,8 @@ class StageRuntime:
     def load(self, stage: int, theta: F32 | NDArray[np.float64]) -> None:
         """Set the weights of a served stage from f32[n] (or f64[n]); the accumulator stays.
 
+        With the codec ``subspace`` the stage computes with their projection (spec 06 §2.5).
+
         Raises:
             LocalProtocolError: not served, another length, or a value that is not finite.
         """
@@ -190,7 +199,7 @@ class StageRuntime:
         return self._of(stage).module
 
     def theta(self, stage: int) -> NDArray[Any]:
-        """The weights of a served stage in the runtime's type, [n]."""
+        """The weights that a served stage computes with, in the runtime's type, [n]."""
         parts = [p.detach().reshape(-1) for p in self._of(stage).parameters]
         found: NDArray[Any] = torch.cat(parts).cpu().numpy()
         return found
@@ -394,7 +403,7 @@ class StageRuntime:
             raise LocalProtocolError(f"hop {hop}", f"the model has 0 … {self.cut.stages + 1}")
         return stage_of(hop, self.cut.stages)
 
-    def _of(self, stage: int) -> _Served:
+    def _of(self, stage: int) -> Served:
         found = self._served.get(stage)
         if found is None:
             raise LocalProtocolError(f"stage {stage} is not served", f"served: {self.served}")
@@ -408,32 +417,6 @@ class StageRuntime:
         part = module.embed if hop == 0 else module.head
         assert isinstance(part, nn.Module)
         return part
-
-
-class _Served:
-    """One stage on the device: its module, its parameters in order, and their accumulator."""
-
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.module = module
-        self.parameters = [p for _, p in module.named_parameters()]
-        self.values = sum(p.numel() for p in self.parameters)
-        self.accumulator = torch.zeros(self.values, device=device, dtype=dtype)
-
-    @torch.no_grad()
-    def write(self, theta: Tensor) -> None:
-        start = 0
-        for p in self.parameters:
-            p.copy_(theta[start : start + p.numel()].view(p.shape))
-            start += p.numel()
-
-    def add(self, gradients: Sequence[Tensor | None], sign: int) -> None:
-        # Whatever needs memory comes first: half an addition could not be taken back.
-        flat = [None if part is None else part.reshape(-1) for part in gradients]
-        start = 0
-        for p, part in zip(self.parameters, flat, strict=True):
-            if part is not None:
-                self.accumulator[start : start + p.numel()].add_(part, alpha=sign)
-            start += p.numel()
 
 
 def subspace_of(cut: Cut, seed: int, rank: int, codec: str) -> Subspace | None:
@@ -455,18 +438,20 @@ def subspace_of(cut: Cut, seed: int, rank: int, codec: str) -> Subspace | None:
     return Subspace(seed, cut.width, rank or max(1, cut.width // 8), cut.vocabulary)
 
 
-def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a piece on the device; tied parameters stay tied, missing values are zero."""
-    found = copy.deepcopy(module)
-    moved: dict[int, nn.Parameter] = {}
-    for part in found.modules():
-        for name, p in part.named_parameters(recurse=False, remove_duplicate=False):
-            if id(p) not in moved:
-                values = torch.zeros(p.shape, device=device, dtype=dtype)
-                moved[id(p)] = nn.Parameter(values if p.is_meta else p.detach().to(device, dtype))
-            setattr(part, name, moved[id(p)])
-        for name, buffer in part.named_buffers(recurse=False):
-            assert not buffer.is_meta, "a buffer without values"
-            floating = buffer.is_floating_point()
-            setattr(part, name, buffer.to(device, dtype) if floating else buffer.to(device))
-    return found
+def _check_messages(activation_nbytes: int, batch: int, context: int) -> None:
+    """Refuse micro-batches whose tensors no message has room for.
+
+    Raises:
+        ConfigError: too many sequences or tokens.
+    """
+    token_nbytes = len(encode_tokens(np.zeros((1, 1), np.int32))) + 4 * (batch * (context + 1) - 1)
+    for what, nbytes, nbytes_max in (
+        ("activations", activation_nbytes, limits.ACTIVATION_BYTES_MAX),
+        ("tokens", token_nbytes, limits.HOP_INLINE_BYTES_MAX),
+    ):
+        if nbytes > nbytes_max:
+            raise ConfigError(
+                f"{what} of a micro-batch of {batch} x {context} tokens",
+                f"{nbytes} bytes, at most {nbytes_max}",
+                "lower batch_size or the context, and raise micro_batches",
+            )

@@ -346,3 +346,15 @@ def test_the_loss_is_the_mean_of_the_micro_batch(runtime: StageRuntime) -> None:
     np.testing.assert_allclose(runtime.accumulator(0), gradient, atol=1e-7)
     rows = FP32.decode(two.output, WIDE)
     np.testing.assert_allclose(rows[0], FP32.decode(one.output, WIDE)[0] / 2, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"batch_size": 800}, "tokens of a micro-batch"), ({"batch_size": 1 << 20}, "activations")],
+)
+def test_micro_batches_that_no_message_has_room_for_are_refused(
+    changes: dict[str, int], what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what):
+        StageRuntime.build(keys(**changes), [])
+    assert StageRuntime.build(keys(batch_size=700), []).batch_max == 700

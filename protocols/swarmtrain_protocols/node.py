@@ -87,19 +87,6 @@ class NodeCore:
         self._proposals = Proposals(self._raw)
         self._make_rounds(rng, chunk_values)
         self._make_membership()
-        self.pipeline = PipelineCore(
-            me=self.me,
-            keys=manifest.keys,
-            ledger=self.ledger,
-            out=self._raw,
-            rng=rng,
-            member=self.member,
-            rounds=self.leader,
-            in_step=self.catchup.in_step,
-            connected=self.linked,
-            propose=self._proposals.propose,
-            pump=self._pump,
-        )
         self.dht = DhtCore(
             keyring=keyring,
             rng=rng,
@@ -119,18 +106,7 @@ class NodeCore:
             genesis=genesis,
             snapshot_of=lambda: self.ledger.snapshot(),  # noqa: PLW0108, the ledger is replaced
         )
-        self._proposals.log = self.log
-        self.leadership = Leadership(
-            me=self.me,
-            ledger=self.ledger,
-            log=self.log,
-            out=self._raw,
-            linked=self._linked,
-            changed=self._leader_changed,
-            announce=self._announce,
-            duties=(self.shepherd, self.leader, self.pipeline),
-            dispatch=self._dispatch,
-        )
+        self._follow_log()
         self._pump(now)
 
     def _make_rounds(self, rng: random.Random, chunk_values: int) -> None:
@@ -163,6 +139,33 @@ class NodeCore:
             policy=self.policy,
             propose=self._proposals.propose,
             connected=self.linked,
+        )
+        self.pipeline = PipelineCore(
+            me=self.me,
+            keys=self.manifest.keys,
+            ledger=self.ledger,
+            out=self._raw,
+            rng=rng,
+            member=self.member,
+            rounds=self.leader,
+            in_step=self.catchup.in_step,
+            connected=self.linked,
+            propose=self._proposals.propose,
+            pump=self._pump,
+        )
+
+    def _follow_log(self) -> None:
+        self._proposals.log = self.log
+        self.leadership = Leadership(
+            me=self.me,
+            ledger=self.ledger,
+            log=self.log,
+            out=self._raw,
+            linked=self._linked,
+            changed=self._leader_changed,
+            announce=self._announce,
+            duties=(self.shepherd, self.leader, self.pipeline),
+            dispatch=self._dispatch,
         )
 
     def _make_membership(self) -> None:

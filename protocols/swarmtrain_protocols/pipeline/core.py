@@ -71,7 +71,6 @@ class PipelineCore:
         self._serving: dict[int, tuple[PeerId, ...]] = {}
         self._asked: dict[PeerId, float] = {}
         self._closed: e.StepClosed | None = None
-        sticky = keys.pipeline_mode == "diloco"
         self.worker = WorkerCore(
             me=me,
             ledger=ledger,
@@ -83,25 +82,7 @@ class PipelineCore:
             samples=keys.batch_size,
             generate_share=keys.generate_share,
         )
-        self.driver = DriverCore(
-            rng=rng,
-            out=out,
-            stages=keys.stages,
-            view=self._view,
-            workers=self.workers,
-            version=self.version,
-            paths=PathPlan(keys.stages, swapped=keys.swapped, skip_fraction=keys.skip_fraction),
-            sticky=sticky,
-        )
-        self.errands = Errands(
-            ledger=ledger,
-            out=out,
-            stages=keys.stages,
-            workers=self._best_first,
-            version=lambda: self._ledger.pipeline.step,
-            stage_generation=lambda stage: self._ledger.pipeline.era,
-            hop_timeout_s=lambda hop: self.driver.router.timeout_s((hop, False)),
-        )
+        self._make_driver(keys, rng)
         self.steps = StepLeader(
             me=me,
             ledger=ledger,
@@ -118,6 +99,27 @@ class PipelineCore:
             policy=AssignPolicy(keys.replicas_min, keys.ends_replicas, keys.start_peers),
             propose=propose,
             connected=connected,
+        )
+
+    def _make_driver(self, keys: RunKeys, rng: random.Random) -> None:
+        self.driver = DriverCore(
+            rng=rng,
+            out=self._out,
+            stages=keys.stages,
+            view=self._view,
+            workers=self.workers,
+            version=self.version,
+            paths=PathPlan(keys.stages, swapped=keys.swapped, skip_fraction=keys.skip_fraction),
+            sticky=keys.pipeline_mode == "diloco",
+        )
+        self.errands = Errands(
+            ledger=self._ledger,
+            out=self._out,
+            stages=keys.stages,
+            workers=self._best_first,
+            version=lambda: self._ledger.pipeline.step,
+            stage_generation=lambda stage: self._ledger.pipeline.era,
+            hop_timeout_s=lambda hop: self.driver.router.timeout_s((hop, False)),
         )
 
     @property

@@ -220,8 +220,6 @@ class RoundLeader:
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
                 self._maybe_open(now, name)
-        if self.ledger.pipeline.stages:
-            return  # a stage that nobody holds is rebuilt (11)
         for body in (
             self._loss.check(now, self.ledger, self._present_reports()),
             self._choice.proposal(self.ledger),

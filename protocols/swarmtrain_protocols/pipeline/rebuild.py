@@ -1,0 +1,388 @@
+"""The host's side of a stage's loss: collect inputs, try candidates, ask for the best. Spec 11.
+
+Candidates are weights that the lost stage could go on with: an older state, averages and copies of
+its neighbours, near-identities, fresh ones (``candidates`` has the arithmetic, the shell does it).
+Each one is put in place at this node and scored: the mean loss of held-out micro-batches that go
+through all stages, with this node for the lost one. The least loss is chosen; all losses go into
+STAGE_RECOVERED, with the hashes of what the candidates were made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
+from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.messages.member import Propose
+from swarmtrain_protocols.pipeline import effects as px
+from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.pipeline.collect import Collector
+from swarmtrain_protocols.pipeline.errands import ErrandDone, ErrandFailed, Errands
+from swarmtrain_protocols.pipeline.hops import ENDS, hops_of, plain_path
+from swarmtrain_protocols.rounds import effects as fx
+
+CALIBRATION_BATCHES = 8
+COLLECT_S = 120.0
+"""For the states of the neighbours, and for the catch-up to find an older state of the stage."""
+TRIAL_S = 120.0
+"""For one micro-batch to go through all stages."""
+AGAIN_S = 2.0
+UNSCORED = -1.0
+"""Stands for the loss of a candidate that could not be scored."""
+KEPT = "kept"
+"""Name of the candidate that is the state itself, come back in time."""
+PREFERENCE = (
+    "snapshot",
+    "average-plain",
+    "average-uniform",
+    "copy-left",
+    "copy-right",
+    "near-identity-0.1",
+    "near-identity-0",
+    "average-squared",
+    "fresh",
+)
+"""Which candidate to take if none could be scored."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """The rebuild of one stage. ``phase``: wait, collect, build, try, score, propose."""
+
+    stage: int
+    era: int
+    round: int
+    since: float
+    phase: str = "wait"
+    collecting: dict[str, str] = field(default_factory=dict)
+    inputs: list[px.CandidateInput] = field(default_factory=list)
+    batches: tuple[bytes, ...] | None = None
+    names: tuple[str, ...] = ()
+    roots: dict[str, bytes] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    at: int = 0
+    errands: dict[int, None] = field(default_factory=dict)
+    heard: list[float] = field(default_factory=list)
+    choice: e.StageRecovered | None = None
+    again_at: float = math.inf
+    """When to say the choice again, or to begin anew with the first candidate."""
+
+
+class Rebuilder:
+    """All stages that this node is the host of.
+
+    Args:
+        held: (round, state hash) of this node's own state of a channel, None without one.
+        fetching: the catch-up of a channel is downloading.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        ledger: Ledger,
+        out: list[Effect],
+        collector: Collector,
+        errands: Errands,
+        connected: Callable[[], list[PeerId]],
+        held: Callable[[str], tuple[int, bytes] | None],
+        fetching: Callable[[str], bool],
+    ) -> None:
+        self.ledger = ledger
+        self.leader: PeerId | None = None
+        self.trainer = False
+        self._me = me
+        self._out = out
+        self._collector = collector
+        self._errands = errands
+        self._connected = connected
+        self._held = held
+        self._fetching = fetching
+        self._works: dict[int, _Work] = {}
+
+    def on_trial(self, stage: int) -> bool:
+        """A candidate stands in the module of ``stage``: hops of kind ``evaluate`` may use it."""
+        work = self._works.get(stage)
+        return work is not None and work.phase == "score"
+
+    # -- following the ledger --------------------------------------------------------------
+
+    def reconcile(self, now: float) -> None:
+        state = self.ledger.pipeline
+        for stage, work in list(self._works.items()):
+            known = state.stages[stage]
+            if known.host == self._me and work.era == state.era:
+                continue
+            self._settle(work)
+        for stage in state.lost():
+            if state.stages[stage].host == self._me and stage not in self._works:
+                channel = self.ledger.channels[stage_channel(stage)]
+                self._works[stage] = _Work(stage, state.era, channel.round, now)
+        self.tick(now)
+
+    def _settle(self, work: _Work) -> None:
+        """It is over: this node's choice stands in the log, or somebody else's does."""
+        channel = self.ledger.channels[stage_channel(work.stage)]
+        known = self.ledger.pipeline.stages[work.stage]
+        choice, recovered = work.choice, not known.host and known.recovered_step == work.round
+        self._cancel(work)
+        del self._works[work.stage]
+        if choice is not None and recovered and channel.start_hash == choice.root:
+            name = choice.candidates[choice.choice]
+            if name != KEPT:
+                adopt = px.AdoptCandidate(work.stage, name, work.round, choice.root)
+                self._out.append(adopt)
+        self._out.append(px.DropCandidates(work.stage))
+
+    def _cancel(self, work: _Work) -> None:
+        """Nothing that is under way is waited for."""
+        for channel in work.collecting:
+            self._collector.cancel(channel)
+        for handle in work.errands:
+            self._errands.cancel(handle)
+        work.collecting.clear()
+        work.errands.clear()
+
+    # -- time --------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        for work in list(self._works.values()):
+            self._kept(now, work)
+            if work.phase == "wait" and self._may_begin(work):
+                self._collect(now, work)
+            if work.phase == "collect" and self._collected(now, work):
+                self._build(work)
+            if now >= work.again_at:
+                work.again_at = math.inf
+                (self._say if work.phase == "propose" else self._try)(now, work)
+
+    def deadline(self) -> float:
+        times = [w.again_at for w in self._works.values()]
+        times += [w.since + COLLECT_S for w in self._works.values() if w.phase == "collect"]
+        return min(times, default=math.inf)
+
+    def trainer_changed(self, now: float, present: bool) -> None:
+        """A trainer computes here (again), or not any more: trials begin anew with the next."""
+        self.trainer = present
+        for work in self._works.values():
+            if not present and work.phase in ("try", "score"):
+                self._cancel(work)
+                work.phase = "try"
+            elif present and work.phase == "try":
+                self._try(now, work)
+
+    # -- the state itself ----------------------------------------------------------------------
+
+    def _kept(self, now: float, work: _Work) -> None:
+        """The catch-up has found the very state, here or at somebody who came back."""
+        held = self._held(stage_channel(work.stage))
+        if held is None or held[0] != work.round or work.phase == "propose":
+            return
+        self._cancel(work)
+        self._choose(now, work, (KEPT,), (UNSCORED,), 0, (held[1],), held[1])
+
+    # -- inputs ----------------------------------------------------------------------------
+
+    def _may_begin(self, work: _Work) -> bool:
+        """Blocks can be scored once there are ends to score them with."""
+        return work.stage == ENDS or ENDS not in self.ledger.pipeline.lost()
+
+    def _collect(self, now: float, work: _Work) -> None:
+        work.phase, work.since = "collect", now
+        self._out.append(px.NeedCalibration(work.stage, CALIBRATION_BATCHES))
+        for what, stage in (("left", work.stage - 1), ("right", work.stage + 1)):
+            if work.stage != ENDS and self._is_neighbour(stage):
+                self._input(now, work, what, stage)
+
+    def _is_neighbour(self, stage: int) -> bool:
+        state = self.ledger.pipeline
+        return 0 < stage <= state.blocks and not state.stages[stage].host
+
+    def _input(self, now: float, work: _Work, what: str, stage: int) -> None:
+        name = stage_channel(stage)
+        if self._own(work, what, name):
+            return
+        linked = self._connected()
+        serving = [PeerId(k) for k in self.ledger.pipeline.serving(stage) if k in linked]
+        others = [k for k in linked if k not in serving]
+
+        def done(at: float, snapshot: fx.Snapshot | None) -> None:
+            if self._works.get(work.stage) is not work or work.collecting.pop(name, None) is None:
+                return
+            if snapshot is not None:
+                work.inputs.append(px.CandidateInput(what, snapshot, False))
+            self.tick(at)
+
+        if not self._collector.busy(name):
+            work.collecting[name] = what
+            self._collector.start(now, name, [*serving, *others], done, timeout_s=COLLECT_S)
+
+    def _own(self, work: _Work, what: str, channel: str) -> bool:
+        held = self._held(channel)
+        if held is None:
+            return False
+        values = self.ledger.channels[channel].values
+        snapshot = fx.Snapshot(channel, held[0], held[1], values)
+        work.inputs.append(px.CandidateInput(what, snapshot, True))
+        return True
+
+    def _collected(self, now: float, work: _Work) -> bool:
+        if now >= work.since + COLLECT_S:
+            return True
+        busy = bool(work.collecting) or self._fetching(stage_channel(work.stage))
+        return not busy and work.batches is not None
+
+    def _build(self, work: _Work) -> None:
+        self._cancel(work)
+        self._own(work, "snapshot", stage_channel(work.stage))
+        work.inputs.sort(key=lambda item: item.what)
+        work.phase = "build"
+        stages = self.ledger.pipeline.stages
+        square = [
+            stages[s].square_norm if self._is_neighbour(s) else 0.0
+            for s in (work.stage - 1, work.stage + 1)
+        ]
+        norms = math.sqrt(square[0]), math.sqrt(square[1])
+        self._out.append(px.BuildCandidates(work.stage, tuple(work.inputs), norms))
+
+    # -- answers of the shell --------------------------------------------------------------
+
+    def calibration(self, now: float, stage: int, batches: Sequence[bytes]) -> None:
+        """The answer to ``NeedCalibration``."""
+        work = self._works.get(stage)
+        if work is not None and work.batches is None:
+            work.batches = tuple(batches[:CALIBRATION_BATCHES])
+            self.tick(now)
+
+    def candidates_built(self, now: float, stage: int, names: Sequence[str]) -> None:
+        """The answer to ``BuildCandidates``."""
+        work = self._works.get(stage)
+        if work is None or work.phase != "build":
+            return
+        assert names, "fresh weights are always possible"
+        work.names = tuple(names)
+        work.phase = "try"
+        self._try(now, work)
+
+    def candidate_ready(self, now: float, stage: int, name: str, root: bytes) -> None:
+        """The answer to ``TryCandidate``."""
+        work = self._trying(stage, name)
+        if work is None:
+            return
+        work.roots[name] = root
+        work.phase = "score"
+        work.heard.clear()
+        state = self.ledger.pipeline
+        away = [s for s in state.lost() if s != stage]
+        path = tuple(h for h in plain_path(state.blocks) if h not in away)
+        pinned = dict.fromkeys(hops_of(stage, state.blocks), self._me)
+        for tokens in work.batches or ():
+            try:
+                handle = self._errands.start(
+                    now,
+                    "evaluate",
+                    tokens,
+                    path,
+                    timeout_s=TRIAL_S,
+                    pinned=pinned,
+                    done=self._evaluated,
+                )
+            except LocalProtocolError as error:
+                self._scored(now, work, str(error))
+                return
+            work.errands[handle] = None
+        if not work.errands:
+            self._scored(now, work, "there is no held-out data here")
+
+    def candidate_failed(self, now: float, stage: int, name: str, reason: str) -> None:
+        """``TryCandidate`` could not be done."""
+        work = self._trying(stage, name)
+        if work is not None:
+            self._scored(now, work, reason)
+
+    def _trying(self, stage: int, name: str) -> _Work | None:
+        work = self._works.get(stage)
+        if work is None or work.phase != "try" or not self.trainer:
+            return None
+        return work if work.names[work.at] == name else None
+
+    # -- scoring -----------------------------------------------------------------------------
+
+    def _try(self, now: float, work: _Work) -> None:
+        if self.trainer:
+            self._out.append(px.TryCandidate(work.stage, work.names[work.at], work.round))
+
+    def _evaluated(self, now: float, event: ErrandDone | ErrandFailed) -> None:
+        work = next((w for w in self._works.values() if event.handle in w.errands), None)
+        if work is None:
+            return
+        del work.errands[event.handle]
+        if isinstance(event, ErrandFailed) or not math.isfinite(event.loss):
+            reason = event.reason if isinstance(event, ErrandFailed) else "the loss is not finite"
+            self._scored(now, work, reason)
+            return
+        work.heard.append(event.loss)
+        if not work.errands:
+            self._scored(now, work, "")
+
+    def _scored(self, now: float, work: _Work, trouble: str) -> None:
+        """One candidate is done; ``trouble``: why it has no loss."""
+        self._cancel(work)
+        name = work.names[work.at]
+        if trouble:
+            work.losses[name] = UNSCORED
+            fields: dict[str, object] = {
+                "what": f"candidate {name} of stage {work.stage} without a loss",
+                "why": trouble,
+            }
+            self._out.append(Emit(fx.Notice("fallback", fields)))
+        else:
+            work.losses[name] = math.fsum(work.heard) / len(work.heard)
+        work.at += 1
+        work.phase = "try"
+        if work.at < len(work.names):
+            self._try(now, work)
+        else:
+            self._decide(now, work)
+
+    def _decide(self, now: float, work: _Work) -> None:
+        able = [n for n in work.names if n in work.roots]
+        scored = [n for n in able if work.losses[n] != UNSCORED]
+        if scored:
+            best = min(scored, key=lambda n: (work.losses[n], work.names.index(n)))
+        elif able:
+            rank = {name: number for number, name in enumerate(PREFERENCE)}
+            best = min(able, key=lambda n: (rank.get(n, len(rank)), n))
+        else:
+            work.at, work.again_at = 0, now + AGAIN_S  # the trainer has its troubles
+            return
+        hashes = tuple(item.snapshot.root for item in work.inputs)
+        losses = tuple(work.losses[n] for n in work.names)
+        root = work.roots[best]
+        self._choose(now, work, work.names, losses, work.names.index(best), hashes, root)
+
+    def _choose(
+        self,
+        now: float,
+        work: _Work,
+        names: tuple[str, ...],
+        losses: tuple[float, ...],
+        choice: int,
+        inputs: tuple[bytes, ...],
+        root: bytes,
+    ) -> None:
+        work.phase = "propose"
+        work.choice = e.StageRecovered(
+            work.stage, work.round, self._me, names, losses, choice, inputs, root
+        )
+        self._say(now, work)
+
+    def _say(self, now: float, work: _Work) -> None:
+        """Ask for the entry, again and again until the log has one."""
+        work.again_at = now + AGAIN_S
+        if self.leader is not None and work.choice is not None:
+            self._out.append(Send(self.leader, Propose(e.encode_body(work.choice))))

@@ -11,6 +11,7 @@ from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
@@ -26,13 +27,27 @@ TICKET_S = 7 * 24 * 3600
 """How long a ticket is good for if nobody says otherwise."""
 
 
+Desk = TrainerDesk | StageLife
+
+
+def _trainer_calls(desk: TrainerDesk) -> dict[str, Handler]:
+    return {
+        "attach": desk.attach,
+        "define": lambda args, _: desk.define(args),
+        "handover": lambda args, _: desk.handover(args),
+        "evaluated": lambda args, _: desk.evaluated(args),
+        "finished": lambda args, _: desk.finished(),
+        "detach": lambda args, connection: desk.detach(connection),
+    }
+
+
 class Backend:
     """One per peer process; satisfies ``control.ControlBackend``."""
 
     def __init__(
         self,
         runtime: PeerRuntime,
-        desk: TrainerDesk,
+        desk: Desk,
         librarian: Librarian,
         stop: Callable[[bool], None],
     ) -> None:
@@ -54,14 +69,10 @@ class Backend:
             "checkpoints": self._checkpoints,
             "metrics": self._metrics,
             "corpus": lambda args, _: librarian.obtain(args),
-            "attach": desk.attach,
-            "define": lambda args, _: desk.define(args),
-            "handover": lambda args, _: desk.handover(args),
-            "evaluated": lambda args, _: desk.evaluated(args),
-            "finished": lambda args, _: desk.finished(),
-            "detach": lambda args, connection: desk.detach(connection),
             "scalars": self._scalars,
         }
+        if isinstance(desk, TrainerDesk):
+            self._calls |= _trainer_calls(desk)
         runtime.listeners.append(self._watch)
 
     async def call(self, name: str, args: Document, connection: ControlConnection) -> Document:

@@ -110,6 +110,7 @@ class Narrator:
             contributors = {c.member for item in body.stages for c in item.contributors}
             emit(
                 "step_closed",
+                generation=body.generation,
                 step=body.step,
                 attempt=body.attempt,
                 micro_batches=body.micro_batches,
@@ -119,6 +120,7 @@ class Narrator:
             state = node.ledger.pipeline
             emit(
                 "step_committed",
+                generation=body.generation,
                 step=body.step,
                 attempt=body.attempt,
                 micro_batches=state.micro_batches,
@@ -126,7 +128,13 @@ class Narrator:
                 scale=body.scale,
             )
         elif isinstance(body, e.StepOutcome):
-            emit("step_aborted", step=body.step, attempt=body.attempt, reason=body.reason)
+            emit(
+                "step_aborted",
+                generation=body.generation,
+                step=body.step,
+                attempt=body.attempt,
+                reason=body.reason,
+            )
         elif isinstance(body, e.StageLost):
             emit(
                 "stage_lost",

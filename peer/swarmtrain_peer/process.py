@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from swarmtrain_peer.backend import Backend
+from swarmtrain_peer.backend import Backend, Desk
 from swarmtrain_peer.control import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.events import EventLog
@@ -23,6 +23,7 @@ from swarmtrain_peer.onlooker import Onlooker
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
+from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 
 LINGER_S = 1.0
@@ -87,13 +88,15 @@ class PeerProcess:
         settings = settings_of(site)
         events = EventLog(site.events_path, settings.keyring.peer_id.hex())
         runtime = PeerRuntime(settings, events)
-        desk: TrainerDesk | None = None
+        desk: Desk | None = None
         librarian: Librarian | None = None
         control: ControlServer | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
+            stages: list[StageLife] = []
+            runtime.on_node = lambda: _open_stages(runtime, site, stages)
             await runtime.start()
-            desk = TrainerDesk(runtime, site.folder)
+            desk = stages[0] if stages else TrainerDesk(runtime, site.folder)
             librarian = Librarian(runtime, site.corpus_path)
             backend = Backend(runtime, desk, librarian, self.stop)
             control = ControlServer(site.control_path, backend)
@@ -133,7 +136,7 @@ class PeerProcess:
             self._reason = str(error)
             raise error
 
-    async def _watch_end(self, runtime: PeerRuntime, desk: TrainerDesk) -> None:
+    async def _watch_end(self, runtime: PeerRuntime, desk: Desk) -> None:
         while True:
             await asyncio.sleep(0.2)
             refused = runtime.node.joiner.refused
@@ -153,6 +156,12 @@ class PeerProcess:
 
     def _owner_gone(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(self.stop, False)
+
+
+def _open_stages(runtime: PeerRuntime, site: Site, stages: list[StageLife]) -> None:
+    """In a run of stages, have them served from the node's first moment."""
+    if runtime.manifest.keys.stages:
+        stages.append(StageLife(runtime, site.stages_path))
 
 
 def _refusal(code: str) -> SwarmError:

@@ -58,6 +58,8 @@ STALL_S = 120.0
 END_S = 60.0
 """How long trainers may take to end after the run has."""
 STEPS = 400
+STEPS_STAGES = 60
+MICRO_BATCHES = 8
 STEPS_CHAOS = 2000
 """More, because a killed process needs seconds to come back."""
 LEAVE_S = 15.0
@@ -71,7 +73,11 @@ ONE_THREAD = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """``steps``: inner steps per trainer; a round is INNER_STEPS of them."""
+    """``steps``: inner steps per trainer; a round is INNER_STEPS of them.
+
+    With ``stages`` the model is cut into that many and the peers serve them together; ``steps`` are
+    those of the whole pipeline, each agreed in the log.
+    """
 
     peers: int = 3
     steps: int = STEPS
@@ -80,13 +86,31 @@ class DemoOptions:
     chaos: bool = False
     dashboard: bool = True
     seed: int = 1234
+    stages: int = 0
 
     @property
     def rounds(self) -> int:
-        return max(1, self.steps // INNER_STEPS)
+        """What the run commits: rounds, or steps of a pipeline."""
+        return self.steps if self.stages else max(1, self.steps // INNER_STEPS)
 
     def run_keys(self) -> RunKeys:
         """The run: it begins with all members, and goes on with those that are there."""
+        if self.stages:
+            return RunKeys(
+                name="demo",
+                seed=self.seed,
+                model={"layers": self.stages},
+                stages=self.stages,
+                micro_batches=MICRO_BATCHES,
+                replicas_min=2 if self.peers >= 2 * self.stages else 1,
+                total_steps=self.steps,
+                inner_warmup_steps=min(50, self.steps // 5),
+                max_rounds=self.steps,
+                start_peers=self.peers,
+                overlap="off",
+                codec_scatter=self.codec,
+                codec_gather=self.codec,
+            )
         return RunKeys(
             name="demo",
             seed=self.seed,
@@ -269,12 +293,15 @@ class Demo:
 
     def _on_record(self, number: int, record: Record) -> None:
         name = record["name"]
-        if name == "round_committed":
-            key = (record["generation"], record["channel"], record["round"])
+        if name in ("round_committed", "step_committed"):
+            steps = name == "step_committed"
+            at = ("steps", record["step"]) if steps else (record["channel"], record["round"])
+            key = (record["generation"], *at)
             if key not in self._commits:
                 self._commits.add(key)
                 self._last_progress_s = host.mono_s()
-                self._progress(f"round {len(self._commits)} of {self.options.rounds} committed")
+                what, total = "step" if steps else "round", self.options.rounds
+                self._progress(f"{what} {len(self._commits)} of {total} committed")
         elif name == "run_ended":
             self._end_by_s = self._end_by_s or host.mono_s() + END_S
         elif name == "evaluated":
@@ -392,9 +419,14 @@ def demo(
         typer.Option(
             "--steps",
             min=INNER_STEPS,
-            help=f"Inner steps per peer.  [default: {STEPS}; {STEPS_CHAOS} with --chaos]",
+            help=f"Inner steps per peer.  [default: {STEPS}; {STEPS_CHAOS} with --chaos; "
+            f"{STEPS_STAGES} with --stages, of the whole pipeline]",
         ),
     ] = None,
+    stages: Annotated[
+        int,
+        typer.Option("--stages", min=0, max=16, help="Cut the model into stages (a pipeline)."),
+    ] = 0,
     overlap: Annotated[str, typer.Option("--overlap", help="auto, off, delayed, eager.")] = "auto",
     codec: Annotated[str, typer.Option("--codec", help="fp32, bf16 or int8.")] = "int8",
     chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
@@ -408,8 +440,8 @@ def demo(
     Needs no network, no GPU and no account. Each peer is a real process that joins by ticket.
     """
     output = Output(as_json=as_json)
-    steps = steps or (STEPS_CHAOS if chaos else STEPS)
-    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard, seed)
+    steps = steps or (STEPS_STAGES if stages else STEPS_CHAOS if chaos else STEPS)
+    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard, seed, stages)
     folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
     started_s = host.mono_s()
     try:

@@ -11,6 +11,9 @@ from blake3 import blake3
 
 from swarmtrain_peer.events import Record
 
+STEPS = "steps"
+"""Stands for a channel where all stages of a pipeline take a step together."""
+
 
 @dataclass(slots=True)
 class MemberLog:
@@ -45,6 +48,10 @@ def read_member(records: Iterable[Record]) -> MemberLog:
             log.compute_utilization = float(record["compute_utilization"])
         if name == "run_ended":
             log.ended = str(record["reason"])
+        if name == "step_committed":
+            log.committed.add((generation, STEPS, record["step"]))
+        elif name == "step_aborted":
+            log.aborted.add((generation, STEPS, record["step"], record.get("attempt") or 0))
         if number is None:
             continue
         if name == "evaluated" and isinstance(record.get("loss"), (int, float)):
@@ -62,15 +69,32 @@ def read_member(records: Iterable[Record]) -> MemberLog:
 
 
 def states_equal(members: Sequence[MemberLog]) -> bool:
-    """True if all members ended in one state, and no two ever differed after one round."""
+    """True if all members ended in one state, and no two ever differed after one round.
+
+    In a pipeline nobody holds all stages: there every stage ended after the last step, somewhere.
+    """
     seen: dict[tuple[str, tuple[int, int]], str] = {}
     for member in members:
         for channel, states in member.states.items():
             for at, state_hash in states.items():
                 if seen.setdefault((channel, at), state_hash) != state_hash:
                     return False
+    steps = [at for member in members for at in member.committed if at[1] == STEPS]
+    if steps:
+        end = max(step for _, _, step in steps) + 1
+        lasts = latest_states(members)
+        return bool(lasts) and all(at[1] == end for at, _ in lasts.values())
     last = [final_states(member) for member in members]
     return bool(last) and bool(last[0]) and all(one == last[0] for one in last)
+
+
+def latest_states(members: Sequence[MemberLog]) -> dict[str, tuple[tuple[int, int], str]]:
+    """Channel to the last (generation, round) that any member reached, and its state hash."""
+    found: dict[str, tuple[tuple[int, int], str]] = {}
+    for member in members:
+        for channel, last in final_states(member).items():
+            found[channel] = max(last, found.get(channel, last))
+    return dict(sorted(found.items()))
 
 
 def final_states(member: MemberLog) -> dict[str, tuple[tuple[int, int], str]]:
@@ -81,9 +105,9 @@ def final_states(member: MemberLog) -> dict[str, tuple[tuple[int, int], str]]:
     }
 
 
-def combined_hash(member: MemberLog) -> str | None:
+def combined_hash(members: Sequence[MemberLog]) -> str | None:
     """The state hash of the only channel, or BLAKE3 over those of all in order of their names."""
-    hashes = [state_hash for _, state_hash in final_states(member).values()]
+    hashes = [state_hash for _, state_hash in latest_states(members).values()]
     if len(hashes) <= 1:
         return hashes[0] if hashes else None
     return blake3(b"".join(bytes.fromhex(one) for one in hashes)).hexdigest()
@@ -116,7 +140,7 @@ def summarize(
         "loss_first": first,
         "loss_last": last,
         "state_hashes_equal": equal,
-        "state_hash": combined_hash(members[0]) if equal else None,
+        "state_hash": combined_hash(members) if equal else None,
         "bytes_sent": sum(member.bytes_sent for member in members),
         "compute_utilization": round(sum(used) / len(used), 4) if used else None,
         "dashboard_url": dashboard_url,

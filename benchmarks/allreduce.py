@@ -179,8 +179,10 @@ def row(
         "floor_s": sum(parts.values()),
         "floor_parts_s": parts,
     }
-    if {"gloo", "swarmtrain"} <= systems.keys():
-        result["ratio_to_gloo"] = systems["swarmtrain"]["median_s"] / systems["gloo"]["median_s"]
+    for other in ("gloo", "hivemind"):
+        if {other, "swarmtrain"} <= systems.keys():
+            ratio = systems["swarmtrain"]["median_s"] / systems[other]["median_s"]
+            result[f"ratio_to_{other}"] = ratio
     if "swarmtrain" in systems:
         result["ratio_to_floor"] = systems["swarmtrain"]["median_s"] / result["floor_s"]
     return result
@@ -195,7 +197,11 @@ def show(result: dict[str, Any]) -> None:
         f"{name} {values['median_s'] * 1e3:9.2f} ms (p90 {values['p90_s'] * 1e3:.2f})"
         for name, values in result["systems"].items()
     )
-    ratio = f"  x{result['ratio_to_gloo']:.2f} of gloo" if "ratio_to_gloo" in result else ""
+    ratio = "".join(
+        f"  x{result[f'ratio_to_{other}']:.2f} of {other}"
+        for other in ("gloo", "hivemind")
+        if f"ratio_to_{other}" in result
+    )
     print(
         f"{result['peers']} peers  {spelled(result['nbytes']):>7}  {result['codec']:5} {systems}"
         f"  floor {result['floor_s'] * 1e3:.2f} ms{ratio}",

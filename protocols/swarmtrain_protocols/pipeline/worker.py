@@ -32,6 +32,8 @@ from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import RoundMember
 
 REPORT_S = 1.0
+REPORT_AGAIN_S = 2.0
+"""A report may be lost, or come before the leader has any use for it."""
 RATE_ALPHA = 0.2
 
 
@@ -341,14 +343,20 @@ class WorkerCore:
         return m.WorkerReport(self.ledger.generation, stages, self.values_max, queued)
 
     def _report(self, now: float) -> None:
-        """At once if something has become true or false, else now and then."""
+        """At once if something has become true or false, else now and then, changed or not."""
         if self.leader is None or self._me not in self.ledger.members:
             return
         report, old = self.report(), self._reported
         news = old is None or _facts(report) != _facts(old)
-        if news or (now >= self._report_at and report != old):
+        if news or now >= self._next_report(report):
             self._reported, self._report_at = report, now + REPORT_S
             self._out.append(Send(self.leader, report))
+
+    def _next_report(self, report: m.WorkerReport) -> float:
+        if report != self._reported:
+            return self._report_at
+        works = self.values_max or report.stages
+        return self._report_at - REPORT_S + REPORT_AGAIN_S if works else math.inf
 
     # -- time ------------------------------------------------------------------------------
 
@@ -358,8 +366,8 @@ class WorkerCore:
         self._report(now)
 
     def deadline(self) -> float:
-        told = self.leader is None or self._me not in self.ledger.members
-        report = math.inf if told or self._reported == self.report() else self._report_at
+        alone = self.leader is None or self._me not in self.ledger.members
+        report = math.inf if alone else self._next_report(self.report())
         waits = self._queue.next_at() if len(self._running) < self._slots else math.inf
         return min(self._sums.deadline(), report, waits)
 

@@ -8,6 +8,7 @@ import random
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import CancelFetch, Effect, Fetch, PeerId, Send
 from swarmtrain_protocols.ledger import load_snapshot
+from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
@@ -36,6 +37,7 @@ from tests.protocols.rounds_kit import (
 
 LEADER = IDS[7]
 ONE, TWO = stage_channel(1), stage_channel(2)
+KEYS = RunKeys(stages=2, outer_lr=0.5, outer_momentum=0.25)
 
 
 class Seat:
@@ -65,6 +67,7 @@ class Seat:
             out=self.out,
             member=self.member,
             connected=lambda: [A, B, D],
+            keys=KEYS,
             chunk_values=CHUNK,
         )
         self.catchup.active = True

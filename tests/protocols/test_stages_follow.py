@@ -225,7 +225,9 @@ def test_stages_in_diloco_take_the_outer_step() -> None:
     seat.log.ok(e.RoundCommitted(key, hash_of("result"), (A,)))
     assert channel.round == 1
     seat.member.in_place[ONE, 0] = hash_of("result")
-    assert of_kind(seat.reconcile(), fx.ApplyResult) == [fx.ApplyResult(ONE, 0, hash_of("result"))]
+    assert of_kind(seat.reconcile(), fx.ApplyResult) == [
+        fx.ApplyResult(ONE, 0, hash_of("result"), lr=0.5, momentum=0.25)
+    ]
 
 
 # --- the leader's view ---------------------------------------------------------------------------

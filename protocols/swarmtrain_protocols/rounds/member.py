@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
@@ -18,6 +19,7 @@ from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import Attempt
 from swarmtrain_protocols.rounds.fetches import Fetches
+from swarmtrain_protocols.rounds.offer import Offer
 from swarmtrain_protocols.rounds.pace import Pace
 
 CLOSING_TIMEOUT_S = 10.0
@@ -25,31 +27,9 @@ NO_NEWS_S = 1.5
 """Whoever knows of a part says so at once; a node that was away finds that nobody remembers."""
 QUERY_INTERVAL_S = 0.5
 RECENT_ATTEMPTS_MAX = 16
+EARLY_RESULTS_MAX = 2 * limits.PARTS_MAX
 ANNOUNCE_AGAIN_S = 10.0
 """What waits this long is announced again: a round trip of a link that is five seconds away."""
-
-
-@dataclass(slots=True)
-class Offer:
-    """An own contribution that is not decided yet."""
-
-    channel: str
-    root: bytes
-    values: int
-    codec: str
-    samples: float
-    base_round: int
-    expect: int
-    phase_s: float = 0.0
-    """Seconds of inner steps between two contributions of any channel, 0: not known."""
-    encode_s: float = 0.0
-    """Seconds that its encoding took."""
-    bound: RoundKey | None = None
-    since: int = 0
-    """The round that was next when it was offered."""
-    again_at: float = math.inf
-    pledged: bool = False
-    """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""
 
 
 @dataclass(slots=True)
@@ -87,6 +67,7 @@ class RoundMember:
         self._attempts: dict[str, Attempt] = {}
         self._closing: list[_Closing] = []
         self._recent: dict[RoundKey, list[m.PartResult]] = {}
+        self._early: deque[tuple[PeerId, m.PartResult]] = deque(maxlen=EARLY_RESULTS_MAX)
         self.pace = Pace()
         self.in_place: dict[tuple[str, int], bytes] = {}
         """Results that are in place and committed, by (channel, round): food for the catch-up."""
@@ -259,6 +240,7 @@ class RoundMember:
                 attempt = self._begin(now, channel)
             if attempt is not None and channel.chosen is not None and attempt.chosen is None:
                 attempt.choose(now, channel.chosen)
+                self._hear_early(now, attempt)
             self._expire_offer(channel)
         self.flush_reports()
 
@@ -432,6 +414,8 @@ class RoundMember:
             attempt = self._find(message.key)
             if attempt is not None:
                 attempt.part_result(now, peer, message)
+            elif peer in self.ledger.members and self._is_ahead(message.key):
+                self._early.append((peer, message))
         elif isinstance(message, m.TakeOver):
             attempt = self._find(message.key)
             if attempt is not None and peer == self.leader:
@@ -443,6 +427,19 @@ class RoundMember:
             for result in self._recent.get(message.key, []):
                 self._out.append(Send(peer, result))
         self.flush_reports()
+
+    def _is_ahead(self, key: RoundKey) -> bool:
+        """The log here has not got that far: in a step an owner may be done before others begin."""
+        channel = self.ledger.channels.get(key.channel)
+        if channel is None or key.generation != self.ledger.generation:
+            return False
+        return (key.round, key.attempt) >= (channel.round, channel.attempt)
+
+    def _hear_early(self, now: float, attempt: Attempt) -> None:
+        mine = [item for item in self._early if item[1].key == attempt.key]
+        for item in mine:
+            self._early.remove(item)
+            attempt.part_result(now, *item)
 
     def flush_reports(self) -> None:
         """Report to the leader what attempts have got since the last call."""
@@ -488,3 +485,6 @@ class RoundMember:
         for closing in self._closing:
             times += [closing.deadline, closing.next_query, closing.attempt.deadline()]
         return min(times, default=math.inf)
+
+
+__all__ = ["Offer", "RoundMember"]

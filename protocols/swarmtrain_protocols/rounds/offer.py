@@ -1,0 +1,31 @@
+"""An own contribution, from its announcement to its decision. Spec 08."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from swarmtrain_protocols.messages.common import RoundKey
+
+
+@dataclass(slots=True)
+class Offer:
+    """An own contribution that is not decided yet."""
+
+    channel: str
+    root: bytes
+    values: int
+    codec: str
+    samples: float
+    base_round: int
+    expect: int
+    phase_s: float = 0.0
+    """Seconds of inner steps between two contributions of any channel, 0: not known."""
+    encode_s: float = 0.0
+    """Seconds that its encoding took."""
+    bound: RoundKey | None = None
+    since: int = 0
+    """The round that was next when it was offered."""
+    again_at: float = math.inf
+    pledged: bool = False
+    """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""

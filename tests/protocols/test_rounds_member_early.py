@@ -1,0 +1,55 @@
+"""Results that are announced to a member before it knows of their attempt."""
+
+from __future__ import annotations
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import Fetch, PeerId
+from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
+from swarmtrain_protocols.rounds.member import EARLY_RESULTS_MAX
+from tests.protocols.rounds_kit import (
+    IDS,
+    RINGS,
+    RUN,
+    A,
+    B,
+    C,
+    D,
+    faults,
+    hash_of,
+    key,
+    of_kind,
+    opening,
+)
+from tests.protocols.test_rounds_member import Seat
+
+
+def test_a_result_that_is_announced_before_the_attempt_begins_here_is_kept() -> None:
+    """In a step everything is fixed by one entry: an owner may be done before others read it."""
+    seat = Seat()
+    body = opening(seat.log.ledger, [A, B, C], owners=(A, B))
+    ring = RINGS[IDS.index(PeerId(A))]
+    root = hash_of("part 0")
+    statement = part_statement(RUN, body.key, 0, root)
+    result = m.PartResult(body.key, 0, root, A, ring.sign(PART_DOMAIN, statement))
+    seat.member.receive(0.0, PeerId(A), result)
+    late = seat.logged(0.1, body, e.RoundSet(body.key, (e.Coefficient(0, 1.0),)))
+    wanted = [x for x in of_kind(late, Fetch) if isinstance(x.purpose, fx.ResultPart)]
+    assert [(x.peer, x.root) for x in wanted] == [(A, root)]
+    assert faults(late) == []
+
+
+def test_early_results_are_bounded_and_of_what_is_ahead() -> None:
+    seat = Seat()
+    done = seat.log.open([A, B, C])
+    seat.log.choose(done)
+    seat.log.commit(done, hash_of("result"))
+    late = m.PartResult(done.key, 0, hash_of("x"), A, bytes(64))
+    seat.member.receive(0.0, PeerId(A), late)
+    seat.member.receive(0.0, PeerId(D), m.PartResult(key(5), 0, hash_of("x"), A, bytes(64)))
+    assert not seat.member._early, "what is over, and what strangers say"
+    for number in range(2 * EARLY_RESULTS_MAX):
+        ahead = m.PartResult(key(2 + number), 0, hash_of("x"), A, bytes(64))
+        seat.member.receive(0.0, PeerId(A), ahead)
+    assert len(seat.member._early) == EARLY_RESULTS_MAX

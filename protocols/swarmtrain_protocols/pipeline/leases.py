@@ -51,16 +51,25 @@ class Leases:
     # -- what drivers say ------------------------------------------------------------------
 
     def asked(self, now: float, driver: PeerId, room: int, working: Sequence[int]) -> None:
-        """Renews the leases of ``driver``, and adopts work that it began under another leader."""
-        for number in working:
-            if number < len(self._all):
-                lease = self._all[number]
-                if not lease.done and (lease.driver is None or lease.until <= now):
-                    lease.driver, lease.until = driver, now + self.ttl_s
-        for lease in self._all:
-            if lease.driver == driver and lease.until > now and (not lease.done or lease.redo):
+        """Renews what ``driver`` works at, and adopts what it began under another leader.
+
+        What was leased to it and is not in ``working`` is either on its way there, and takes of
+        its room, or was forgotten by a driver that has died and come back: it runs out.
+        """
+        mine = dict.fromkeys(n for n in working if n < len(self._all))
+        for number in mine:
+            lease = self._all[number]
+            if not lease.done and (lease.driver is None or lease.until <= now):
+                lease.driver, lease.until = driver, now + self.ttl_s
+        under_way = 0
+        for number, lease in enumerate(self._all):
+            if lease.driver != driver or lease.until <= now:
+                continue
+            if lease.redo or (number in mine and not lease.done):
                 lease.until = now + self.ttl_s
-        self._room[driver] = room
+            elif not lease.done:
+                under_way += 1
+        self._room[driver] = room - under_way
 
     def finished(self, driver: PeerId, number: int, loss: float) -> None:
         """All hops of a micro-batch were answered, or those that were to be done again."""

@@ -50,6 +50,30 @@ def test_a_lease_lives_as_long_as_its_driver_asks() -> None:
     assert dealt(leases, 5.0) == {Q: [0]}
 
 
+def test_a_driver_that_has_forgotten_its_leases_does_not_keep_them() -> None:
+    """It has died and come back, and asks on: what it does not work at runs out."""
+    leases = Leases(2, TTL_S, 0.0)
+    leases.asked(0.0, P, 2, ())
+    assert dealt(leases, 0.0) == {P: [0, 1]}
+    for now in (0.5, 1.0, 1.5, 2.0, 2.5):
+        leases.asked(now, P, 4, (1,))
+        assert dealt(leases, now) == {}
+    leases.asked(3.0, P, 4, (1,))
+    assert dealt(leases, 3.0) == {P: [0]}
+
+
+def test_leases_on_their_way_take_of_the_room() -> None:
+    """A request that crosses a lease does not get the same room again."""
+    leases = Leases(9, TTL_S, 0.0)
+    leases.asked(0.0, P, 4, ())
+    assert dealt(leases, 0.0) == {P: [0, 1, 2, 3]}
+    leases.asked(0.1, P, 4, ())
+    assert dealt(leases, 0.1) == {}
+    leases.finished(P, 0, 1.0)
+    leases.asked(0.2, P, 1, (1, 2, 3))
+    assert dealt(leases, 0.2) == {P: [4]}
+
+
 def test_a_new_leader_waits_and_adopts_what_is_under_way() -> None:
     leases = Leases(3, TTL_S, 10.0)
     leases.asked(8.0, P, 3, (1,))

@@ -39,12 +39,15 @@ TICKETS_FROM = 1 << 40
 class PipelineSpec(SwarmSpec):
     """A pipeline of toy stages. ``hop_s``: seconds of one hop (low, high); a backward takes three.
 
+    ``lost`` and ``doubled``: shares of replies that are dropped and of requests that come twice.
     ``by_root``: share of tensors that travel by root. ``trainer_life_s``: mean life of a trainer
     process, 0: it lives as long as its site. ``room``: stages that fit a site.
     """
 
     toy: Toy = field(default_factory=lambda: Toy(0, 2, 4))
     hop_s: tuple[float, float] = (0.005, 0.02)
+    lost: float = 0.0
+    doubled: float = 0.0
     by_root: float = 0.0
     trainer_life_s: float = 0.0
     room: int = 2
@@ -166,7 +169,16 @@ class PipelineSite(Site):
     # --- tensors ---------------------------------------------------------------------------------
 
     def receive(self, now: float, peer: PeerId, message: Message) -> None:
-        """Large tensors are fetched before the core hears of a message."""
+        """Some hops get lost or come twice; large tensors are fetched before the core hears."""
+        if isinstance(message, HopReply) and self._luck.chance(self.spec.lost):
+            self.truth.seen["hop:lost"] += 1
+            return
+        self._resolve(now, peer, message)
+        if isinstance(message, HopRequest) and self._luck.chance(self.spec.doubled):
+            self.truth.seen["hop:doubled"] += 1
+            self._resolve(now, peer, message)
+
+    def _resolve(self, now: float, peer: PeerId, message: Message) -> None:
         for tensor in _tensors_of(message):
             if tensor.nbytes and not tensor.data and tensor.root not in self._tensors:
                 assert isinstance(message, HopRequest | HopReply)
@@ -181,7 +193,7 @@ class PipelineSite(Site):
             super().fetched(now, ticket)
             return
         peer, message, _ = self._waiting.pop(ticket)
-        self.receive(now, peer, message)
+        self._resolve(now, peer, message)
 
     def fetch_failed(self, now: float, ticket: int, reason: str) -> None:
         if ticket < TICKETS_FROM:

@@ -361,8 +361,9 @@ class TrainerDesk:
         return blob, values.size
 
     def _account(self, args: Document) -> None:
-        self.steps += int(args["steps"])
-        self.samples += float(args["samples"])
+        if args["channel"] == self._layout[0][0]:  # every fragment tells of the same steps
+            self.steps += int(args["steps"])
+            self.samples += float(args["samples"])
         self.blocked_s += float(args.get("blocked_s", 0.0))
         if args.get("loss") is not None:
             self.last_loss = float(args["loss"])

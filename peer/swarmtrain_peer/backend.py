@@ -122,7 +122,7 @@ class Backend:
     async def _status(self, args: Document, connection: ControlConnection) -> Document:
         runtime, desk = self._runtime, self._desk
         node, ledger, stats = runtime.node, runtime.node.ledger, runtime.transport.stats
-        train, outer = ledger.train_channels(), runtime.outer_at()
+        followed, outer = node.catchup.followed(), runtime.outer_at()
         return {
             "run": runtime.settings.run.hex(),
             "name": runtime.manifest.keys.name,
@@ -136,7 +136,7 @@ class Backend:
             "members": len(ledger.members),
             "connected": len(node.linked()),
             "channels": {c.name: self._channel(c) for c in ledger.channels.values()},
-            "syncing": any(not node.catchup.in_step(c.name) for c in train)
+            "syncing": any(not node.catchup.in_step(name) for name in followed)
             if runtime.settings.holds_state
             else False,
             "loss": desk.figures.loss(),

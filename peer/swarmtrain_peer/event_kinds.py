@@ -295,6 +295,13 @@ KINDS: dict[str, Kind] = {
             ("reason", "path?"),
         ),
         Kind(
+            "copy_saved",
+            "info",
+            "S412",
+            "A copy of a stage that others serve is on this site's disk.",
+            ("state_hash?", "bytes?"),
+        ),
+        Kind(
             "data_loss",
             "error",
             "S420",

@@ -233,7 +233,7 @@ class Figures:
         Others may still need entries and results from here.
         """
         node, runtime = self._runtime.node, self._runtime
-        mine = [c.name for c in node.ledger.train_channels()]
+        mine = node.catchup.followed()
         await runtime.until(lambda: all(map(node.catchup.in_step, mine)), timeout_s)
 
         def all_final() -> bool:

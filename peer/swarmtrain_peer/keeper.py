@@ -12,14 +12,18 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from swarmtrain_peer import host
+from swarmtrain_peer.copies import Copies
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.files import FileSystem, write_atomic
+from swarmtrain_peer.offers import Offers
 from swarmtrain_peer.store import StateStore
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
 from swarmtrain_protocols.errors import DiskFull, SwarmError
+from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.state import CanonicalState
 
 
@@ -30,6 +34,7 @@ class Keeper:
         snapshots: the list that the catch-up core offers from, by channel (round, state hash).
         every_rounds: a checkpoint is due when the round is a multiple; 0: only the first.
         kept: how many checkpoints stay, on disk and on offer.
+        replicas_min: a stage with fewer members is saved as often as the disk can follow.
     """
 
     def __init__(
@@ -42,11 +47,13 @@ class Keeper:
         disk: Executor,
         every_rounds: int,
         kept: int,
+        replicas_min: int = 0,
     ) -> None:
         self.store = StateStore(folder)
+        self.offers = Offers(data, snapshots, kept, host.mono_s)
+        self.copies = Copies(folder / "copies", offers=self.offers, events=events, disk=disk)
         self._folder = folder
         self._data = data
-        self._snapshots = snapshots
         self._events = events
         self._disk = disk
         self._every = every_rounds
@@ -54,6 +61,9 @@ class Keeper:
         self._loop = asyncio.get_running_loop()
         self._results: dict[bytes, tuple[str, int, tuple[bytes, ...]]] = {}
         self._based: dict[str, None] = {}
+        self._replicas_min = replicas_min
+        self._endangered: tuple[str, ...] = ()
+        self._saving: dict[str, int] = {}
         self._generation_path = folder / "generation"
 
     async def recover(
@@ -75,39 +85,55 @@ class Keeper:
             self._based[channel] = None
             for item in found.results:
                 self.keep_result(channel, item.round, item.blob)
-                self._data.adopt_result(item.blob, state.layout.values, item.codec)
+                self._data.adopt_result(item.blob, state.layout.values, item.codec, channel)
                 stored(channel, item.round, item.root)
             blob = await self._loop.run_in_executor(
                 self._disk, self.store.checkpoint, channel, state.round
             )
-            self._serve(channel, state.round, blob)
+            self.offers.add(channel, state.round, blob)
             self._data.states[channel] = state
             restored(state)
+        await self.copies.recover()
+
+    def look(self, ledger: Ledger) -> None:
+        """The ledger moved: which stages may be lost with the next member?"""
+        pipeline = ledger.pipeline
+        self._endangered = tuple(
+            stage_channel(stage)
+            for stage in range(len(pipeline.stages))
+            if len(pipeline.serving(stage)) < self._replicas_min
+        )
 
     def advanced(self, state: CanonicalState) -> None:
         """``state`` has just moved and holds still; called on any thread.
 
         The first state of a channel is always saved: later results need something to follow.
         """
+        channel = state.channel
         due = self._every and state.round % self._every == 0
-        if due or state.channel not in self._based:
-            self._based[state.channel] = None
+        if channel in self._endangered and not self._saving.get(channel):
+            due = True  # others may want a copy of the newest state at any time
+        if due or channel not in self._based:
+            self._based[channel] = None
             self.save(state.copy())
 
     def save(self, state: CanonicalState) -> None:
         """Write ``state``, which nobody moves, in the background; then serve it to joiners."""
+        self._saving[state.channel] = self._saving.get(state.channel, 0) + 1
         self._disk.submit(self._save, state)
 
     def _save(self, state: CanonicalState) -> None:
         started = host.mono_s()
         try:
             self.store.save([state])
-            self.store.prune(self._kept)
+            self.store.prune(self._kept, self.offers.oldest())
             blob = self.store.checkpoint(state.channel, state.round)
         except SwarmError as error:
             name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
             self._events.emit(name, reason=str(error), path=str(self._folder))
             return
+        finally:
+            self._saving[state.channel] -= 1
         self._events.emit(
             "checkpoint_saved",
             state_hash=state.root().hex(),
@@ -117,28 +143,23 @@ class Keeper:
             save_s=round(host.mono_s() - started, 6),
         )
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._serve, state.channel, state.round, blob)
+            self._loop.call_soon_threadsafe(self._saved, state.channel, state.round, blob)
 
-    def _serve(self, channel: str, round_number: int, blob: Blob) -> None:
-        """Offer a checkpoint to joiners, by its mapped file; the oldest offer goes."""
-        have = self._snapshots.setdefault(channel, [])
-        if (round_number, blob.root) in have:
-            return
-        have.append((round_number, blob.root))
-        self._data.register(blob)
-        while len(have) > self._kept:
-            self._data.drop(have.pop(0)[1])
+    def _saved(self, channel: str, round_number: int, blob: Blob) -> None:
+        if channel in self._based:  # else the stage was given up meanwhile
+            self.offers.add(channel, round_number, blob)
 
     def drop_state(self, channel: str) -> None:
         """This site serves the stage no more: nothing of it is offered or kept any longer."""
-        for _, root in self._snapshots.pop(channel, []):
-            self._data.drop(root)
+        self.offers.withdraw(channel)
         for root in [r for r, kept in self._results.items() if kept[0] == channel]:
             del self._results[root]
         self._based.pop(channel, None)
         self._disk.submit(self._forget, channel)
 
     def _forget(self, channel: str) -> None:
+        if channel in self._based:
+            return  # it is served again; what is newer stands beside the old
         try:
             self.store.forget(channel)
         except SwarmError as error:
@@ -150,8 +171,14 @@ class Keeper:
         while len(self._results) > limits.HISTORY_ROUNDS * limits.CHANNELS_SERVED_MAX:
             del self._results[next(iter(self._results))]
 
-    def provide(self, root: bytes) -> Blob | None:
-        """A result over its mapped file. Hashes nothing: whoever fetches checks every chunk."""
+    def provide(self, root: bytes, found: Blob | None = None) -> Blob | None:
+        """``found`` in memory, or a result over its mapped file; any thread.
+
+        Hashes nothing: whoever fetches checks every chunk.
+        """
+        self.offers.used(root)
+        if found is not None:
+            return found
         kept = self._results.get(root)
         if kept is None:
             return None

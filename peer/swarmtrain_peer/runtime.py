@@ -206,6 +206,7 @@ class PeerRuntime:
                 disk=self.disk_pool,
                 every_rounds=keys.checkpoint_every_rounds,
                 kept=s.checkpoints_kept,
+                replicas_min=keys.replicas_min,
             )
         self.driver = Driver(
             node=self.node,
@@ -318,7 +319,7 @@ class PeerRuntime:
         if not self._started:
             return None
         blob = self.data.provide(root)
-        return blob if blob is not None or self.keeper is None else self.keeper.provide(root)
+        return blob if self.keeper is None else self.keeper.provide(root, blob)
 
     # -- what the transport calls ---------------------------------------------------------------
 
@@ -382,9 +383,10 @@ class PeerRuntime:
             self.fail(event)
             return
         self._changed.set()
-        if isinstance(event, LedgerChanged):
+        if isinstance(event, LedgerChanged) and self.keeper is not None:
+            self.keeper.look(self.node.ledger)
             for _, body, accepted in event.entries:
-                if accepted and isinstance(body, Rewound) and self.keeper is not None:
+                if accepted and isinstance(body, Rewound):
                     self.keeper.rewound(body)
         self.narrator.tell(self.node, event)
         for listener in list(self.listeners):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,8 +197,11 @@ class StateStore:
             self._fs.sync_folder(self._checkpoints)
         return number
 
-    def prune(self, keep: int) -> list[CheckpointError]:
+    def prune(self, keep: int, since: Mapping[str, int] | None = None) -> list[CheckpointError]:
         """Keep the newest ``keep`` good states of each channel, and all results since the oldest.
+
+        ``since``: by channel a round from which on results are kept in any case, for those who
+        fetch a state that has just been replaced by a newer one.
 
         States that count are verified by hash, so the only good one of a channel is never removed,
         however many broken ones are newer. Returns what was found broken.
@@ -232,7 +235,8 @@ class StateStore:
                 remove_tree(self._fs, checkpoint.path)
             for channel, rounds in sorted(good.items()):
                 if len(rounds) == keep:
-                    self._prune_results(channel, min(rounds))
+                    wanted = (since or {}).get(channel, min(rounds))
+                    self._prune_results(channel, min(wanted, *rounds))
         return broken
 
     def forget(self, channel: str) -> None:

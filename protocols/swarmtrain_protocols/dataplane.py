@@ -73,7 +73,7 @@ class DataPlane:
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
         self._incoming: dict[bytes, list[memoryview]] = {}
         self._incoming_root: dict[str, bytes] = {}
-        self._adopted: dict[bytes, None] = {}
+        self._adopted: dict[bytes, str] = {}
 
     def layout(self, values: int) -> Layout:
         return Layout(values, self._chunk_values)
@@ -370,14 +370,27 @@ class DataPlane:
             self.drop(root)
         return state.round, state.root()
 
-    def adopt_result(self, blob: Blob, values: int, codec: str) -> None:
-        """A result from an earlier life, kept until it is applied; the log may never ask for it."""
+    def adopt_result(self, blob: Blob, values: int, codec: str, channel: str = "") -> None:
+        """A result from an earlier life, kept until it is applied; the log may never ask for it.
+
+        Or until the state of ``channel`` is dropped.
+        """
         self.register(blob)
         self._result_codecs[blob.root] = (values, codec)
-        self._adopted[blob.root] = None
+        self._adopted[blob.root] = channel
 
     def install(self, purpose: fx.Snapshot) -> tuple[int, bytes]:
         """Make a fetched snapshot the canonical state; returns (round, state hash).
+
+        Raises:
+            PeerFault: ``malformed`` or ``corrupt``.
+        """
+        state = self.fetched_state(purpose)
+        self.states[purpose.channel] = state
+        return state.round, purpose.root
+
+    def fetched_state(self, purpose: fx.Snapshot) -> CanonicalState:
+        """A state whose chunks have all been fetched, not installed; its memory is the caller's.
 
         Raises:
             PeerFault: ``malformed`` or ``corrupt``.
@@ -388,17 +401,18 @@ class DataPlane:
             raise PeerFault("malformed", "snapshot header of another state")
         for index, chunk in enumerate(chunks):
             state.load_chunk(index, chunk)
-        root = state.root()
-        if root != purpose.root:
+        if state.root() != purpose.root:
             raise PeerFault("corrupt", "a fetched snapshot does not match its root")
-        self.states[purpose.channel] = state
-        return state.round, root
+        return state
 
     def drop_state(self, channel: str) -> None:
         """Forget the state of a channel, its results and what was being fetched for it."""
         self.states.pop(channel, None)
         for roots in self._results.pop(channel, []):
             self._forget_result(roots, [])
+        for root in [r for r, of in self._adopted.items() if of == channel]:
+            del self._adopted[root]
+            self.drop(root)
         left = self._incoming_root.pop(channel, None)
         if left is not None:
             self._incoming.pop(left, None)

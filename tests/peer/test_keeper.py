@@ -1,0 +1,205 @@
+"""The disk of a site that serves stages: several channels, given up, endangered, fetched slowly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.keeper import Keeper
+from swarmtrain_protocols.dataplane import DataPlane
+from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.state import CanonicalState
+from tests.peer.store_helpers import files
+from tests.protocols.pipeline.stage_kit import StageLog
+from tests.protocols.rounds_kit import A, B
+
+ONE, TWO = "train/1/0", "train/2/0"
+VALUES, EVERY, KEPT = 64, 10, 2
+KEYS = RunKeys(stages=2, inner_warmup_steps=0, inner_lr=0.01)
+
+
+class Site:
+    """A keeper with its data plane; steps are applied by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = DataPlane(keys=KEYS)
+        self.snapshots: dict[str, list[tuple[int, bytes]]] = {}
+        self.disk = ThreadPoolExecutor(1)
+        self.restored: dict[str, tuple[int, bytes]] = {}
+        self.stored: list[tuple[str, int]] = []
+        self.keeper = Keeper(
+            folder,
+            data=self.data,
+            snapshots=self.snapshots,
+            events=EventLog(folder / "events.jsonl", "ab" * 32),
+            disk=self.disk,
+            every_rounds=EVERY,
+            kept=KEPT,
+            replicas_min=2,
+        )
+
+    def begin(self, channel: str) -> CanonicalState:
+        state = self.data.new_state(channel, 0, VALUES)
+        state.theta[:] = np.random.default_rng(len(channel)).standard_normal(VALUES)
+        self.data.states[channel] = state
+        self.keeper.advanced(state)
+        return state
+
+    def step(self, channel: str) -> bytes:
+        """One committed step: on disk, then applied; returns its root."""
+        state = self.data.states[channel]
+        rng = np.random.default_rng([state.round, int(channel.split("/")[1])])
+        blob = DataPlane().encode(rng.standard_normal(VALUES).astype(np.float32), "fp32")
+        number = state.round
+        self.keeper.store.store_result(channel, number, blob.root, "fp32", blob.chunks)
+        self.keeper.keep_result(channel, number, blob)
+        self.data.adopt_result(blob, VALUES, "fp32", channel)
+        self.data.apply(fx.ApplyResult(channel, number, blob.root))
+        self.keeper.advanced(state)
+        return blob.root
+
+    async def settle(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self.disk, lambda: None)
+        await asyncio.sleep(0)
+
+    async def recover(self) -> None:
+        def restored(state: CanonicalState) -> None:
+            self.restored[state.channel] = state.round, state.root()
+
+        def stored(channel: str, number: int, root: bytes) -> None:
+            self.stored.append((channel, number))
+
+        await self.keeper.recover(restored, stored)
+
+    def offered(self, channel: str) -> list[int]:
+        return [number for number, _ in self.snapshots.get(channel, [])]
+
+
+def run(folder: Path, story: Callable[[Site], Awaitable[None]]) -> None:
+    async def main() -> None:
+        site = Site(folder)
+        await story(site)
+        site.disk.shutdown()
+
+    asyncio.run(main())
+
+
+def test_each_stage_has_its_own_checkpoints_and_results(tmp_path: Path) -> None:
+    roots: dict[str, bytes] = {}
+
+    async def first(site: Site) -> None:
+        for channel, steps in ((ONE, 13), (TWO, 27)):
+            state = site.begin(channel)
+            for _ in range(steps):
+                site.step(channel)
+                await site.settle()
+            roots[channel] = state.root()
+        assert (site.offered(ONE), site.offered(TWO)) == ([0, 10], [10, 20])
+
+    async def second(site: Site) -> None:
+        await site.recover()
+        assert {c: r for c, (r, _) in site.restored.items()} == {ONE: 10, TWO: 20}
+        assert site.stored == [(ONE, n) for n in (10, 11, 12)] + [(TWO, n) for n in range(20, 27)]
+        for channel in (ONE, TWO):
+            state = site.data.states[channel]
+            assert state.slot_names == ("m", "v")
+            for number in [n for c, n in site.stored if c == channel]:
+                found = site.keeper.store.result(channel, number)
+                assert found is not None
+                site.data.apply(fx.ApplyResult(channel, number, found.root))
+            assert state.root() == roots[channel]
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_a_stage_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        for channel in (ONE, TWO):
+            site.begin(channel)
+        result, other = site.step(ONE), site.step(TWO)
+        await site.settle()
+        root = site.snapshots[ONE][0][1]
+        assert site.keeper.provide(root, site.data.provide(root)) is not None
+        site.data.drop_state(ONE)
+        site.keeper.drop_state(ONE)
+        await site.settle()
+        for gone in (root, result):
+            assert site.keeper.provide(gone, site.data.provide(gone)) is None
+        assert site.keeper.provide(other) is not None and site.offered(TWO) == [0]
+        assert list(site.data.states) == [TWO] and ONE not in site.snapshots
+        assert {p.parent.name[:7] for p in files(tmp_path, ".result")} == {"train-2"}
+        assert {p.name[:7] for p in files(tmp_path, ".safetensors")} == {"train-2"}
+        site.begin(ONE)  # and back: its first state is saved again
+        await site.settle()
+        assert site.offered(ONE) == [0]
+
+    run(tmp_path, story)
+
+
+def test_a_stage_that_comes_back_at_once_keeps_its_new_files(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        site.begin(ONE)
+        await site.settle()
+        gate = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        held = asyncio.run_coroutine_threadsafe(gate.wait(), loop)
+        site.disk.submit(held.result)  # the disk is busy
+        site.data.drop_state(ONE)
+        site.keeper.drop_state(ONE)
+        site.begin(ONE)
+        site.step(ONE)
+        gate.set()
+        await site.settle()
+        await site.settle()
+        assert site.keeper.store.result(ONE, 0) is not None
+        assert site.offered(ONE) == [0]
+
+    run(tmp_path, story)
+
+
+def test_an_endangered_stage_is_saved_at_every_step_the_disk_can_follow(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        log = StageLog(A, B)
+        log.assign(A, 1, 2)
+        log.assign(B, 2)
+        site.keeper.look(log.ledger)
+        for channel in (ONE, TWO):
+            site.begin(channel)
+            await site.settle()
+            for _ in range(3):
+                site.step(channel)
+                await site.settle()
+        assert (site.offered(ONE), site.offered(TWO)) == ([2, 3], [0])
+        log.assign(B, 1, 2)
+        site.keeper.look(log.ledger)
+        site.step(ONE)
+        await site.settle()
+        assert site.offered(ONE) == [2, 3], "two serve it again"
+
+    run(tmp_path, story)
+
+
+def test_whoever_fetches_an_older_snapshot_gets_it_and_all_results_after_it(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        site.begin(ONE)
+        await site.settle()
+        root, results = site.snapshots[ONE][0][1], []
+        for _ in range(35):
+            results.append(site.step(ONE))
+            await site.settle()
+        assert site.offered(ONE) == [20, 30]
+        blob = site.keeper.provide(root, site.data.provide(root))
+        assert blob is not None and Blob.of(blob.chunks).root == root
+        for result in results:
+            found = site.keeper.provide(result)
+            assert found is not None and Blob.of(found.chunks).root == result
+
+    run(tmp_path, story)

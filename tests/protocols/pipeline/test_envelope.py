@@ -15,7 +15,7 @@ VIEW = View(2, 9, 4)
 
 
 def batch(inputs: int, gradient: int, tokens: int) -> MicroBatch:
-    made = MicroBatch(5, (0, 1, 2), bytes(tokens))
+    made = MicroBatch(5, (0, 1, 2), tokens=bytes(tokens))
     for hop in (1, 2):
         made.inputs[hop] = Tensor(b"i" * 32, inputs, bytes(inputs))
     made.gradients[1] = Tensor(b"g" * 32, gradient, bytes(gradient))

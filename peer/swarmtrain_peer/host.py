@@ -21,6 +21,11 @@ def wall_s() -> float:
     return time.time()
 
 
+def thread_cpu_s() -> float:
+    """Processor seconds that the calling thread has used: what a piece of work costs."""
+    return time.thread_time()
+
+
 def entropy(nbytes: int) -> bytes:
     """``nbytes`` unpredictable bytes from the operating system."""
     return os.urandom(nbytes)

@@ -43,9 +43,9 @@ class LinkRate:
         rate = self.bytes_per_s
         if rate is None or rate > FAST_BYTES_PER_S:
             return None
-        begin_s = host.mono_s()
+        begin_s = host.thread_cpu_s()  # what it costs, not how long others kept the processor
         saving = sample_saving(chunk)
-        spent_s = max(1e-6, host.mono_s() - begin_s)
+        spent_s = max(1e-6, host.thread_cpu_s() - begin_s)
         if not pays(saving, min(SAMPLE_BYTES, chunk.nbytes) / spent_s, rate):
             return None
         return pack(chunk)

@@ -73,6 +73,7 @@ class DataPlane:
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
         self._incoming: dict[bytes, list[memoryview]] = {}
         self._incoming_root: dict[str, bytes] = {}
+        self._foreign: dict[tuple[str, str], tuple[bytes, list[memoryview]]] = {}
         self._adopted: dict[bytes, str] = {}
 
     def layout(self, values: int) -> Layout:
@@ -159,6 +160,8 @@ class DataPlane:
             sizes = self._encoded_sizes(purpose.values, purpose.codec)
         elif isinstance(purpose, fx.Snapshot):
             sizes = self._state_sizes(purpose.channel, purpose.round, purpose.values)
+            if purpose.foreign:
+                return self._foreign_memory(purpose, sizes)[first : first + count]
         else:
             raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
         whole = self._incoming.get(purpose.root)
@@ -171,6 +174,15 @@ class DataPlane:
             self._incoming[purpose.root] = whole
             self._incoming_root[purpose.channel] = purpose.root
         return whole[first : first + count]
+
+    def _foreign_memory(self, purpose: fx.Snapshot, sizes: list[int]) -> list[memoryview]:
+        """One foreign state per channel and use: what an earlier one has left is of no use."""
+        key = purpose.channel, purpose.foreign
+        root, whole = self._foreign.get(key, (b"", []))
+        if root != purpose.root:
+            whole = chunk_buffers(sizes)
+            self._foreign[key] = purpose.root, whole
+        return whole
 
     def total_chunks(self, purpose: object) -> int:
         """Chunks of the whole blob that a fetch with this purpose takes a range of."""
@@ -395,7 +407,13 @@ class DataPlane:
         Raises:
             PeerFault: ``malformed`` or ``corrupt``.
         """
-        chunks = self._incoming.pop(purpose.root)
+        if purpose.foreign:
+            key = purpose.channel, purpose.foreign
+            root, chunks = self._foreign.pop(key, (b"", []))
+            if root != purpose.root:
+                raise LocalProtocolError("no such state was fetched", purpose.channel)
+        else:
+            chunks = self._incoming.pop(purpose.root)
         state = self.new_state(purpose.channel, purpose.round, purpose.values)
         if bytes(chunks[0]) != state.header:
             raise PeerFault("malformed", "snapshot header of another state")
@@ -404,6 +422,11 @@ class DataPlane:
         if state.root() != purpose.root:
             raise PeerFault("corrupt", "a fetched snapshot does not match its root")
         return state
+
+    def drop_foreign(self, use: str) -> None:
+        """Forget what was fetched for ``use`` and not taken."""
+        for key in [k for k in self._foreign if k[1] == use]:
+            del self._foreign[key]
 
     def drop_state(self, channel: str) -> None:
         """Forget the state of a channel, its results and what was being fetched for it."""

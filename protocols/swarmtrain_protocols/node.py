@@ -148,7 +148,7 @@ class NodeCore:
             rng=rng,
             member=self.member,
             rounds=self.leader,
-            in_step=self.catchup.in_step,
+            catchup=self.catchup,
             connected=self.linked,
             propose=self._proposals.propose,
             pump=self._pump,
@@ -384,6 +384,7 @@ class NodeCore:
             self.catchup.queried(peer, message)
         elif isinstance(message, mm.SnapshotOffer):
             self.catchup.offered(now, peer, message)
+            self.pipeline.healing.offered(now, peer, message)
         else:
             self.reception.receive(now, peer, message)
 

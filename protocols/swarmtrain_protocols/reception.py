@@ -20,7 +20,9 @@ from swarmtrain_protocols.node_events import JoinFailed
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
 
-_MAY_PROPOSE = e.ModelDefined | e.CheckpointMade | e.Paused | e.Resumed | e.RunEnded
+_MAY_PROPOSE = (
+    e.ModelDefined | e.CheckpointMade | e.Paused | e.Resumed | e.RunEnded | e.StageRecovered
+)
 
 
 class Reception:
@@ -104,6 +106,9 @@ class Reception:
             if body.author != peer or not valid_model(body):
                 self._fault(peer, "bad_model")
                 return
+        if isinstance(body, e.StageRecovered) and body.host != peer:
+            self._fault(peer, "not_the_host")
+            return
         self._propose(now, body)
 
     def _fault(self, peer: PeerId, code: str) -> None:

@@ -394,3 +394,41 @@ def test_a_result_of_an_earlier_life_is_kept_until_it_is_applied() -> None:
     assert here.provide(blob.root) is blob
     here.apply(fx.ApplyResult(TRAIN, 0, blob.root, lr=1.0, momentum=0.5))
     assert here.provide(blob.root) is None
+
+
+def test_a_foreign_state_has_memory_of_its_own_and_is_never_installed() -> None:
+    donor, here = plane(), plane()
+    blob = donor.new_state(TRAIN, 3, VALUES).blob()
+    own = fx.Snapshot(TRAIN, 3, blob.root, VALUES)
+    foreign = fx.Snapshot(TRAIN, 3, blob.root, VALUES, "copy")
+    for purpose in (own, foreign):
+        assert here.total_chunks(purpose) == len(blob.chunks)
+        places = here.destinations(purpose, 0, len(blob.chunks))
+        for place, chunk in zip(places, blob.chunks, strict=True):
+            place[:] = chunk
+    here.install(own)
+    installed = here.states[TRAIN]
+    found = here.fetched_state(foreign)
+    assert found.root() == blob.root and here.states[TRAIN] is installed
+    with pytest.raises(LocalProtocolError, match="no such state"):
+        here.fetched_state(foreign)
+    here.destinations(foreign, 0, 1)
+    with pytest.raises(LocalProtocolError, match="no such state"):
+        here.fetched_state(fx.Snapshot(TRAIN, 2, hash_of("other"), VALUES, "copy"))
+
+
+def test_foreign_states_for_different_uses_do_not_share_memory() -> None:
+    donor, here = plane(), plane()
+    blob = donor.new_state(TRAIN, 3, VALUES).blob()
+    uses = ("copy", "rebuild/2", "rebuild/4")
+    purposes = [fx.Snapshot(TRAIN, 3, blob.root, VALUES, use) for use in uses]
+    for purpose in purposes:
+        for place, chunk in zip(
+            here.destinations(purpose, 0, len(blob.chunks)), blob.chunks, strict=True
+        ):
+            place[:] = chunk
+    here.drop_foreign("rebuild/4")
+    for purpose in purposes[:2]:
+        assert here.fetched_state(purpose).root() == blob.root
+    with pytest.raises(LocalProtocolError, match="no such state"):
+        here.fetched_state(purposes[2])

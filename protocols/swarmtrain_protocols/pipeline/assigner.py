@@ -115,6 +115,11 @@ class Assigner:
         """No stage counts on this member any more."""
         return member not in self._ledger.pipeline.assigned
 
+    def able(self, stage: int) -> list[PeerId]:
+        """Members with a link and a trainer that the log has given ``stage``, in member order."""
+        serving = self._ledger.pipeline.serving(stage)
+        return [PeerId(k) for k in serving if self._census.at_work(k)]
+
     def disconnected(self, now: float, peer: PeerId) -> None:
         self._next_look = min(self._next_look, now)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from swarmtrain_protocols.channels import ChannelState
     from swarmtrain_protocols.ledger import Ledger
 
+KEPT = "kept"
+"""The candidate that is the lost state itself, come back with its optimizer."""
 NORM_STEPS = 20.0
 """Time constant of the running square norm, in steps."""
 
@@ -35,7 +37,7 @@ class StageState(msgspec.Struct):
     square_norm: float = 0.0
     """Running mean of the squared norm of its gradient before clipping; 0: no step yet."""
     recovered_step: int = -1
-    """The step that its latest recovery came before, -1: never."""
+    """The step before which it was last rebuilt with an optimizer that starts anew, -1: never."""
 
 
 class PipelineState(msgspec.Struct):
@@ -270,7 +272,9 @@ def _recovered(ledger: Ledger, index: int, body: e.StageRecovered) -> bool:
     channel.attempt = attempt
     # Whoever holds an older state cannot reach the new one by results: it takes a snapshot.
     channel.history.clear()
-    stage.host, stage.generation, stage.recovered_step = b"", stage.generation + 1, body.step
+    stage.host, stage.generation = b"", stage.generation + 1
+    if body.candidates[body.choice] != KEPT:
+        stage.recovered_step = body.step
     return True
 
 

@@ -9,7 +9,6 @@ from the ledger, so nobody has to agree on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from blake3 import blake3
 
@@ -20,6 +19,8 @@ from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.collect import Collector
 from swarmtrain_protocols.rounds import effects as fx
 
+COPY = "copy"
+"""What such a snapshot is fetched for."""
 COPY_STEPS = 20
 CHECK_S = 5.0
 """How often a buddy looks whether a copy is due; also the pause after one that failed."""
@@ -49,14 +50,12 @@ class Buddy:
         ledger: Ledger,
         out: list[Effect],
         collector: Collector,
-        connected: Callable[[], list[PeerId]],
         replicas_min: int,
     ) -> None:
         self.ledger = ledger
         self._me = me
         self._out = out
         self._collector = collector
-        self._connected = connected
         self._replicas_min = replicas_min
         self._kept: dict[int, tuple[int, int]] = {}
         """By stage: (run generation, round) of the copy that is here."""
@@ -89,10 +88,9 @@ class Buddy:
             kept = -1
         endangered = len(state.serving(stage)) < self._replicas_min
         due = kept < 0 or channel.round >= kept + (1 if endangered else COPY_STEPS)
-        if not due or self._collector.busy(name):
+        if not due or self._collector.busy(name, COPY):
             return
-        linked = self._connected()
-        donors = [PeerId(k) for k in state.serving(stage) if k in linked]
+        donors = [PeerId(k) for k in state.serving(stage)]
 
         def done(at: float, snapshot: fx.Snapshot | None) -> None:
             if snapshot is not None:
@@ -100,7 +98,9 @@ class Buddy:
                 self._out.append(px.KeepCopy(snapshot))
 
         if donors:
-            self._collector.start(now, name, donors, done, timeout_s=COPY_TIMEOUT_S, after=kept)
+            self._collector.start(
+                now, name, COPY, donors, done, timeout_s=COPY_TIMEOUT_S, after=kept
+            )
 
     def deadline(self) -> float:
         return self._check_at if self.ledger.pipeline.stages else math.inf

@@ -148,6 +148,11 @@ class Census:
         self._losses += sum(k not in here for k in self._here)
         self._here = here
 
+    def at_work(self, member: bytes) -> bool:
+        """It had a link and a trainer when somebody last looked, and has said so itself."""
+        known = self._known.get(member)
+        return known is not None and known.report is not None and known.here == self._counted
+
     def _is_here(self, member: bytes, now: float) -> bool:
         known = self._known[member]
         return member in self.ledger.members and now <= known.here + self._policy.grace_s

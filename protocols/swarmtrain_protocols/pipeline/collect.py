@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.channels import ChannelState
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.ledger import ZERO_HASH, Ledger
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery
@@ -30,6 +31,7 @@ Done = Callable[[float, "fx.Snapshot | None"], None]
 @dataclass(slots=True)
 class _Job:
     channel: str
+    use: str
     after: int
     done: Done
     expires: float
@@ -42,7 +44,7 @@ class _Job:
 
 
 class Collector:
-    """All such fetches of one node; at most one per channel."""
+    """All such fetches of one node; at most one per channel and use."""
 
     def __init__(
         self,
@@ -58,15 +60,16 @@ class Collector:
         self._fetches = fetches
         self._out = out
         self._chunk_values = chunk_values
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[tuple[str, str], _Job] = {}
 
-    def busy(self, channel: str) -> bool:
-        return channel in self._jobs
+    def busy(self, channel: str, use: str) -> bool:
+        return (channel, use) in self._jobs
 
     def start(
         self,
         now: float,
         channel: str,
+        use: str,
         ask: list[PeerId],
         done: Done,
         *,
@@ -75,29 +78,34 @@ class Collector:
     ) -> None:
         """Get a pinned state of ``channel`` of a round above ``after`` from one of ``ask``.
 
-        Another one for the same channel must be over or cancelled.
+        Another one for the same channel and ``use`` (``fx.Snapshot.foreign``) must be over or
+        cancelled.
         """
-        assert channel not in self._jobs, channel
+        assert use and (channel, use) not in self._jobs, (channel, use)
         asked = dict.fromkeys(peer for peer in ask[:ASKED_MAX] if peer != self._me)
-        job = _Job(channel, after, done, now + timeout_s, now + ANSWERS_S, asked)
-        self._jobs[channel] = job
+        job = _Job(channel, use, after, done, now + timeout_s, now + ANSWERS_S, asked)
+        self._jobs[channel, use] = job
         for peer in asked:
             self._out.append(Send(peer, SnapshotQuery(channel)))
         if not asked:
             self._end(now, job, None)
 
-    def cancel(self, channel: str) -> None:
+    def cancel(self, channel: str, use: str) -> None:
         """Forget it; ``done`` is not called."""
-        job = self._jobs.pop(channel, None)
+        job = self._jobs.pop((channel, use), None)
         for ticket in list(job.flying) if job is not None else ():
             self._fetches.cancel(ticket)
 
     def offered(self, now: float, peer: PeerId, offer: SnapshotOffer) -> None:
         """A peer's answer; offers of those who were not asked are ignored."""
-        job = self._jobs.get(offer.channel)
         channel = self.ledger.channels.get(offer.channel)
-        if job is None or channel is None or peer not in job.asked:
-            return
+        for job in list(self._jobs.values()):
+            if channel is not None and job.channel == channel.name and peer in job.asked:
+                self._heard(now, job, channel, peer, offer)
+
+    def _heard(
+        self, now: float, job: _Job, channel: ChannelState, peer: PeerId, offer: SnapshotOffer
+    ) -> None:
         del job.asked[peer]
         for number, root in zip(offer.rounds, offer.roots, strict=False):
             pinned = root != ZERO_HASH and channel.pinned_hash(number) == root
@@ -109,7 +117,7 @@ class Collector:
 
     def tick(self, now: float) -> None:
         for job in list(self._jobs.values()):
-            if self._jobs.get(job.channel) is job:
+            if self._is_on(job):
                 self._step(now, job)
 
     def deadline(self) -> float:
@@ -119,6 +127,9 @@ class Collector:
         return min(times, default=math.inf)
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _is_on(self, job: _Job) -> bool:
+        return self._jobs.get((job.channel, job.use)) is job
 
     def _step(self, now: float, job: _Job) -> None:
         if now >= job.expires:
@@ -132,7 +143,7 @@ class Collector:
             self._end(now, job, None)
             return
         number, root = max(job.offers)
-        job.chosen = fx.Snapshot(job.channel, number, root, channel.values)
+        job.chosen = fx.Snapshot(job.channel, number, root, channel.values, job.use)
         total = 1 + -(-channel.values // self._chunk_values)
         job.todo = [
             (first, min(RANGE_CHUNKS, total - first)) for first in range(0, total, RANGE_CHUNKS)
@@ -172,7 +183,7 @@ class Collector:
         self, now: float, job: _Job, donor: PeerId, ticket: int, reason: str | None
     ) -> None:
         piece = job.flying.pop(ticket)
-        if self._jobs.get(job.channel) is not job:
+        if not self._is_on(job):
             return
         if reason is not None:
             if reason == "corrupt":
@@ -185,5 +196,5 @@ class Collector:
         self._pump(now, job)
 
     def _end(self, now: float, job: _Job, found: fx.Snapshot | None) -> None:
-        self.cancel(job.channel)
+        self.cancel(job.channel, job.use)
         job.done(now, found)

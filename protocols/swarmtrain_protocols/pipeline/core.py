@@ -6,7 +6,7 @@ Present in every node; in a run without stages it does nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId
@@ -21,11 +21,13 @@ from swarmtrain_protocols.pipeline.census import AssignPolicy
 from swarmtrain_protocols.pipeline.driver import DriverCore
 from swarmtrain_protocols.pipeline.envelope import View
 from swarmtrain_protocols.pipeline.errands import ERRANDS_FROM, Errands
+from swarmtrain_protocols.pipeline.healing import Healing
 from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.paths import PathPlan
 from swarmtrain_protocols.pipeline.step_policy import step_policy_of
 from swarmtrain_protocols.pipeline.steps import StepLeader
 from swarmtrain_protocols.pipeline.worker import WorkerCore
+from swarmtrain_protocols.rounds.catchup import CatchUp
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.member import RoundMember
 
@@ -41,8 +43,7 @@ class PipelineCore:
 
     Args:
         keys: of the run.
-        member, rounds: of the node; steps run on the rounds of the stage channels.
-        in_step: whether the state of a channel here is the one the next round is applied to.
+        member, rounds, catchup: of the node; steps run on the rounds of the stage channels.
         connected: peers with a live link.
         pump: settles the node after a call of the shell.
     """
@@ -57,7 +58,7 @@ class PipelineCore:
         rng: random.Random,
         member: RoundMember,
         rounds: RoundLeader,
-        in_step: Callable[[str], bool],
+        catchup: CatchUp,
         connected: Callable[[], list[PeerId]],
         propose: Callable[[float, e.EntryBody], bool],
         pump: Callable[[float], None],
@@ -76,7 +77,8 @@ class PipelineCore:
             ledger=ledger,
             out=out,
             member=member,
-            in_step=in_step,
+            in_step=catchup.in_step,
+            on_trial=lambda stage: self.healing.host.on_trial(stage),  # noqa: PLW0108, made below
             micro_batches=keys.micro_batches,
             scatter_codec=keys.codec_scatter,
             samples=keys.batch_size,
@@ -100,6 +102,7 @@ class PipelineCore:
             propose=propose,
             connected=connected,
         )
+        self._make_healing(keys, catchup, rounds, propose)
 
     def _make_driver(self, keys: RunKeys, rng: random.Random) -> None:
         self.driver = DriverCore(
@@ -122,6 +125,27 @@ class PipelineCore:
             hop_timeout_s=lambda hop: self.driver.router.timeout_s((hop, False)),
         )
 
+    def _make_healing(
+        self,
+        keys: RunKeys,
+        catchup: CatchUp,
+        rounds: RoundLeader,
+        propose: Callable[[float, e.EntryBody], bool],
+    ) -> None:
+        self.healing = Healing(
+            me=self._me,
+            ledger=self._ledger,
+            out=self._out,
+            catchup=catchup,
+            rounds=rounds,
+            errands=self.errands,
+            connected=self._connected,
+            able=self.assigner.able,
+            propose=propose,
+            replicas_min=keys.replicas_min,
+            chunk_values=catchup.chunk_values,
+        )
+
     @property
     def enabled(self) -> bool:
         """This run is a pipeline."""
@@ -137,6 +161,7 @@ class PipelineCore:
         self._ledger = ledger
         self.worker.ledger = self.errands.ledger = self.steps.ledger = ledger
         self.assigner.ledger = ledger
+        self.healing.adopt_ledger(ledger)
 
     # -- what the log says -----------------------------------------------------------------
 
@@ -219,6 +244,7 @@ class PipelineCore:
         """Somebody else leads, or the same node in a later term."""
         if self.enabled:
             self.worker.leader = leader
+            self.healing.leader_changed(leader)
             self.driver.leader_changed(now, leader)
 
     def announce(self, now: float) -> None:
@@ -231,6 +257,7 @@ class PipelineCore:
         if self.enabled:
             self.steps.activate(now, active)
             self.assigner.activate(now, active)
+            self.healing.activate(now, active)
 
     def reconcile(self, now: float) -> None:
         """The ledger moved, or a state arrived."""
@@ -242,11 +269,13 @@ class PipelineCore:
         self.assigner.reconcile(now)
         self.driver.reconcile(now)
         self.errands.reconcile(now)
+        self.healing.reconcile(now)
         self._connect(now)
 
     def _connect(self, now: float) -> None:
-        """A driver has links to all workers."""
-        if not self.driver.active:
+        """A driver has links to all workers, and so has who rebuilds a stage."""
+        if not (self.driver.active or self.healing.host.busy):
+            self._asked.clear()
             return
         linked = dict.fromkeys(self._connected())
         assigned = self._ledger.pipeline.assigned
@@ -281,10 +310,12 @@ class PipelineCore:
             self.errands.tick(now)
             self.steps.step(now)
             self.assigner.step(now)
+            self.healing.tick(now)
             self._connect(now)
 
     def deadline(self) -> float:
-        parts = (self.worker, self.driver, self.errands, self.steps, self.assigner)
+        leading = (self.steps, self.assigner)
+        parts = (self.worker, self.driver, self.errands, *leading, self.healing)
         times = [part.deadline() for part in parts] if self.enabled else []
         return min([*times, *self._asked.values()], default=float("inf"))
 
@@ -294,6 +325,7 @@ class PipelineCore:
         """A trainer with room for so many parameters computes stages here; 0: none (any more)."""
         self._serving.clear()
         self.worker.trainer(now, values_max)
+        self.healing.host.trainer_changed(now, values_max > 0)
         self._pump(now)
 
     def set_driver(self, now: float, active: bool) -> None:
@@ -323,6 +355,26 @@ class PipelineCore:
     def tokens(self, now: float, step: int, micro_batch: int, tokens: bytes) -> None:
         """The answer to ``NeedTokens``."""
         self.driver.tokens(now, step, micro_batch, tokens)
+        self._pump(now)
+
+    def calibration(self, now: float, stage: int, batches: Sequence[bytes]) -> None:
+        """The answer to ``NeedCalibration``."""
+        self.healing.host.calibration(now, stage, batches)
+        self._pump(now)
+
+    def candidates_built(self, now: float, stage: int, names: Sequence[str]) -> None:
+        """The answer to ``BuildCandidates``."""
+        self.healing.host.candidates_built(now, stage, names)
+        self._pump(now)
+
+    def candidate_ready(self, now: float, stage: int, name: str, root: bytes) -> None:
+        """The answer to ``TryCandidate``: its weights are in place."""
+        self.healing.host.candidate_ready(now, stage, name, root)
+        self._pump(now)
+
+    def candidate_failed(self, now: float, stage: int, name: str, reason: str) -> None:
+        """The other answer to ``TryCandidate``."""
+        self.healing.host.candidate_failed(now, stage, name, reason)
         self._pump(now)
 
     def unresolved(self, now: float, peer: PeerId, message: m.HopRequest | m.HopReply) -> None:

@@ -180,7 +180,7 @@ class AdoptCandidate:
 
 @dataclass(frozen=True, slots=True)
 class DropCandidates:
-    """Forget the inputs and candidates of a stage. No answer."""
+    """Forget the inputs (``rebuild.use_of(stage)``) and candidates of a stage. No answer."""
 
     stage: int
 

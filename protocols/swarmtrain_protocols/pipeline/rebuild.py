@@ -19,7 +19,7 @@ from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.pipeline import effects as px
-from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.collect import Collector
 from swarmtrain_protocols.pipeline.errands import ErrandDone, ErrandFailed, Errands
 from swarmtrain_protocols.pipeline.hops import ENDS, hops_of, plain_path
@@ -33,8 +33,6 @@ TRIAL_S = 120.0
 AGAIN_S = 2.0
 UNSCORED = -1.0
 """Stands for the loss of a candidate that could not be scored."""
-KEPT = "kept"
-"""Name of the candidate that is the state itself, come back in time."""
 PREFERENCE = (
     "snapshot",
     "average-plain",
@@ -47,6 +45,11 @@ PREFERENCE = (
     "fresh",
 )
 """Which candidate to take if none could be scored."""
+
+
+def use_of(stage: int) -> str:
+    """What the states of neighbours are fetched for."""
+    return f"rebuild/{stage}"
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class _Work:
     roots: dict[str, bytes] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     at: int = 0
+    away: list[int] = field(default_factory=list)
+    """Other stages that were lost when the first candidate was tried: its path leaves them out."""
     errands: dict[int, None] = field(default_factory=dict)
     heard: list[float] = field(default_factory=list)
     choice: e.StageRecovered | None = None
@@ -104,6 +109,11 @@ class Rebuilder:
         self._fetching = fetching
         self._works: dict[int, _Work] = {}
 
+    @property
+    def busy(self) -> bool:
+        """This node rebuilds a stage."""
+        return bool(self._works)
+
     def on_trial(self, stage: int) -> bool:
         """A candidate stands in the module of ``stage``: hops of kind ``evaluate`` may use it."""
         work = self._works.get(stage)
@@ -115,9 +125,13 @@ class Rebuilder:
         state = self.ledger.pipeline
         for stage, work in list(self._works.items()):
             known = state.stages[stage]
-            if known.host == self._me and work.era == state.era:
-                continue
-            self._settle(work)
+            if known.host != self._me or work.era != state.era:
+                self._settle(work)
+            elif work.phase in ("try", "score") and work.away != self._away(stage):
+                # Losses of different paths cannot be compared.
+                self._cancel(work)
+                work.phase, work.at, work.away = "try", 0, self._away(stage)
+                self._try(now, work)
         for stage in state.lost():
             if state.stages[stage].host == self._me and stage not in self._works:
                 channel = self.ledger.channels[stage_channel(stage)]
@@ -128,7 +142,7 @@ class Rebuilder:
         """It is over: this node's choice stands in the log, or somebody else's does."""
         channel = self.ledger.channels[stage_channel(work.stage)]
         known = self.ledger.pipeline.stages[work.stage]
-        choice, recovered = work.choice, not known.host and known.recovered_step == work.round
+        choice, recovered = work.choice, not known.host and channel.start_round == work.round
         self._cancel(work)
         del self._works[work.stage]
         if choice is not None and recovered and channel.start_hash == choice.root:
@@ -141,7 +155,7 @@ class Rebuilder:
     def _cancel(self, work: _Work) -> None:
         """Nothing that is under way is waited for."""
         for channel in work.collecting:
-            self._collector.cancel(channel)
+            self._collector.cancel(channel, use_of(work.stage))
         for handle in work.errands:
             self._errands.cancel(handle)
         work.collecting.clear()
@@ -206,9 +220,8 @@ class Rebuilder:
         name = stage_channel(stage)
         if self._own(work, what, name):
             return
-        linked = self._connected()
-        serving = [PeerId(k) for k in self.ledger.pipeline.serving(stage) if k in linked]
-        others = [k for k in linked if k not in serving]
+        serving = [PeerId(k) for k in self.ledger.pipeline.serving(stage)]
+        others = [k for k in self._connected() if k not in serving]
 
         def done(at: float, snapshot: fx.Snapshot | None) -> None:
             if self._works.get(work.stage) is not work or work.collecting.pop(name, None) is None:
@@ -217,9 +230,9 @@ class Rebuilder:
                 work.inputs.append(px.CandidateInput(what, snapshot, False))
             self.tick(at)
 
-        if not self._collector.busy(name):
-            work.collecting[name] = what
-            self._collector.start(now, name, [*serving, *others], done, timeout_s=COLLECT_S)
+        work.collecting[name] = what
+        use, ask = use_of(work.stage), [*serving, *others]
+        self._collector.start(now, name, use, ask, done, timeout_s=COLLECT_S)
 
     def _own(self, work: _Work, what: str, channel: str) -> bool:
         held = self._held(channel)
@@ -265,8 +278,11 @@ class Rebuilder:
             return
         assert names, "fresh weights are always possible"
         work.names = tuple(names)
-        work.phase = "try"
+        work.phase, work.away = "try", self._away(stage)
         self._try(now, work)
+
+    def _away(self, stage: int) -> list[int]:
+        return [s for s in self.ledger.pipeline.lost() if s != stage]
 
     def candidate_ready(self, now: float, stage: int, name: str, root: bytes) -> None:
         """The answer to ``TryCandidate``."""
@@ -276,10 +292,9 @@ class Rebuilder:
         work.roots[name] = root
         work.phase = "score"
         work.heard.clear()
-        state = self.ledger.pipeline
-        away = [s for s in state.lost() if s != stage]
-        path = tuple(h for h in plain_path(state.blocks) if h not in away)
-        pinned = dict.fromkeys(hops_of(stage, state.blocks), self._me)
+        blocks = self.ledger.pipeline.blocks
+        path = tuple(h for h in plain_path(blocks) if h not in work.away)
+        pinned = dict.fromkeys(hops_of(stage, blocks), self._me)
         for tokens in work.batches or ():
             try:
                 handle = self._errands.start(

@@ -54,6 +54,7 @@ class WorkerCore:
     Args:
         member: takes the encoded sums as contributions to the rounds of the stages.
         in_step: whether the state of a channel here is the one the next round is applied to.
+        on_trial: whether a candidate for a lost stage is in place here, to be evaluated.
         micro_batches: of one step.
         samples: in one micro-batch.
         suppress_duplicates: off only to show that tests notice what it is for.
@@ -68,6 +69,7 @@ class WorkerCore:
         out: list[Effect],
         member: RoundMember,
         in_step: Callable[[str], bool],
+        on_trial: Callable[[int], bool] = lambda stage: False,
         micro_batches: int,
         scatter_codec: str,
         samples: int = 1,
@@ -80,6 +82,7 @@ class WorkerCore:
         self._me = me
         self._out = out
         self._in_step = in_step
+        self._on_trial = on_trial
         self._micro_batches = micro_batches
         self._samples = samples
         self._sizes = sizes
@@ -168,7 +171,12 @@ class WorkerCore:
         return (peer, request.id) in asked
 
     def _trouble(self, request: HopRequest) -> tuple[str, str] | None:
-        refused = trouble(request, self.ledger, self._blocks, self.assigned(), self._in_step)
+        stage = stage_of(request.id.hop, self._blocks)
+        trial = request.kind == "evaluate" and self._on_trial(stage)
+        served = (*self.assigned(), stage) if trial else self.assigned()
+        refused = trouble(
+            request, self.ledger, self._blocks, served, lambda name: trial or self._in_step(name)
+        )
         if refused is None and not self.values_max:
             refused = "not_ready", "no trainer is at work here"
         if refused is None and request.kind == "backward" and self._sums.closing:

@@ -79,12 +79,12 @@ class CatchUp:
         """What this node can serve: (round, state hash), oldest first; kept by the shell."""
         self._me = me
         self._rng = rng
-        self._fetches = fetches
+        self.fetches = fetches
         self._out = out
         self._member = member
         self._connected = connected
         self._keys = keys
-        self._chunk_values = chunk_values
+        self.chunk_values = chunk_values
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
@@ -172,7 +172,7 @@ class CatchUp:
         """Stop what is being fetched; nothing is needed of it any more."""
         download, track.download = track.download, None
         for ticket in list(download.flying) if download is not None else ():
-            self._fetches.cancel(ticket)
+            self.fetches.cancel(ticket)
 
     def _advance(self, now: float, channel: ChannelState, track: Track) -> None:
         if track.busy or track.download is not None:
@@ -228,7 +228,7 @@ class CatchUp:
         self, now: float, channel: ChannelState, track: Track, outcome: Outcome
     ) -> None:
         donors = self._sources(track.channel, outcome.held_by)
-        total = -(-outcome.values // self._chunk_values)
+        total = -(-outcome.values // self.chunk_values)
         purpose = fx.WholeResult(
             track.channel, outcome.round, outcome.root, outcome.values, outcome.gather_codec
         )
@@ -284,7 +284,7 @@ class CatchUp:
             self._fetched(at, track, download, ticket, reason)
 
         root = download.purpose.root
-        ticket = self._fetches.start(now, donor, root, piece[0], piece[1], download.purpose, done)
+        ticket = self.fetches.start(now, donor, root, piece[0], piece[1], download.purpose, done)
         download.flying[ticket] = (donor, piece)
 
     def _fetched(
@@ -350,7 +350,7 @@ class CatchUp:
         ]
         if good:
             number, root = max(good)
-            total = 1 + -(-channel.values // self._chunk_values)
+            total = 1 + -(-channel.values // self.chunk_values)
             snapshot = fx.Snapshot(track.channel, number, root, channel.values)
             track.generation = self.ledger.generation
             self._start(now, track, snapshot, [peer], total)

@@ -133,12 +133,16 @@ class WholeResult:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Purpose of a fetch: chunks of the state before ``round``, ``values`` long."""
+    """Purpose of a fetch: chunks of the state before ``round``, ``values`` long.
+
+    ``foreign``: what for, if it will not be this node's own state; it then has memory of its own.
+    """
 
     channel: str
     round: int
     root: bytes
     values: int
+    foreign: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,12 @@ class RoundLeader:
             if body is not None:
                 self._propose(now, body)
 
+    def reports(self, channel: str) -> list[tuple[bytes, StateReport]]:
+        """Where members with a link stand in a state channel, in member order."""
+        room = self._lobbies.rooms.get(channel)
+        known = room.reports if room is not None else {}
+        return [(k, known[k]) for k in self.here() if k in known]
+
     def _present_reports(self) -> dict[str, Iterable[StateReport]]:
         present = self.present()
         return {

@@ -21,8 +21,9 @@ from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import leaf_hash, merkle_root
 from swarmtrain_protocols.node_events import LedgerChanged
-from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.hops import plain_path, stage_of, swapped_path
+from swarmtrain_protocols.pipeline.rebuild import CALIBRATION_BATCHES
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.state import header_chunk
 from swarmtrain_protocols.testing.check_rounds import LogIsOne
@@ -58,6 +59,10 @@ class StepsAreRight(LogIsOne):
         self.assigned: dict[bytes, tuple[int, ...]] = {}
         self.closed: dict[Key, e.StepClosed] = {}
         self.committed: dict[int, Key] = {}
+        self.lost: dict[int, bool] = {}
+        """Stages that are lost; whether no other one was while it is."""
+        self.rebuilt: dict[int, int] = {}
+        """By stage: the step before which it was last rebuilt."""
         self.aborted = 0
         self.micro_batches = 0
         """Micro-batches in all committed steps."""
@@ -76,6 +81,12 @@ class StepsAreRight(LogIsOne):
             self._model(world, body)
         elif isinstance(body, e.StageAssigned):
             self.assigned[body.member] = body.stages
+        elif isinstance(body, e.StageLost):
+            self.lost[body.stage] = self.lost.get(body.stage, True)
+            if len(self.lost) > 1:
+                self.lost = dict.fromkeys(self.lost, False)
+        elif isinstance(body, e.StageRecovered):
+            self._recovered(world, body)
         elif isinstance(body, e.StepClosed):
             self._closed(world, body)
         elif isinstance(body, e.StepOutcome):
@@ -89,6 +100,36 @@ class StepsAreRight(LogIsOne):
             if made.state_hash != root:
                 world.violation("model", f"stage {stage} begins with other weights")
             self.weights[stage] = [made]
+
+    def _recovered(self, world: World, body: e.StageRecovered) -> None:
+        """PL16: the state itself, or the candidate with the least loss, as it was told."""
+        alone = self.lost.pop(body.stage)
+        known, name = self.weights[body.stage], body.candidates[body.choice]
+        world.seen["recovered:" + name] += 1
+        if body.step != len(known) - 1:
+            world.violation("PL16", f"stage {body.stage} comes back before step {body.step}")
+        if name == KEPT:
+            if body.root != known[body.step].state_hash:
+                world.violation("PL16", f"stage {body.stage} comes back with another state")
+            return
+        theta = self.truth.candidates.get((stage_channel(body.stage), body.root))
+        if theta is None:
+            world.violation("PL16", f"nobody has tried what stage {body.stage} comes back with")
+        assert theta is not None
+        scored = [loss for loss in body.losses if loss >= 0.0]
+        if scored and body.losses[body.choice] != min(scored):
+            world.violation("PL16", f"a better candidate was there: {body}")
+        if alone and body.losses[body.choice] >= 0.0:
+            thetas = {stage: made[body.step].theta for stage, made in self.weights.items()}
+            thetas[body.stage] = theta
+            batches = [self.toy.calibration(k) for k in range(CALIBRATION_BATCHES)]
+            losses = [self.toy.evaluate(tokens, thetas) for tokens in batches]
+            if abs(math.fsum(losses) / len(losses) - body.losses[body.choice]) > 1e-9:
+                world.violation("PL16", f"{name} was scored with other weights: {body} {losses}")
+        self.rebuilt[body.stage] = body.step
+        known[body.step] = self._made(body.stage, body.step, theta)
+        if known[body.step].state_hash != body.root:
+            world.violation("PL16", f"stage {body.stage}: {body.root.hex()} is not {name}")
 
     def _made(self, stage: int, step: int, theta: F32) -> _Weights:
         header = header_chunk(stage_channel(stage), step, theta.size, ())
@@ -204,9 +245,17 @@ class StepsAreRight(LogIsOne):
             world.violation("PL18", f"{key} is clipped by {body.scale}, not {scale}")
         for stage, mean in enumerate(means):
             theta = self.weights[stage][body.step].theta
-            step = np.float32(self.keys.inner_lr) * (np.float32(body.scale) * mean)
+            step = np.float32(self._rate(stage, body.step)) * (np.float32(body.scale) * mean)
             moved: F32 = np.asarray(theta - step, np.float32)
             self.weights[stage].append(self._made(stage, body.step + 1, moved))
+
+    def _rate(self, stage: int, step: int) -> float:
+        """A rebuilt stage warms up over 20 steps, 10 % too high at first, less over 500 steps."""
+        rebuilt = self.rebuilt.get(stage)
+        if rebuilt is None:
+            return self.keys.inner_lr
+        age = step - rebuilt
+        return self.keys.inner_lr * (1.1 - 0.1 * min(1.0, age / 500)) * min(1.0, (age + 1) / 20)
 
     def _scale(self, square_norm: float) -> float:
         """PL18: the whole gradient is clipped once."""

@@ -23,6 +23,7 @@ from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.requests import inline_tensor
 from swarmtrain_protocols.state import CanonicalState
+from swarmtrain_protocols.testing.pipeline_rebuild import Rebuilds
 from swarmtrain_protocols.testing.pipeline_truth import PipelineTruth
 from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
 from swarmtrain_protocols.testing.toystage import I64, Toy
@@ -84,6 +85,7 @@ class PipelineSite(Site):
         self._tickets = TICKETS_FROM
         self._served: tuple[int, ...] = ()
         self._trainer_at = math.inf
+        self._rebuilds = Rebuilds(self)
         super().__init__(ctx, spec, part, truth)
         self._phase_at.clear()  # nobody hands over pseudo-gradients here
         if part.trains:
@@ -244,8 +246,15 @@ class PipelineSite(Site):
             wanted = effect.step, effect.micro_batch
             return [(0.001, lambda at: self.core.pipeline.tokens(at, *wanted, tokens))]
         elif not isinstance(effect, px.CancelCompute):
-            return super().execute(now, effect)
+            healing = self._rebuilds.execute(now, effect)
+            return super().execute(now, effect) if healing is None else healing
         return []
+
+    def adopt_candidate(self, now: float, state: CanonicalState) -> None:
+        """The log has chosen what was rebuilt here."""
+        self._save_state(state)
+        self.ctx.disk.sync_file("state/" + state.channel)
+        self._adopt(now, state)
 
     def _work(self, now: float, took_s: float, call: Callable[[float], None]) -> list[Completion]:
         """Something the device does after all that it was asked for before."""
@@ -264,12 +273,14 @@ class PipelineSite(Site):
         seconds = self._luck.between(*self.spec.hop_s) * self.part.slower
         return 3.0 * seconds if backward else seconds
 
-    def _theta(self, stage: int) -> F32:
+    def _theta(self, stage: int, kind: str = "") -> F32:
         """The weights as they are when the work is asked for."""
-        return self.plane.states[stage_channel(stage)].theta.copy()
+        trial = self._rebuilds.on_trial(stage) if kind == "evaluate" else None
+        return (self.plane.states[stage_channel(stage)].theta if trial is None else trial).copy()
 
     def _compute(self, now: float, effect: px.Compute) -> list[Completion]:
-        theta, took_s = self._theta(effect.stage), self._took_s(effect.kind == "backward")
+        theta = self._theta(effect.stage, effect.kind)
+        took_s = self._took_s(effect.kind == "backward")
 
         def done(at: float) -> None:
             toy, x = self.spec.toy, self._bytes(effect.inputs)

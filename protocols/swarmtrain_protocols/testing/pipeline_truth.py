@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.testing.toystage import I64
 from swarmtrain_protocols.testing.truth import Truth
@@ -24,6 +25,8 @@ class PipelineTruth(Truth):
     """Equal sums of different workers have equal bytes, so they are known by member and root."""
 
     sums: dict[tuple[bytes, str, bytes], Sum] = field(default_factory=dict)
+    candidates: dict[tuple[str, bytes], F32] = field(default_factory=dict)
+    """Weights that somebody has tried for a lost stage, by (channel, state hash)."""
 
     def handed_over(self, member: bytes, channel: str, blob: Blob, total: I64) -> None:
         """A site has encoded its accumulator and is about to announce it."""

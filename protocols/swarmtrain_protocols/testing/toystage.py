@@ -65,6 +65,15 @@ class Toy:
     def tokens(self, step: int, k: int) -> bytes:
         return digest("tokens", self.seed, step, k)[:16]
 
+    @property
+    def layout(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Tensors of a block stage, for the arithmetic of ``pipeline.candidates``."""
+        return (("block.out.weight", (self.values, 1)),)
+
+    def calibration(self, k: int) -> bytes:
+        """Tokens that no step trains on."""
+        return digest("calibration", self.seed, k)[:16]
+
     def place(self, hop: int, k: int) -> int:
         """Where in the gradient of its stage (hop, k) is counted."""
         return k + (self.micro_batches if hop == self.stages + 1 else 0)

@@ -57,7 +57,6 @@ class Desk:
             ledger=self.log.ledger,
             out=self.out,
             collector=self.collector,
-            connected=lambda: [PeerId(k) for k in (A, B, C)],
             replicas_min=2,
         )
 
@@ -89,7 +88,7 @@ def test_a_copy_is_made_after_the_first_step_and_renewed_every_few() -> None:
     assert desk.look(1.0) == [] and desk.buddy.deadline() == CHECK_S
     assert desk.look(CHECK_S) == [A, B]
     desk.give(CHECK_S, 0)
-    assert px.KeepCopy(fx.Snapshot(ONE, 0, state_hash(1, 0), VALUES)) in desk.out
+    assert px.KeepCopy(fx.Snapshot(ONE, 0, state_hash(1, 0), VALUES, "copy")) in desk.out
     desk.out.clear()
     desk.steps(COPY_STEPS - 2)
     assert desk.look(2 * CHECK_S) == []

@@ -37,10 +37,11 @@ class Desk:
             chunk_values=chunk_values,
         )
 
-    def start(self, *ask: bytes, after: int = -1) -> None:
+    def start(self, *ask: bytes, after: int = -1, use: str = "copy") -> None:
         self.collector.start(
             0.0,
             CHANNEL,
+            use,
             [PeerId(k) for k in ask],
             lambda now, found: self.got.append(found),
             timeout_s=TIMEOUT_S,
@@ -72,11 +73,11 @@ def test_the_newest_pinned_snapshot_is_fetched_whole() -> None:
     desk.offer(B, 0, 1)
     assert desk.take() == []
     desk.offer(C, 2, 1)
-    snapshot = fx.Snapshot(CHANNEL, 2, state_hash(1, 2), VALUES)
+    snapshot = fx.Snapshot(CHANNEL, 2, state_hash(1, 2), VALUES, "copy")
     (fetch,) = desk.fetched()
     assert (fetch.peer, fetch.root, fetch.purpose) == (C, snapshot.root, snapshot)
     assert (fetch.first, fetch.count) == (0, 1 + -(-VALUES // 8))
-    assert desk.got == [snapshot] and not desk.collector.busy(CHANNEL)
+    assert desk.got == [snapshot] and not desk.collector.busy(CHANNEL, "copy")
     assert desk.collector.deadline() == math.inf
 
 
@@ -133,7 +134,7 @@ def test_another_donor_takes_over_where_one_failed() -> None:
     assert faults == [fx.Notice("peer_fault", {"peer": B.hex(), "fault": "corrupt_chunk"})]
     (again,) = desk.fetched()
     assert (again.peer, again.first) == (C, 16)
-    assert desk.got == [fx.Snapshot(CHANNEL, 2, state_hash(1, 2), VALUES)]
+    assert desk.got == [fx.Snapshot(CHANNEL, 2, state_hash(1, 2), VALUES, "copy")]
 
 
 def test_if_nobody_is_left_for_the_newest_an_older_one_will_do() -> None:
@@ -143,7 +144,7 @@ def test_if_nobody_is_left_for_the_newest_an_older_one_will_do() -> None:
     desk.offer(C, 1)
     assert [f.peer for f in desk.fetched(reason="unknown")] == [B]
     assert [f.peer for f in desk.fetched()] == [C]
-    assert desk.got == [fx.Snapshot(CHANNEL, 1, state_hash(1, 1), VALUES)]
+    assert desk.got == [fx.Snapshot(CHANNEL, 1, state_hash(1, 1), VALUES, "copy")]
     desk = Desk()
     desk.start(B)
     desk.offer(B, 2)
@@ -164,11 +165,28 @@ def test_it_ends_in_time_and_lets_go_of_what_is_under_way() -> None:
 def test_a_cancelled_one_calls_nobody() -> None:
     desk = Desk()
     desk.start(B)
-    desk.collector.cancel(CHANNEL)
+    desk.collector.cancel(CHANNEL, "copy")
     desk.offer(B, 2)
     desk.collector.tick(TIMEOUT_S)
     assert desk.got == []
-    desk.collector.cancel(CHANNEL)
+    desk.collector.cancel(CHANNEL, "copy")
+
+
+def test_two_uses_of_one_state_are_fetched_apart_and_one_of_them_may_end() -> None:
+    desk = Desk()
+    desk.start(B)
+    desk.start(B, use="rebuild/2")
+    desk.offer(B, 2)
+    one, other = [x for x in desk.take() if isinstance(x, Fetch)]
+    purposes = [x.purpose for x in (one, other)]
+    assert purposes == [
+        fx.Snapshot(CHANNEL, 2, state_hash(1, 2), VALUES, use) for use in ("copy", "rebuild/2")
+    ]
+    desk.collector.cancel(CHANNEL, "copy")
+    assert not desk.collector.busy(CHANNEL, "copy")
+    for piece in (other, *desk.fetched()):
+        desk.fetches.finished(1.0, piece.ticket, None)
+    assert desk.got == [purposes[1]]
 
 
 def test_with_nobody_to_ask_it_is_over_at_once_and_one_at_a_time_is_a_rule() -> None:

@@ -11,7 +11,7 @@ from swarmtrain_protocols.core import Effect, Emit, Fetch, PeerId, Send
 from swarmtrain_protocols.messages.member import Propose, SnapshotOffer, SnapshotQuery
 from swarmtrain_protocols.messages.pipeline import EMPTY, HopReply, HopRequest
 from swarmtrain_protocols.pipeline import effects as px
-from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.collect import Collector
 from swarmtrain_protocols.pipeline.errands import Errands
 from swarmtrain_protocols.pipeline.hops import stage_of
@@ -19,7 +19,6 @@ from swarmtrain_protocols.pipeline.rebuild import (
     AGAIN_S,
     CALIBRATION_BATCHES,
     COLLECT_S,
-    KEPT,
     TRIAL_S,
     UNSCORED,
     Rebuilder,
@@ -187,8 +186,8 @@ def test_its_inputs_are_pinned_states_of_the_neighbours_and_their_gradients() ->
     desk = Desk()
     desk.log.ledger.pipeline.stages[1].square_norm = 9.0
     desk.run()
-    left = fx.Snapshot(stage_channel(1), 2, state_hash(1, 2), VALUES)
-    right = fx.Snapshot(stage_channel(3), 1, state_hash(3, 1), VALUES)
+    left = fx.Snapshot(stage_channel(1), 2, state_hash(1, 2), VALUES, "rebuild/2")
+    right = fx.Snapshot(stage_channel(3), 1, state_hash(3, 1), VALUES, "rebuild/2")
     assert desk.built.inputs == (
         px.CandidateInput("left", left, False),
         px.CandidateInput("right", right, False),

@@ -14,6 +14,10 @@ SwarmError                      code, what, why, what to do
 ├── QuorumLost                  exit 12
 ├── Diverged                    exit 13
 ├── DiskFull                    exit 14
+├── PromptTooLong               exit 2   longer than the model's context
+├── RunOver                     exit 22  the run has ended
+├── NoWorker                    exit 75  nobody computes now: no trainer, or a stage without one
+├── ShareUsedUp                 exit 75  ``generate_share`` of the workers' time is used up
 ├── RoundFailed                 exit 75  a collective call failed; ``retry``: a later may work
 └── PeerFault                   a remote peer broke the protocol: an event with peer and
                                 code, counted, never raised out of a core
@@ -87,6 +91,26 @@ class Diverged(SwarmError):
 
 class DiskFull(SwarmError):
     exit_code = 14
+
+
+class PromptTooLong(UsageError):
+    """More tokens than the model's context has room for."""
+
+
+class RunOver(SwarmError):
+    exit_code = 22
+
+
+class NoWorker(SwarmError):
+    """Nobody in reach computes: no trainer is at work, or a stage is served by nobody."""
+
+    exit_code = 75
+
+
+class ShareUsedUp(SwarmError):
+    """Generation has had its share of the workers' time, and they are busy with training."""
+
+    exit_code = 75
 
 
 class RoundFailed(SwarmError):

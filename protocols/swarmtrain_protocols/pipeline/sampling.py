@@ -7,13 +7,21 @@ on at another worker, or begins again, says the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs.base import F32
-from swarmtrain_protocols.codecs.boundary import Bounds, Buffer, get_boundary_codec
-from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
+from swarmtrain_protocols.codecs.boundary import (
+    HEADER,
+    Bounds,
+    Buffer,
+    encode_tokens,
+    get_boundary_codec,
+)
+from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, PeerFault
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,28 @@ def decode_logits(data: Buffer, batch_max: int, vocabulary: int) -> F32:
     """
     found = get_boundary_codec("fp32").decode(data, Bounds(batch_max, 1, vocabulary))
     return found[:, 0].astype(np.float32)
+
+
+def encode_context(tokens: Sequence[int]) -> bytes:
+    """Token ids of one sequence, in order, as a request carries them: i32 [1, time]."""
+    return encode_tokens(np.array([tokens], np.int32))
+
+
+def last_logits(data: Buffer, vocabulary: int = 0) -> F32:
+    """The one row of logits f32 [vocabulary] of an answer; 0: as many as the answer says.
+
+    Raises:
+        PeerFault: ``malformed``, ``oversize`` or ``non_finite``.
+    """
+    if not vocabulary:
+        view = memoryview(data).cast("B")
+        if view.nbytes < HEADER.size:
+            raise PeerFault("malformed", f"logits of {view.nbytes} bytes")
+        vocabulary = int(HEADER.unpack_from(view)[-1])
+        if vocabulary > limits.VOCABULARY_MAX:
+            raise PeerFault("oversize", f"logits of {vocabulary} tokens")
+    row: F32 = decode_logits(data, 1, vocabulary)[0]
+    return row
 
 
 def next_token(logits: F32, sampling: Sampling, position: int) -> int:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from swarmtrain.training.data import load_corpus
-from swarmtrain.training.model import ByteGPT, Sizes, loss_of
+from swarmtrain.training.model import BYTES, ByteGPT, Sizes, loss_of
 from swarmtrain.training.presets import PRESETS, build, evaluate
+from swarmtrain.training.stages.decoder import DECODERS
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.pipeline.generation import TextModel, text_model
 from swarmtrain_protocols.stageopt import lr_factor
 
 CPU = torch.device("cpu")
@@ -99,3 +101,10 @@ def test_optimizers():
     assert isinstance(adamw, torch.optim.AdamW)
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
     assert all(p.dim() <= 1 for p in adamw.param_groups[1]["params"])
+
+
+def test_processes_without_torch_know_what_presets_read() -> None:
+    for name, sizes in PRESETS.items():
+        assert text_model(name, {}) == TextModel(sizes.context, BYTES)
+    for name, decoder in DECODERS.items():
+        assert text_model(name, {}) == TextModel(decoder.context, decoder.vocabulary)

@@ -160,7 +160,12 @@ class Backend:
             },
             "listen": list(runtime.addresses),
             "scalars": dict(self._scalars_seen),
+            **self._pipeline(),
         }
+
+    def _pipeline(self) -> Document:
+        desk = self._desk
+        return {"pipeline": desk.board.document()} if isinstance(desk, StageLife) else {}
 
     def _channel(self, channel: ChannelState) -> Document:
         track = self._runtime.node.catchup.tracks.get(channel.name)
@@ -184,6 +189,7 @@ class Backend:
     def _peer(self, member: Member) -> Document:
         node = self._runtime.node
         last = self._desk.figures.last_of(member.id)
+        desk = self._desk
         return {
             "id": member.id.hex(),
             "name": member.name,
@@ -199,14 +205,21 @@ class Backend:
             "round": last.get("round"),
             "last_report_age_s": host.mono_s() - last["mono_s"] if last else None,
             "metrics": {k: v for k, v in last.items() if k not in ("id", "mono_s")},
+            **(desk.board.of_member(member.id) if isinstance(desk, StageLife) else {}),
         }
 
     async def _rounds(self, args: Document, connection: ControlConnection) -> Document:
         last = min(int(args.get("last") or 20), ROUNDS_LISTED)
         found: list[Document] = []
-        moved = self._desk.figures.bytes_by_attempt()
-        for channel in self._runtime.node.ledger.channels.values():
-            found += self._channel_rounds(channel)
+        desk, ledger = self._desk, self._runtime.node.ledger
+        moved = desk.figures.bytes_by_attempt()
+        steps = isinstance(desk, StageLife) and ledger.pipeline.mode == "sync"
+        for channel in ledger.channels.values():
+            # Where all stages step together, a step is listed and not a round of every stage.
+            if not (steps and channel.holds_state):
+                found += self._channel_rounds(channel)
+        if isinstance(desk, StageLife) and steps:
+            found += desk.board.steps.documents(ledger)
         found += [
             item | {"outcome": "aborted", "contributors": [], "root": None} | self._times(item)
             for item in self._aborted

@@ -181,7 +181,8 @@ KINDS: dict[str, Kind] = {
             "R330",
             "What this site spent on a round. `bytes_sent` and `bytes_received` are of all its "
             "links since its previous figures, `bytes_up` and `bytes_down` of the round's "
-            "chunks; offsets and spans count from ROUND_OPENED as this site saw it.",
+            "chunks; offsets and spans count from ROUND_OPENED as this site saw it, those of steps "
+            "of a pipeline from the closing of the step.",
             (
                 "bytes_sent",
                 "bytes_received",
@@ -201,6 +202,7 @@ KINDS: dict[str, Kind] = {
                 "t_apply_offset_s?",
                 "send_spans_s?",
                 "receive_spans_s?",
+                "compute_spans_s?",
                 "samples?",
                 "loss?",
                 "compute_utilization?",

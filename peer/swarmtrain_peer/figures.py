@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -16,10 +17,12 @@ from msgspec import Meta
 from swarmtrain_peer import host
 from swarmtrain_peer.roundclock import SPANS_TOLD
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_peer.stage_work import StagesBody
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import RoundKey
 from swarmtrain_protocols.node_events import LedgerChanged
+from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
 
 Document = dict[str, Any]
@@ -37,7 +40,9 @@ Spans = Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=SPANS_TOLD)]
 class RoundBody(msgspec.Struct, tag="round", tag_field="kind", omit_defaults=True):
     """What a member tells of one attempt; unknown fields are for later versions.
 
-    See ``RoundClock.figures`` for times and spans. ``wait_s``: the trainer stood still.
+    See ``RoundClock.figures`` for times and spans. ``wait_s``: the trainer stood still. Of a step
+    of a pipeline (channel ``steps``) the moment of opening is that of its closing, and
+    ``compute_spans_s`` says when this site computed for it.
     """
 
     channel: Annotated[str, Meta(max_length=64)]
@@ -62,6 +67,7 @@ class RoundBody(msgspec.Struct, tag="round", tag_field="kind", omit_defaults=Tru
     t_apply_offset_s: Seconds | None = None
     send_spans_s: Spans = []
     receive_spans_s: Spans = []
+    compute_spans_s: Spans = []
     samples: float | None = None
     loss: float | None = None
     compute_utilization: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -84,7 +90,7 @@ class FinalBody(msgspec.Struct, tag="final", tag_field="kind"):
     """The sender has the last state of an ended run."""
 
 
-_decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | HistoryBody | FinalBody)
+_decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | HistoryBody | FinalBody | StagesBody)
 
 
 class Figures:
@@ -97,6 +103,7 @@ class Figures:
         self._final: dict[bytes, None] = {}
         self._decided: dict[str, RoundKey] = {}
         self._timers: dict[RoundKey, asyncio.TimerHandle] = {}
+        self.on_stages: Callable[[bytes, StagesBody], None] = lambda member, body: None
         self.rows: list[Document] = []
         runtime.metrics_listeners.append(self._on_metrics)
         runtime.listeners.append(self._on_core_event)
@@ -105,26 +112,41 @@ class Figures:
     # -- rounds -------------------------------------------------------------------------------
 
     def report(
-        self, key: RoundKey, outcome: str, given: Document, handed_s: float | None = None
+        self,
+        key: RoundKey,
+        outcome: str,
+        given: Document,
+        handed_s: float | None = None,
+        parts: Sequence[RoundKey] = (),
     ) -> None:
         """Soon tell this site's figures of an attempt: to the event log and to the others.
 
         ``given`` are those that only the caller knows; the trainer handed over at ``handed_s``.
+        ``parts``: attempts of channels that the attempt consists of, if not of one alone.
         """
         before = self._timers.pop(key, None)
         if before is not None:
             before.cancel()
         loop = asyncio.get_running_loop()
-        self._timers[key] = loop.call_later(SETTLE_S, self._tell, key, outcome, given, handed_s)
+        self._timers[key] = loop.call_later(
+            SETTLE_S, self._tell, key, outcome, given, handed_s, parts or (key,)
+        )
 
-    def _tell(self, key: RoundKey, outcome: str, given: Document, handed_s: float | None) -> None:
+    def _tell(
+        self,
+        key: RoundKey,
+        outcome: str,
+        given: Document,
+        handed_s: float | None,
+        parts: Sequence[RoundKey],
+    ) -> None:
         self._timers.pop(key, None)
         stats = self._runtime.transport.stats
         before = self._bytes_before
         now = total_bytes(stats, "sent"), total_bytes(stats, "received")
         self._bytes_before = now
         traffic = {"bytes_sent": now[0] - before[0], "bytes_received": now[1] - before[1]}
-        figures = traffic | given | self._runtime.clock.figures(key, handed_s)
+        figures = traffic | given | self._runtime.clock.figures(parts, handed_s)
         self._runtime.events.emit("round_figures", key, **figures)
         body = RoundBody(key.channel, outcome, key.round, key.attempt, **figures)
         self._keep(self._runtime.node.me, body)
@@ -145,12 +167,22 @@ class Figures:
             me = self._runtime.node.me
             own = next((c.root for c in body.contributors if c.member == me), None)
             self._runtime.clock.opened(body.key, host.mono_s(), own)
+        elif isinstance(body, e.StepClosed):
+            self._closed(body)
         elif isinstance(body, e.RoundCommitted) and self._runtime.settings.holds_state:
             self._decided[body.key.channel] = body.key  # told of once it is applied
         elif isinstance(body, e.RoundCommitted):
             self._helped(body.key, "committed")
         elif isinstance(body, e.RoundAborted):
             self._helped(body.key, "aborted")
+
+    def _closed(self, body: e.StepClosed) -> None:
+        """A step of a pipeline: the attempt at it is open in all its channels."""
+        me, now = self._runtime.node.me, host.mono_s()
+        for item in body.stages:
+            key = RoundKey(body.generation, stage_channel(item.stage), body.step, body.attempt)
+            own = next((c.root for c in item.contributors if c.member == me), None)
+            self._runtime.clock.opened(key, now, own)
 
     def _helped(self, key: RoundKey, outcome: str) -> None:
         """An attempt is over in which this site may have carried bytes without a trainer's."""
@@ -190,6 +222,8 @@ class Figures:
             for number, loss in body.losses:
                 if number not in self._losses:
                     self._heard_loss(number, loss, peer)
+        elif isinstance(body, StagesBody):
+            self.on_stages(peer, body)
         else:
             self._final[peer] = None
             self._runtime.changed()

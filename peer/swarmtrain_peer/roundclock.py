@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from swarmtrain_protocols.messages import RoundKey
 
 Phase = Literal["send", "receive", "reduce", "apply"]
 PHASES: tuple[Phase, ...] = ("send", "receive", "reduce", "apply")
-ATTEMPTS_KEPT = 64
+ATTEMPTS_KEPT = 512
+"""A step of a pipeline is one attempt per stage, at most 129 of them."""
 ROOTS_KEPT = 1024
 SPANS_TOLD = 12
 """Of each kind, in figures: neighbours with the smallest gaps between them are told as one."""
@@ -98,8 +100,10 @@ class RoundClock:
         attempt = self._attempts.get(key)
         return attempt is not None and any(attempt.spans.values())
 
-    def figures(self, key: RoundKey, handed_s: float | None = None) -> dict[str, Any]:
+    def figures(self, keys: Sequence[RoundKey], handed_s: float | None = None) -> dict[str, Any]:
         """What is known of an attempt; empty for one that was not seen to open.
+
+        Several ``keys``: attempts that were opened together, as one.
 
         ``bytes_up`` and ``bytes_down`` are of chunks of this attempt. A phase that happened has
         ``PHASE_s``, seconds during which it went on, and ``t_PHASE_offset_s``, its first moment
@@ -107,15 +111,18 @@ class RoundClock:
         after ROUND_OPENED. ``t_open_offset_s``: when the trainer handed over at ``handed_s``,
         negative if before.
         """
-        attempt = self._attempts.get(key)
-        if attempt is None:
+        found = [self._attempts[key] for key in keys if key in self._attempts]
+        if not found:
             return {}
-        zero = attempt.opened_s
-        out: dict[str, Any] = {"bytes_up": attempt.bytes_up, "bytes_down": attempt.bytes_down}
+        zero = found[0].opened_s
+        out: dict[str, Any] = {
+            "bytes_up": sum(one.bytes_up for one in found),
+            "bytes_down": sum(one.bytes_down for one in found),
+        }
         if handed_s is not None:
             out["t_open_offset_s"] = round(handed_s - zero, 6)
         for phase in PHASES:
-            spans = merge(attempt.spans[phase])
+            spans = merge([span for one in found for span in one.spans[phase]])
             if not spans:
                 continue
             out[f"{phase}_s"] = round(sum(end - begin for begin, end in spans), 6)

@@ -47,6 +47,7 @@ class StageDesk:
         self._tasks: list[asyncio.Task[None]] = []
         self.busy_s = 0.0
         self.attached_at_s = math.nan
+        self.worked: Callable[[float, int, int, str, float], None] = lambda *unused: None
         self._port = StagePort(path, self._attached, self._lost)
         runtime.state_hooks.append(self._on_state)
 
@@ -265,6 +266,7 @@ class StageDesk:
                 failed(header)
                 return
             self.busy_s += header.service_s
+            self.worked(host.mono_s(), stage, hop, kind, header.service_s)
             self._name(payload, step, partial(done, header), failed)
 
         self._port.submit(command, parts, answer)

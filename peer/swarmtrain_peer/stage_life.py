@@ -13,7 +13,9 @@ from pathlib import Path
 from swarmtrain_peer import host
 from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.stage_board import StageBoard
 from swarmtrain_peer.stage_desk import StageDesk
+from swarmtrain_peer.step_book import STEPS
 from swarmtrain_peer.tensors import TensorStore
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import LocalProtocolError
@@ -42,6 +44,9 @@ class StageLife:
         self.figures = Figures(runtime)
         self.tensors = TensorStore(runtime.transport, runtime.data, TENSOR_BYTES_MAX)
         self.desk = StageDesk(runtime, stages_path, self.tensors)
+        self.board = StageBoard(runtime)
+        self.desk.worked = self.board.work.worked
+        self.figures.on_stages = self.board.heard
         runtime.driver.stages = self.desk
         self._errands: dict[int, asyncio.Future[ErrandDone | ErrandFailed]] = {}
         self._evaluating: asyncio.Task[None] | None = None
@@ -83,6 +88,7 @@ class StageLife:
                     self._ending = asyncio.ensure_future(self._end(body.reason))
 
     def _stepped(self, event: px.StepDone) -> None:
+        self._report(event)
         if not event.committed:
             return
         self.tensors.over(event.step)
@@ -90,24 +96,27 @@ class StageLife:
         self.samples += event.micro_batches * self._runtime.manifest.keys.batch_size
         if event.loss >= 0:
             self.last_loss = event.loss
-        self._report(event)
         due = self.steps == 1 or self.steps % EVALUATE_EVERY_STEPS == 0
         if due and self._is_evaluator() and not self._ended and self._evaluating is None:
             self._evaluating = asyncio.ensure_future(self._evaluate())
             self._evaluating.add_done_callback(self._evaluated)
 
     def _report(self, event: px.StepDone) -> None:
-        """This site's figures of the step, under the first stage it serves."""
+        """This site's figures of an attempt at a step, in all stages together."""
         node = self._runtime.node
-        served = node.ledger.pipeline.assigned.get(node.me, ())
-        if not served:
+        if not node.ledger.pipeline.assigned.get(node.me, ()):
             return
-        key = RoundKey(node.ledger.generation, stage_channel(served[0]), event.step, event.attempt)
+        names = [STEPS, *(stage_channel(s) for s in range(len(node.ledger.pipeline.stages)))]
+        key, *parts = (
+            RoundKey(node.ledger.generation, name, event.step, event.attempt) for name in names
+        )
         figures = {
             "loss": event.loss if event.loss >= 0 else None,
             "compute_utilization": round(self.utilization(), 6),
+            **self.board.step_figures(event.step, event.attempt),
         }
-        self.figures.report(key, "committed", figures)
+        outcome = "committed" if event.committed else "aborted"
+        self.figures.report(key, outcome, figures, parts=parts)
 
     def _evaluated(self, task: asyncio.Task[None]) -> None:
         self._evaluating = None
@@ -196,6 +205,7 @@ class StageLife:
         """For ever. A trainer of stages needs no heartbeat: its line breaks when this ends."""
         while True:
             await asyncio.sleep(BEAT_S)
+            self.board.tell(self.desk.device)
             self._runtime.changed()
 
     def close(self) -> None:

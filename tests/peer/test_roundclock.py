@@ -26,7 +26,7 @@ def test_figures_count_from_the_opening() -> None:
     clock.received(key(3), 300, 102.0, 102.25)
     clock.worked(key(3), "reduce", 101.5, 101.75)
     clock.worked(key(3), "apply", 103.0, 103.5)
-    assert clock.figures(key(3), 99.0) == {
+    assert clock.figures([key(3)], 99.0) == {
         "bytes_up": 1000,
         "bytes_down": 1000,
         "t_open_offset_s": -1.0,
@@ -52,8 +52,8 @@ def test_attempts_are_apart_and_roots_follow_the_newest() -> None:
     clock.names(b"result", key(3))
     clock.sent(b"result", 4, 20.0, 21.0)
     clock.sent(b"of nobody", 8, 20.0, 21.0)
-    assert clock.figures(key(3))["bytes_up"] == 5
-    assert clock.figures(key(3, 1))["bytes_up"] == 2
+    assert clock.figures([key(3)])["bytes_up"] == 5
+    assert clock.figures([key(3, 1)])["bytes_up"] == 2
     assert clock.latest("train/0/0", 3) == key(3, 1)
     assert clock.latest("train/0/1", 3) is None
 
@@ -62,7 +62,7 @@ def test_what_was_not_seen_to_open_has_no_figures() -> None:
     clock = RoundClock()
     clock.received(key(1), 5, 0.0, 1.0)
     clock.worked(key(1), "apply", 0.0, 1.0)
-    assert clock.figures(key(1)) == {}
+    assert clock.figures([key(1)]) == {}
     assert not clock.is_busy(key(1))
     clock.opened(key(1), 0.0)
     assert not clock.is_busy(key(1))
@@ -74,13 +74,13 @@ def test_the_book_is_bounded() -> None:
     clock = RoundClock()
     for number in range(roundclock.ATTEMPTS_KEPT + 1):
         clock.opened(key(number), float(number))
-    assert clock.figures(key(0)) == {}
-    assert clock.figures(key(1)) != {}
+    assert clock.figures([key(0)]) == {}
+    assert clock.figures([key(1)]) != {}
     for number in range(roundclock.ROOTS_KEPT + 1):
         clock.names(number.to_bytes(4, "big"), key(1))
     clock.sent((0).to_bytes(4, "big"), 1, 0.0, 1.0)  # forgotten
     clock.sent((1).to_bytes(4, "big"), 2, 0.0, 1.0)
-    assert clock.figures(key(1))["bytes_up"] == 2
+    assert clock.figures([key(1)])["bytes_up"] == 2
 
 
 def test_few_spans_are_told_and_the_widest_gaps_stay() -> None:
@@ -100,3 +100,19 @@ def test_a_union_is_disjoint_and_covers_the_same_seconds(spans: list[tuple[int, 
     assert all(before[1] < after[0] for before, after in itertools.pairwise(out))
     covered = {second for a, b in spans for second in range(a, b)}
     assert sum(b - a for a, b in out) == pytest.approx(len(covered))
+
+
+def test_attempts_that_were_opened_together_are_told_as_one() -> None:
+    clock = RoundClock()
+    first, second = RoundKey(0, "train/0/0", 3, 0), RoundKey(0, "train/1/0", 3, 0)
+    clock.opened(first, 10.0, b"a" * 32)
+    clock.opened(second, 10.0, b"b" * 32)
+    clock.sent(b"a" * 32, 100, 11.0, 12.0)
+    clock.sent(b"b" * 32, 50, 11.5, 13.0)
+    clock.worked(second, "apply", 14.0, 15.0)
+    together = clock.figures([first, second])
+    assert together["bytes_up"] == 150
+    assert together["send_spans_s"] == [[1.0, 3.0]]
+    assert together["send_s"] == 2.0, "time in which both were sent counts once"
+    assert (together["apply_s"], together["t_apply_offset_s"]) == (1.0, 4.0)
+    assert clock.figures([first])["bytes_up"] == 100

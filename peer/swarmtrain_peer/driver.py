@@ -42,9 +42,7 @@ from swarmtrain_protocols.messages import Message, RoundKey
 from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
-from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.state import CanonicalState
 
 INLINE_BYTES_MAX = 64 * 1024
 """Work on fewer bytes than this is done on the spot: a thread costs more."""
@@ -216,11 +214,6 @@ class Driver:
             self.data.release_attempt(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             self.data.drop(effect.root)
-        elif isinstance(effect, px.KeepCopy):
-            self._keep_copy(effect.snapshot)
-        elif isinstance(effect, px.DropCopy):
-            if self._keeper is not None:
-                self._keeper.copies.drop(effect.channel)
         elif isinstance(effect, fx.DropState):
             self.data.drop_state(effect.channel)
             if self._keeper is not None:
@@ -447,19 +440,6 @@ class Driver:
 
     def _applied(self, channel: str, outcome: tuple[int, bytes]) -> None:
         self.run(self.node.applied, channel, outcome[0], outcome[1])
-
-    def _keep_copy(self, snapshot: fx.Snapshot) -> None:
-        """A state of a stage that others serve goes to the disk; it is never in use here."""
-
-        def done(state: CanonicalState) -> None:
-            if self._keeper is not None:
-                self._keeper.copies.keep(state)
-
-        def failed(error: SwarmError) -> None:
-            fields: dict[str, object] = {"what": "copy of another stage", "why": str(error)}
-            self._on_event(fx.Notice("fallback", fields))
-
-        self.offload(partial(self.data.fetched_state, snapshot), done, failed)
 
     def _install_failed(self, channel: str, error: SwarmError) -> None:
         self.run(self.node.install_failed, channel, str(error))

@@ -253,6 +253,21 @@ KINDS: dict[str, Kind] = {
             ("stage", "step", "host", "candidates", "losses", "choice"),
         ),
         Kind(
+            "candidates_built",
+            "info",
+            "L822",
+            "This site hosts a lost stage and has made weights it could go on with, from `inputs`:"
+            " states by name with their steps. Each one is tried next.",
+            ("stage", "candidates", "inputs?", "build_s?"),
+        ),
+        Kind(
+            "stage_adopted",
+            "info",
+            "L823",
+            "The weights that the log chose for a lost stage are on this site's disk and in use.",
+            ("stage", "step", "choice", "state_hash?", "bytes?", "adopt_s?"),
+        ),
+        Kind(
             "hop_failed",
             "warning",
             "L830",

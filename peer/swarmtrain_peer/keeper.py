@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 from swarmtrain_peer import host
@@ -60,7 +60,8 @@ class Keeper:
         self._kept = kept
         self._loop = asyncio.get_running_loop()
         self._results: dict[bytes, tuple[str, int, tuple[bytes, ...]]] = {}
-        self._based: dict[str, None] = {}
+        self._based: dict[str, int] = {}
+        """Of which round the newest state was, by channel; the disk leads there."""
         self._replicas_min = replicas_min
         self._endangered: tuple[str, ...] = ()
         self._saving: dict[str, int] = {}
@@ -82,7 +83,7 @@ class Keeper:
         for channel in sorted(loaded.channels):
             found = loaded.channels[channel]
             state = found.state
-            self._based[channel] = None
+            self._based[channel] = state.round
             for item in found.results:
                 self.keep_result(channel, item.round, item.blob)
                 self._data.adopt_result(item.blob, state.layout.values, item.codec, channel)
@@ -107,20 +108,30 @@ class Keeper:
     def advanced(self, state: CanonicalState) -> None:
         """``state`` has just moved and holds still; called on any thread.
 
-        The first state of a channel is always saved: later results need something to follow.
+        One that does not follow from what is saved (the first, or one that was fetched) is saved in
+        any case: later results need something to follow.
         """
         channel = state.channel
         due = self._every and state.round % self._every == 0
         if channel in self._endangered and not self._saving.get(channel):
             due = True  # others may want a copy of the newest state at any time
-        if due or channel not in self._based:
-            self._based[channel] = None
+        follows = self._based.get(channel) == state.round - 1
+        self._based[channel] = state.round
+        if due or not follows:
             self.save(state.copy())
 
-    def save(self, state: CanonicalState) -> None:
+    async def adopt(self, state: CanonicalState) -> None:
+        """Write a state that was made here and that nobody else has; on offer on return.
+
+        If the disk fails, that is told, and the state is in memory alone.
+        """
+        self._based[state.channel] = state.round
+        await asyncio.wrap_future(self.save(state.copy()))
+
+    def save(self, state: CanonicalState) -> Future[None]:
         """Write ``state``, which nobody moves, in the background; then serve it to joiners."""
         self._saving[state.channel] = self._saving.get(state.channel, 0) + 1
-        self._disk.submit(self._save, state)
+        return self._disk.submit(self._save, state)
 
     def _save(self, state: CanonicalState) -> None:
         started = host.mono_s()

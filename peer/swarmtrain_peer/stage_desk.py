@@ -20,8 +20,10 @@ from swarmtrain_peer import stage_link as sl
 from swarmtrain_peer.model import log_model
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.stage_port import StagePort
+from swarmtrain_peer.stage_rebuild import StageRebuild
 from swarmtrain_peer.tensors import TensorStore, blob_of
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.core import Effect, PeerId
 from swarmtrain_protocols.errors import Diverged, LocalProtocolError, RunMismatch, SwarmError
 from swarmtrain_protocols.merkle import Blob
@@ -49,6 +51,13 @@ class StageDesk:
         self.attached_at_s = math.nan
         self.worked: Callable[[float, int, int, str, float], None] = lambda *unused: None
         self._port = StagePort(path, self._attached, self._lost)
+        self._rebuild = StageRebuild(
+            runtime,
+            ask=self._ask,
+            load=self._load_values,
+            reload=self._reload,
+            served=lambda: self._served,
+        )
         runtime.state_hooks.append(self._on_state)
 
     @property
@@ -122,15 +131,18 @@ class StageDesk:
         state.theta[:] = np.frombuffer(payload, "<f4")
         return state
 
-    async def _ask(self, command: sl.Command) -> tuple[sl.Done | sl.Failed, bytearray]:
+    def _ask(
+        self, command: sl.Command, payload: Sequence[sl.Buffer] = ()
+    ) -> asyncio.Future[tuple[sl.Done | sl.Failed, bytearray]]:
+        """Send a command now; the answer is the future's result."""
         answered: asyncio.Future[tuple[sl.Done | sl.Failed, bytearray]] = self._loop.create_future()
 
-        def answer(header: sl.Done | sl.Failed, payload: bytearray) -> None:
+        def answer(header: sl.Done | sl.Failed, data: bytearray) -> None:
             if not answered.done():
-                answered.set_result((header, payload))
+                answered.set_result((header, data))
 
-        self._port.submit(command, (), answer)
-        return await answered
+        self._port.submit(command, payload, answer)
+        return answered
 
     async def held_out(self, number: int) -> bytes | None:
         """Encoded tokens of a batch of the held-out set; None without a trainer."""
@@ -168,9 +180,9 @@ class StageDesk:
             self._serve(effect.stages)
         elif isinstance(effect, px.NeedTokens):
             self._need_tokens(effect)
-        else:
-            # What is cancelled has been sent already: the core ignores its answer.
-            return isinstance(effect, px.CancelCompute)
+        elif not isinstance(effect, px.CancelCompute):
+            return self._rebuild.execute(effect)
+        # What is cancelled has been sent already: the core ignores its answer.
         return True
 
     @property
@@ -371,7 +383,21 @@ class StageDesk:
 
     def _load(self, stage: int, state: CanonicalState) -> None:
         copied = state.theta.astype("<f4", copy=True)
-        self._port.submit(sl.Load(stage, state.round), [copied.data], self._check)
+        with self._rebuild.lock:
+            if not self._rebuild.on_trial(stage):
+                self._port.submit(sl.Load(stage, state.round), [copied.data], self._check)
+
+    def _load_values(
+        self, stage: int, theta: F32, version: int
+    ) -> asyncio.Future[tuple[sl.Done | sl.Failed, bytearray]]:
+        """Weights that are no state of this node, for a trial; they must hold still."""
+        return self._ask(sl.Load(stage, version), [theta.astype("<f4", copy=False).data])
+
+    def _reload(self, stage: int) -> None:
+        """The canonical weights again, if they are here and the trainer serves the stage."""
+        state = self._runtime.data.states.get(stage_channel(stage))
+        if state is not None:
+            self._on_state(state)
 
     def _check(self, header: sl.Done | sl.Failed, payload: bytearray) -> None:
         if isinstance(header, sl.Failed) and header.code != "no_trainer":
@@ -382,4 +408,5 @@ class StageDesk:
             task.cancel()
         if self._defining is not None:
             self._defining.cancel()
+        self._rebuild.close()
         self._port.close()

@@ -52,6 +52,22 @@ class Define(msgspec.Struct, frozen=True, tag="define"):
     stage: int
 
 
+class Describe(msgspec.Struct, frozen=True, tag="describe"):
+    """Asks for the tensors of a stage: a ``Shapes`` in MessagePack comes as payload."""
+
+    stage: int
+
+
+class Shapes(msgspec.Struct, frozen=True):
+    """What a stage consists of. ``tensors``: (name, shape) in the order of its vector.
+
+    ``depth``: blocks of the whole model.
+    """
+
+    depth: int
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+
 class Serve(msgspec.Struct, frozen=True, tag="serve"):
     """The stages to serve from now on; others are dropped with their accumulators."""
 
@@ -124,9 +140,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     why: Annotated[str, Meta(max_length=512)]
 
 
-Command = Define | Serve | Load | Run | Gradient | Clear | Tokens | End
+Command = Define | Describe | Serve | Load | Run | Gradient | Clear | Tokens | End
 _Frame = Union[  # noqa: UP007
-    Hello, Define, Serve, Load, Run, Gradient, Clear, Tokens, End, Done, Failed
+    Hello, Define, Describe, Serve, Load, Run, Gradient, Clear, Tokens, End, Done, Failed
 ]
 _decoder: msgspec.msgpack.Decoder[_Frame] = msgspec.msgpack.Decoder(_Frame)
 

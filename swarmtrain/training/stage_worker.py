@@ -101,6 +101,8 @@ class StageWorker:
             return sl.Done(), _bytes_of(runtime.accumulator(command.stage))
         elif isinstance(command, sl.Define):
             return sl.Done(), _bytes_of(runtime.theta0(command.stage))
+        elif isinstance(command, sl.Describe):
+            return sl.Done(), self.shapes(command.stage)
         elif isinstance(command, sl.Tokens):
             return sl.Done(), self.tokens(command)
         elif isinstance(command, sl.Clear):
@@ -110,6 +112,13 @@ class StageWorker:
         elif not isinstance(command, sl.End):
             raise LocalProtocolError("stage line", f"{type(command).__name__} is no command")
         return sl.Done(), NOTHING
+
+    def shapes(self, stage: int) -> bytes:
+        """The tensors of a stage, encoded."""
+        if not 0 <= stage <= self.runtime.cut.stages:
+            raise LocalProtocolError(f"stage {stage}", f"the model has {self.runtime.cut.stages}")
+        layout = tuple((name, tuple(shape)) for name, shape in self.runtime.layout(stage))
+        return msgspec.msgpack.encode(sl.Shapes(self.runtime.cut.depth, layout))
 
     def tokens(self, command: sl.Tokens) -> bytes:
         """The encoded tokens of a micro-batch, i32 [batch_size, context + 1]."""

@@ -187,6 +187,36 @@ def test_an_endangered_stage_is_saved_at_every_step_the_disk_can_follow(tmp_path
     run(tmp_path, story)
 
 
+def test_what_was_fetched_is_saved_because_later_results_follow_it(tmp_path: Path) -> None:
+    """A state that does not continue what is on disk: fetched, or made for a lost stage."""
+
+    async def first(site: Site) -> None:
+        site.begin(ONE)
+        for _ in range(3):
+            site.step(ONE)
+        for number in (17, 12):  # a jump ahead, then a stage that was rebuilt
+            other = site.data.new_state(ONE, number, VALUES)
+            other.theta[:] = number
+            site.data.states[ONE] = other
+            site.keeper.advanced(other)
+            await site.settle()
+            assert site.offered(ONE)[-1] == number
+            site.step(ONE)
+            await site.settle()
+            assert site.offered(ONE)[-1] == number, "what follows from it waits for its turn"
+        made = site.data.new_state(ONE, 12, VALUES)
+        await site.keeper.adopt(made)
+        assert site.snapshots[ONE][-1] == (12, made.root())
+
+    async def second(site: Site) -> None:
+        await site.recover()
+        made = site.data.new_state(ONE, 12, VALUES)
+        assert site.restored == {ONE: (12, made.root())}
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
 def test_whoever_fetches_an_older_snapshot_gets_it_and_all_results_after_it(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         site.begin(ONE)

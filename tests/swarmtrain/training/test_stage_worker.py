@@ -112,6 +112,13 @@ def test_tokens_are_a_function_of_step_and_micro_batch(line: Line) -> None:
     assert np.array_equal(held, ids(9, 3, True)), "the held-out set does not move with the step"
 
 
+def test_tensors_of_a_stage_are_described(line: Line) -> None:
+    found = msgspec.msgpack.decode(line.ask(sl.Describe(2))[1], type=sl.Shapes)
+    assert found.depth == 2 and found.tensors == tuple(line.worker.runtime.layout(2))
+    assert sum(int(np.prod(shape)) for _, shape in found.tensors) == line.hello.values[2]
+    assert line.ask(sl.Describe(3))[0].code == "not_served"  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_done_is_answered_and_changes_nothing(line: Line) -> None:
     line.ask(sl.Serve((1,)))
     before = line.ask(sl.Gradient(1))[1]

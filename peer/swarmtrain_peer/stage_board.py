@@ -206,7 +206,9 @@ class StageBoard:
             row = next(row for row in rows if row["stage"] == stage)
             present = member == node.me or PeerId(member) in linked
             present = present or self._fresh(member) is not None
-            members.append({"id": member.hex(), "present": present, **row})
+            listed = ledger.members.get(member)
+            name = listed.name if listed is not None else ""
+            members.append({"id": member.hex(), "name": name, "present": present, **row})
         present_count = sum(one["present"] for one in members)
         busy = [one["busy"] for one in members if one["present"]]
         standing = "ok"

@@ -18,6 +18,14 @@ from swarmtrain.cli.output import (
     human_bytes,
     table,
 )
+from swarmtrain.cli.stages import (
+    STEPS,
+    coverage_table,
+    peers_table,
+    stage_health,
+    status_fields,
+    steps_table,
+)
 from swarmtrain_peer.control import ControlClosed
 from swarmtrain_peer.events import escape_text
 
@@ -35,12 +43,17 @@ def health(status: dict[str, Any]) -> tuple[str, int, str]:
         return "stalled", EXIT_STALLED, "no majority of stewards answers"
     if status.get("paused"):
         return "stalled", EXIT_STALLED, f"paused: {status['paused']}"
+    word, why = stage_health(status.get("pipeline") or {})
+    if word == "stalled":
+        return word, EXIT_STALLED, why
     if status.get("syncing"):
         return "degraded", EXIT_DEGRADED, "this site is catching up"
     members, connected = int(status.get("members", 0)), int(status.get("connected", 0))
     # Beyond this size not every member keeps a link to every other, and that is no trouble.
     if connected + 1 < members <= MESH_MEMBERS:
         return "degraded", EXIT_DEGRADED, f"{members - connected - 1} member(s) not connected"
+    if word == "degraded":
+        return word, EXIT_DEGRADED, why
     if members == 1:
         return "healthy", 0, "this site is the only member"
     return "healthy", 0, "every member is connected"
@@ -65,7 +78,7 @@ def status(site: SiteOption = None, home: Home = None, as_json: Json = False) ->
 
 def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
     """The status for people."""
-    trainer = answer.get("trainer") or {}
+    trainer, pipeline = answer.get("trainer") or {}, answer.get("pipeline")
     loss = answer.get("loss")
     listen = ", ".join(answer.get("listen") or []) or "no address"
     leader = str(answer.get("leader") or "none")[:8]
@@ -77,9 +90,7 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         "members": f"{answer.get('members')}, {answer.get('connected')} connected",
         "leader": f"{leader}{me}, term {answer.get('term')}",
         "stewards": _stewards(answer),
-        "rounds": f"{answer.get('rounds_committed')} committed, "
-        f"{answer.get('rounds_aborted')} aborted, generation {answer.get('generation')}",
-        "overlap": _overlap(answer),
+        **(status_fields(pipeline) if pipeline else _rounds_fields(answer)),
         "loss": "not measured" if loss is None else f"{loss:.4f}",
         "traffic": f"{sent} sent, {received} received",
     }
@@ -88,12 +99,22 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         used = trainer.get("compute_utilization")
         share = "" if used is None else f", computing {100 * used:.1f} % of the time"
         lines.append(f"trainer  step {trainer.get('step')}{share}")
+    if pipeline:
+        return [*(escape_text(line) for line in lines), "", *coverage_table(pipeline)]
     for name, channel in sorted((answer.get("channels") or {}).items()):
         lines.append(
             f"channel  {name} round {channel.get('round')} {channel.get('phase')}"
             f" state {str(channel.get('state_hash') or '')[:8]}"
         )
     return [escape_text(line) for line in lines]
+
+
+def _rounds_fields(answer: dict[str, Any]) -> dict[str, str]:
+    return {
+        "rounds": f"{answer.get('rounds_committed')} committed, "
+        f"{answer.get('rounds_aborted')} aborted, generation {answer.get('generation')}",
+        "overlap": _overlap(answer),
+    }
 
 
 def _stewards(answer: dict[str, Any]) -> str:
@@ -112,6 +133,9 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
     """The members of the run."""
     with connect(home, site) as client:
         answer = client.call("peers", timeout_s=CALL_TIMEOUT_S)
+    if any("stages" in peer for peer in answer.get("peers", [])):
+        Output(as_json=as_json).result(answer, peers_table(answer["peers"]))
+        return
     rows = [
         (
             str(peer.get("id"))[:8],
@@ -131,9 +155,13 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
 def rounds(
     last: Last = 20, site: SiteOption = None, home: Home = None, as_json: Json = False
 ) -> None:
-    """The newest rounds and their outcomes."""
+    """The newest rounds, or steps of a pipeline, and their outcomes."""
     with connect(home, site) as client:
         answer = client.call("rounds", {"last": last}, timeout_s=CALL_TIMEOUT_S)
+    if any(one.get("channel") == STEPS for one in answer.get("rounds", [])):
+        steps = [one for one in answer["rounds"] if one.get("channel") == STEPS]
+        Output(as_json=as_json).result(answer, steps_table(steps))
+        return
     rows = [
         (
             f"{one.get('channel')}#{one.get('round')}.{one.get('attempt')}",

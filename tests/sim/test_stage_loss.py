@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.pipeline import HopRequest
 from swarmtrain_protocols.node_events import LedgerChanged
-from swarmtrain_protocols.pipeline.book import KEPT
+from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
+from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.rebuild import UNSCORED
 from swarmtrain_protocols.testing.checkers import Checker
 from swarmtrain_protocols.testing.faults import Fault
@@ -35,6 +41,50 @@ class Entries(Checker):
             self.found += [x for _, x, ok in event.entries if ok and isinstance(x, self.kinds)]
 
 
+class NobodyHadIt(Checker):
+    """PL16 in calm weather: a stage is called lost only if no site that runs has its state."""
+
+    def emitted(self, world: World, host: Host, event: object) -> None:
+        if host.name != "a" or not isinstance(event, LedgerChanged):
+            return
+        for _, body, accepted in event.entries:
+            if not (accepted and isinstance(body, e.StageLost)) or "no holder" not in body.reason:
+                continue
+            for other in world.hosts.values():
+                states = other.node.plane.states if other.alive else {}
+                state = states.get(stage_channel(body.stage))
+                if state is not None and state.round >= body.step:
+                    world.violation("PL16", f"{other.name} has the state that is lost: {body}")
+
+
+class LateRequests:
+    """Backwards of the step in progress, to be said again when all is different."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.heard: list[tuple[PeerId, HopRequest]] = []
+        for host in loss.world.hosts.values():
+            host.node.receive = partial(self._receive, host.node.receive)
+
+    def _receive(
+        self, real: Callable[..., None], now: float, peer: PeerId, message: Message
+    ) -> None:
+        if isinstance(message, HopRequest) and message.kind == "backward":
+            self.heard.append((peer, message))
+        real(now, peer, message)
+
+    def again(self, step: int) -> int:
+        """Every worker of a hop gets what any worker of it got; how many requests those were."""
+        loss, count = self._loss, 0
+        for peer, request in dict.fromkeys(self.heard):
+            stage = stage_of(request.id.hop, TOY.stages)
+            for name in loss.serving(stage) if request.id.step == step else ():
+                if loss.world.hosts[name].alive:
+                    loss.world.hosts[name].receive(peer, request)
+                    count += 1
+        return count
+
+
 class Loss:
     """Six workers on three stages under one steward, some steps old."""
 
@@ -44,7 +94,7 @@ class Loss:
         self.swarm: Pipeline = build(seed, make_spec(seed, TOY), parts, model=NetworkModel())
         self.world = self.swarm.world
         self.log = Entries(e.StageLost, e.StageRecovered)
-        self.world.watch(self.log)
+        self.world.watch(self.log, NobodyHadIt())
         self.until(15.0, lambda: self.steps >= 4)
 
     @property
@@ -56,14 +106,17 @@ class Loss:
         assert done, describe(self.swarm)
 
     def serving(self, stage: int) -> list[str]:
-        site = self.swarm.site("a")
-        assert site is not None
         names = self.swarm.truth.names
-        return [names[k] for k in site.core.ledger.pipeline.serving(stage)]
+        return [names[k] for k in self.ledger().pipeline.serving(stage)]
 
     def kill(self, *names: str, restart_s: float | None = None) -> None:
         for name in names:
             self.world.crash(name, restart_s=restart_s)
+
+    def ledger(self, name: str = "a") -> Ledger:
+        site = self.swarm.site(name)
+        assert site is not None
+        return site.core.ledger
 
     @property
     def lost(self) -> list[e.StageLost]:
@@ -95,9 +148,7 @@ def test_a_stage_whose_workers_are_gone_comes_back_as_the_best_candidate(stage: 
     assert {"snapshot", "fresh"} <= set(back.candidates), "a buddy had a copy"
     assert len(back.inputs) >= 2
     assert loss.world.seen["pipeline:copy"] > 0
-    site = loss.swarm.site("a")
-    assert site is not None
-    state = site.core.ledger.pipeline
+    state = loss.ledger().pipeline
     assert state.era == 1 and state.stages[stage].generation == 1 and not state.lost()
 
 
@@ -146,6 +197,49 @@ def test_losing_a_stage_three_times_is_survived_three_times() -> None:
         loss.kill(*loss.serving(2), restart_s=45.0)
         loss.goes_on(count, seconds=120.0)
         loss.world.run(loss.world.now + 50.0)
-    site = loss.swarm.site("a")
-    assert site is not None
-    assert site.core.ledger.pipeline.stages[2].generation == 3
+    assert loss.ledger().pipeline.stages[2].generation == 3
+
+
+def late_messages(seed: int) -> int:
+    """A stage is lost in the middle of a step and comes back; then the step's requests come again.
+
+    Returns how many did.
+    """
+    loss = Loss(seed)
+    late = LateRequests(loss)
+    victims = loss.serving(2)
+
+    def half_way() -> bool:
+        now = loss.ledger().pipeline.step
+        hops = [request.id.hop for _, request in late.heard if request.id.step == now]
+        return hops.count(3) >= 2 and hops.count(1) >= 1
+
+    loss.until(30.0, half_way)
+    step = loss.ledger().pipeline.step
+    loss.kill(*victims)
+    loss.until(90.0, lambda: bool(loss.recovered))
+    alive = [name for name in "a" + WORKERS if name not in victims]
+    loss.until(5.0, lambda: all(not loss.ledger(name).pipeline.lost() for name in alive))
+    assert loss.recovered[0].step == step, "the step begins anew"
+    count = late.again(step)
+    loss.goes_on()
+    return count
+
+
+def returned_after(seed: int) -> None:
+    """All who had a stage come back with it when it has been rebuilt without them."""
+    loss = Loss(seed)
+    loss.kill(*loss.serving(2), restart_s=60.0)
+    loss.goes_on()
+    loss.world.run(loss.world.now + 50.0)
+    before = loss.steps
+    loss.until(30.0, lambda: loss.steps >= before + 4)
+    assert len(loss.recovered) == 1
+
+
+def test_requests_of_before_the_loss_change_nothing_after_it() -> None:
+    assert late_messages(5) >= 4
+
+
+def test_who_comes_back_too_late_gives_up_its_state_for_the_rebuilt_one() -> None:
+    returned_after(5)

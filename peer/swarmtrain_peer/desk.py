@@ -335,7 +335,9 @@ class TrainerDesk:
         """Make the memo durable; a sync may take long, so not on the loop."""
         async with self._memo_lock:
             write = partial(write_private, self._memo_path, msgspec.json.encode(self._memo))
-            await asyncio.get_running_loop().run_in_executor(self._runtime.pool, write)
+            # A full disk is told; the next hand-over tries again.
+            attempt = partial(self._runtime.alarm.attempt, "position", write)
+            await asyncio.get_running_loop().run_in_executor(self._runtime.pool, attempt)
 
     async def _encode(self, channel: str, seq: int, codec: str) -> tuple[Blob, int]:
         """Read hand-over ``seq`` from its slot; returns the encoded chunks and how many values.

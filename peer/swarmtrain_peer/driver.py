@@ -17,6 +17,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from swarmtrain_peer import host
+from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.journal import Journal
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
@@ -36,7 +38,7 @@ from swarmtrain_protocols.core import (
     Send,
 )
 from swarmtrain_protocols.dataplane import DataPlane
-from swarmtrain_protocols.errors import DiskFull, LocalProtocolError, PeerFault, SwarmError
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, SwarmError
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, RoundKey
 from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest
@@ -96,6 +98,7 @@ class Driver:
         data: DataPlane,
         records: RecordFile | None,
         keeper: Keeper | None,
+        alarm: DiskAlarm,
         pool: Executor,
         on_event: Callable[[object], None],
         on_state: Callable[[str], None],
@@ -104,7 +107,10 @@ class Driver:
         self.node = node
         self.data = data
         self._transport = transport
-        self._records = records
+        self._journal: Journal | None = None
+        if records is not None:
+            failed, blocked = self._journal_failed, self._journal_blocked
+            self._journal = Journal(records, pool, alarm, failed=failed, blocked=blocked)
         self._keeper = keeper
         self._pool = pool
         self._on_event = on_event
@@ -147,7 +153,7 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        deadline = self.node.deadline()
+        deadline = self.node.deadline() if not self.stuck else math.inf
         if deadline < math.inf and not self._closed:  # -inf: at once
             delay = max(0.001, deadline - host.mono_s())
             self._timer = self._loop.call_later(delay, self._tick)
@@ -160,6 +166,8 @@ class Driver:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._journal is not None:
+            self._journal.close()
         self._queue.clear()
 
     # -- effects ------------------------------------------------------------------------------
@@ -271,29 +279,28 @@ class Driver:
         batch = [effect]
         while self._queue and isinstance(self._queue[0], Persist):
             batch.append(self._queue.popleft())  # type: ignore[arg-type]
-        if self._records is None:
-            return
-        self._persisting = True
-        self._pool.submit(self._write_records, batch)
+        if self._journal is not None:
+            self._persisting = True
+            self._journal.write(batch, self._persisted)
 
-    def _write_records(self, batch: Sequence[Persist]) -> None:
-        assert self._records is not None
-        error: BaseException | None = None
-        try:
-            self._records.write([(item.record, item.reset) for item in batch])
-        except Exception as caught:  # noqa: BLE001, raised on the loop's thread
-            error = caught
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._persisted, error)
-
-    def _persisted(self, error: BaseException | None) -> None:
-        if error is not None:
-            # A vote or entry that is not durable must never be acknowledged: stop, do not guess.
-            self.close()
-            self._on_event(error)
-            return
+    def _persisted(self) -> None:
         self._persisting = False
         self.pump()
+
+    def _journal_failed(self, error: BaseException) -> None:
+        """A vote or entry that is not durable must never be acknowledged: stop, do not guess."""
+        self.close()
+        self._on_event(error)
+
+    @property
+    def stuck(self) -> bool:
+        """The disk is full, and others wait for what should be on it: this site stands still."""
+        return self._journal is not None and self._journal.stuck
+
+    def _journal_blocked(self) -> None:
+        """Let the others elect a leader and close rounds without this site until it is back."""
+        for peer in self._transport.connected_peers():
+            self._transport.disconnect(peer, "disk_full", "no space for the log")
 
     # -- fetches ------------------------------------------------------------------------------
 
@@ -405,16 +412,9 @@ class Driver:
     def _to_disk(self, channel: str, round_number: int, blob: Blob) -> bool:
         if self._keeper is None or not channel.startswith("train/"):
             return False
-        codec = self.data.result_codec(blob.root)
-        try:
-            self._keeper.store.store_result(channel, round_number, blob.root, codec, blob.chunks)
-        except (DiskFull, SwarmError) as error:
-            name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
-            notice = fx.Notice(name, {"reason": str(error), "path": channel})
-            self._loop.call_soon_threadsafe(self._on_event, notice)
-            return False
-        self._loop.call_soon_threadsafe(self._keeper.keep_result, channel, round_number, blob)
-        return True
+        return self._keeper.store_result(
+            channel, round_number, blob, self.data.result_codec(blob.root)
+        )
 
     def _complete(self, result: fx.WholeResult) -> None:
         blob = self.data.complete(result)

@@ -73,8 +73,16 @@ KINDS: dict[str, Kind] = {
             "disk_full",
             "error",
             "P120",
-            "The disk took no more bytes; training goes on, results are not kept.",
-            ("path?", "free_bytes?"),
+            "The disk takes no more bytes; training goes on, results are not kept. A steward that "
+            "cannot write its log stands still until it can.",
+            ("path?", "free_bytes?", "what?", "reason?"),
+        ),
+        Kind(
+            "disk_freed",
+            "info",
+            "P121",
+            "Whatever found no space on the disk is on it now.",
+            ("full_s?", "path?"),
         ),
         Kind(
             "internal_error",

@@ -10,6 +10,7 @@ Dashboards, ``swarmtrain events``, the demo's summary and tests all read this lo
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -126,7 +127,7 @@ class EventLog:
 
     ``site`` is the hex id of the site. Sequence numbers go on where the file ends, so a record is
     named by (site, seq) for ever. A disk that takes no more bytes stops the file, not the run:
-    ``file_errors`` counts what is only in memory.
+    ``file_errors`` counts failed writes; what is still in memory is written when there is space.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class EventLog:
         self._subscribers: list[Callable[[Record], None]] = []
         self._limit = RateLimit()
         self.file_errors = 0
+        self._unwritten = 0
         damaged: list[Path] = []
         for record in read_events(path, damaged.append):
             self._ring.append(record)
@@ -261,13 +263,33 @@ class EventLog:
         if self._file.closed:
             self.file_errors += 1
             return
+        if self._unwritten:
+            line = b"".join(self._lines_of(self._unwritten)) + line
         try:
             if self._nbytes + len(line) > self._file_bytes_max:
                 self._rotate()
-            self._file.write(line)
-            self._nbytes += len(line)
+            self._write(line)
         except OSError:
+            self._unwritten += 1
             self.file_errors += 1
+        else:
+            self._unwritten = 0
+
+    def _lines_of(self, count: int) -> Iterator[bytes]:
+        """The records before the newest that found no space, as far as they are in memory."""
+        for record in list(self._ring)[-count - 1 : -1]:
+            yield msgspec.json.encode(record) + b"\n"
+
+    def _write(self, line: bytes) -> None:
+        """All of ``line`` or nothing: half a record must not stand before the next."""
+        try:
+            done = self._file.write(line)
+            if done != len(line):
+                raise OSError(errno.ENOSPC, f"{done} of {len(line)} bytes")
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._nbytes)
+            raise
+        self._nbytes += len(line)
 
     def _rotate(self) -> None:
         self._file.close()

@@ -46,3 +46,11 @@ def outward_ip() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def announced(bound: str) -> tuple[str, ...]:
+    """Where others can dial a listener: itself, or this machine's outward address."""
+    host_part, _, port = bound.rpartition(":")
+    if host_part not in ("0.0.0.0", "[::]"):
+        return (bound,)
+    return (f"{outward_ip()}:{port}",)

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 
 from swarmtrain_peer import host
+from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.copies import Copies
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.files import FileSystem, write_atomic
@@ -44,6 +45,7 @@ class Keeper:
         data: DataPlane,
         snapshots: dict[str, list[tuple[int, bytes]]],
         events: EventLog,
+        alarm: DiskAlarm,
         disk: Executor,
         every_rounds: int,
         kept: int,
@@ -55,6 +57,7 @@ class Keeper:
         self._folder = folder
         self._data = data
         self._events = events
+        self._alarm = alarm
         self._disk = disk
         self._every = every_rounds
         self._kept = kept
@@ -64,6 +67,11 @@ class Keeper:
         """Of which round the newest state was, by channel; the disk leads there."""
         self._replicas_min = replicas_min
         self._endangered: tuple[str, ...] = ()
+        self._rooted: dict[str, None] = {}
+        """Channels of which some checkpoint is on disk."""
+        self._newest: dict[str, int] = {}
+        self._gaps: dict[str, tuple[int, int]] = {}
+        """First and last round whose results are not on disk, by channel: a later state must be."""
         self._saving: dict[str, int] = {}
         self._generation_path = folder / "generation"
 
@@ -91,6 +99,7 @@ class Keeper:
             blob = await self._loop.run_in_executor(
                 self._disk, self.store.checkpoint, channel, state.round
             )
+            self._rooted[channel] = None
             self.offers.add(channel, state.round, blob)
             self._data.states[channel] = state
             restored(state)
@@ -113,6 +122,8 @@ class Keeper:
         """
         channel = state.channel
         due = self._every and state.round % self._every == 0
+        if channel in self._gaps and not self._saving.get(channel):
+            due = True  # what is written from here on leads nowhere without it
         if channel in self._endangered and not self._saving.get(channel):
             due = True  # others may want a copy of the newest state at any time
         follows = self._based.get(channel) == state.round - 1
@@ -130,21 +141,30 @@ class Keeper:
 
     def save(self, state: CanonicalState) -> Future[None]:
         """Write ``state``, which nobody moves, in the background; then serve it to joiners."""
+        self._newest[state.channel] = state.round
         self._saving[state.channel] = self._saving.get(state.channel, 0) + 1
         return self._disk.submit(self._save, state)
 
     def _save(self, state: CanonicalState) -> None:
         started = host.mono_s()
         try:
+            self._alarm.need(state.nbytes)
             self.store.save([state])
             self.store.prune(self._kept, self.offers.oldest())
             blob = self.store.checkpoint(state.channel, state.round)
         except SwarmError as error:
-            name = "disk_full" if isinstance(error, DiskFull) else "checkpoint_refused"
-            self._events.emit(name, reason=str(error), path=str(self._folder))
+            if state.channel not in self._rooted:
+                self._miss(state.channel, state.round - 1)  # results alone lead nowhere
+            self._failed("checkpoints", error)
+            if isinstance(error, DiskFull) and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._try_later, state)
             return
         finally:
             self._saving[state.channel] -= 1
+        self._alarm.written("checkpoints")
+        self._rooted[state.channel] = None
+        if self._gaps.get(state.channel, (0, state.round))[1] < state.round:
+            self._gaps.pop(state.channel, None)
         self._events.emit(
             "checkpoint_saved",
             state_hash=state.root().hex(),
@@ -156,6 +176,13 @@ class Keeper:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._saved, state.channel, state.round, blob)
 
+    def _try_later(self, state: CanonicalState) -> None:
+        self._loop.call_later(limits.DISK_FULL_RETRY_S, self._try_again, state)
+
+    def _try_again(self, state: CanonicalState) -> None:
+        if state.channel in self._based and self._newest[state.channel] == state.round:
+            self.save(state)  # no newer one is on its way
+
     def _saved(self, channel: str, round_number: int, blob: Blob) -> None:
         if channel in self._based:  # else the stage was given up meanwhile
             self.offers.add(channel, round_number, blob)
@@ -166,6 +193,8 @@ class Keeper:
         for root in [r for r, kept in self._results.items() if kept[0] == channel]:
             del self._results[root]
         self._based.pop(channel, None)
+        self._gaps.pop(channel, None)
+        self._rooted.pop(channel, None)
         self._disk.submit(self._forget, channel)
 
     def _forget(self, channel: str) -> None:
@@ -174,6 +203,33 @@ class Keeper:
         try:
             self.store.forget(channel)
         except SwarmError as error:
+            self._events.emit("checkpoint_refused", reason=str(error), path=str(self._folder))
+
+    def store_result(self, channel: str, round_number: int, blob: Blob, codec: str) -> bool:
+        """Write the result of a round; any thread.
+
+        True: it is on disk, and so is everything that leads up to it.
+        """
+        try:
+            self.store.store_result(channel, round_number, blob.root, codec, blob.chunks)
+        except SwarmError as error:
+            self._miss(channel, round_number)
+            self._failed("results", error)
+            return False
+        self._alarm.written("results")
+        if self._gaps.get(channel) == (round_number, round_number):
+            self._gaps.pop(channel, None)  # another attempt of the only one that is missing
+        self._loop.call_soon_threadsafe(self.keep_result, channel, round_number, blob)
+        return channel not in self._gaps
+
+    def _miss(self, channel: str, round_number: int) -> None:
+        first, last = self._gaps.get(channel, (round_number, round_number))
+        self._gaps[channel] = min(first, round_number), max(last, round_number)
+
+    def _failed(self, writer: str, error: SwarmError) -> None:
+        if isinstance(error, DiskFull):
+            self._alarm.full(writer, error)
+        else:
             self._events.emit("checkpoint_refused", reason=str(error), path=str(self._folder))
 
     def keep_result(self, channel: str, round_number: int, blob: Blob) -> None:

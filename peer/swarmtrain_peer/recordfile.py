@@ -81,10 +81,19 @@ class RecordFile:
                 self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
                 if new:
                     self._fs.sync_folder(self._path.parent)
-            data = memoryview(b"".join(_framed(r) for r, _ in records))
+            self._append(memoryview(b"".join(_framed(r) for r, _ in records)))
+
+    def _append(self, data: memoryview) -> None:
+        """All of ``data``, durable, or none of it: half a record must not lie before the next."""
+        assert self._file is not None
+        end = os.fstat(self._file).st_size
+        try:
             while data:
                 data = data[os.write(self._file, data) :]
             os.fdatasync(self._file)
+        except OSError:
+            os.ftruncate(self._file, end)
+            raise
 
     def close(self) -> None:
         if self._file is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer import host
+from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.keeper import Keeper
@@ -88,6 +89,7 @@ class PeerRuntime:
     def __init__(self, settings: PeerSettings, events: EventLog) -> None:
         self.settings = settings
         self.events = events
+        self.alarm = DiskAlarm(events, settings.state or Path.cwd())
         self.node: NodeCore
         self.driver: Driver
         self.data: DataPlane
@@ -136,7 +138,7 @@ class PeerRuntime:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
         bound = await self._listen()
         if bound:
-            self._addresses = s.announce or _announced(bound)
+            self._addresses = s.announce or host.announced(bound)
         manifest = s.manifest or await self._fetch_manifest()
         self.manifest = manifest
         self._make_node(manifest)
@@ -203,6 +205,7 @@ class PeerRuntime:
                 data=self.data,
                 snapshots=self.node.catchup.snapshots,
                 events=self.events,
+                alarm=self.alarm,
                 disk=self.disk_pool,
                 every_rounds=keys.checkpoint_every_rounds,
                 kept=s.checkpoints_kept,
@@ -214,6 +217,7 @@ class PeerRuntime:
             data=self.data,
             records=records,
             keeper=self.keeper,
+            alarm=self.alarm,
             pool=self.pool,
             on_event=self._on_event,
             on_state=self._on_state,
@@ -297,6 +301,8 @@ class PeerRuntime:
         """Whom to talk to: members, and bearers of a capability of this run's founder."""
         if not self._started:
             return None  # still looking for the run: whoever was dialled is checked by the log
+        if self.driver.stuck:
+            return Refused("disk_full", "no space for the log")
         ledger = self.node.ledger
         if peer in ledger.banned:
             return Refused("banned", ledger.banned[peer][:256])
@@ -489,11 +495,3 @@ class PeerRuntime:
 def total_bytes(stats: dict[str, Any], way: str) -> int:
     """Bytes ``sent`` or ``received`` on all links, control and bulk."""
     return int(stats[f"control_{way}_bytes"]) + int(stats[f"bulk_{way}_bytes"])
-
-
-def _announced(bound: str) -> tuple[str, ...]:
-    """Where others can dial a listener: itself, or this machine's outward address."""
-    host_part, _, port = bound.rpartition(":")
-    if host_part not in ("0.0.0.0", "[::]"):
-        return (bound,)
-    return (f"{host.outward_ip()}:{port}",)

@@ -31,6 +31,7 @@ import platformdirs
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.control import ControlClient, ControlClosed
+from swarmtrain_peer.files import FileSystem, disk_errors, write_synced
 from swarmtrain_peer.keys import create_key_file, load_or_create_identity, read_key_file
 from swarmtrain_protocols.errors import ConfigError, UsageError
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -46,14 +47,15 @@ def default_home(environ: Mapping[str, str]) -> Path:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step, mode 0600, durable."""
+    """Replace ``path`` by ``data`` in one step, mode 0600, durable.
+
+    Raises:
+        DiskFull, CheckpointError: it cannot be written; what was there still is.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with disk_errors("write", path):
+        write_synced(FileSystem(), temporary, [data])
+        os.replace(temporary, path)
 
 
 class SiteLock:

@@ -68,11 +68,14 @@ class Disconnect:
 class Persist:
     """Append ``record`` to the core's durable record file and sync it.
 
-    With ``reset`` the record replaces everything before it, atomically (compaction).
+    With ``reset`` the record replaces everything before it, atomically (compaction). ``relied``:
+    others build on it, so nothing behind it may take place before; without, a shell whose disk is
+    full may go on, as long as it writes the record later and in its place.
     """
 
     record: bytes
     reset: bool = False
+    relied: bool = True
 
 
 @dataclass(frozen=True, slots=True)

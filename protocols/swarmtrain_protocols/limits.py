@@ -170,6 +170,9 @@ PEER_FAULT_EVENTS_PER_S_MAX = 5
 PEER_FAULT_KEYS_MAX = 1024
 SPAWN_TIMEOUT_S = 120.0
 RESTARTS_MAX = 16
+DISK_FULL_RETRY_S = 1.0
+DISK_FULL_PATIENCE_S = 2.0
+RECORDS_WAITING_MAX = 4096
 
 # Shared memory between a trainer and its peer process (shm.py, training/)
 SHM_RANGES_MAX = 56

@@ -213,3 +213,46 @@ def test_the_page_about_events_is_current() -> None:
     assert page.read_text() == events_markdown(), (
         "run: python -m swarmtrain_peer.events > docs/events.md"
     )
+
+
+class _FullDisk:
+    """A file on a disk that takes ``free_bytes`` more."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, the log closes it
+        self.free_bytes = 10
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        if not self.free_bytes:
+            raise OSError(28, "No space left on device")
+        done = self._file.write(data[: self.free_bytes])
+        self.free_bytes -= done
+        return done
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+
+def test_a_full_disk_tears_no_line_and_what_it_missed_is_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = make(path)
+    log.emit("fallback", what="first", why="")
+    disk = _FullDisk(path)
+    log._file.close()
+    log._file = disk  # type: ignore[assignment]
+    for number in range(3):
+        log.emit("fallback", what=f"full {number}", why="")
+    assert [record["what"] for record in read_events(path)] == ["first"]
+    assert path.read_bytes().endswith(b"\n"), "the ten bytes that there was room for are gone again"
+    assert log.file_errors == 3
+    disk.free_bytes = 1 << 20
+    log.emit("fallback", what="after", why="")
+    log.close()
+    found = list(read_events(path))
+    assert [record["what"] for record in found] == ["first", "full 0", "full 1", "full 2", "after"]
+    assert [record["seq"] for record in found] == [1, 2, 3, 4, 5]

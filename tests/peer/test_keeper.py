@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.events import EventLog, Record
+from swarmtrain_peer.files import FileSystem
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.manifest import RunKeys
@@ -33,12 +37,15 @@ class Site:
         self.snapshots: dict[str, list[tuple[int, bytes]]] = {}
         self.disk = ThreadPoolExecutor(1)
         self.restored: dict[str, tuple[int, bytes]] = {}
+        self.durable = False
         self.stored: list[tuple[str, int]] = []
+        self.events = events = EventLog(folder / "events.jsonl", "ab" * 32)
         self.keeper = Keeper(
             folder,
             data=self.data,
             snapshots=self.snapshots,
-            events=EventLog(folder / "events.jsonl", "ab" * 32),
+            events=events,
+            alarm=DiskAlarm(events, folder),
             disk=self.disk,
             every_rounds=EVERY,
             kept=KEPT,
@@ -52,14 +59,14 @@ class Site:
         self.keeper.advanced(state)
         return state
 
-    def step(self, channel: str) -> bytes:
+    async def step(self, channel: str) -> bytes:
         """One committed step: on disk, then applied; returns its root."""
         state = self.data.states[channel]
         rng = np.random.default_rng([state.round, int(channel.split("/")[1])])
         blob = DataPlane().encode(rng.standard_normal(VALUES).astype(np.float32), "fp32")
         number = state.round
-        self.keeper.store.store_result(channel, number, blob.root, "fp32", blob.chunks)
-        self.keeper.keep_result(channel, number, blob)
+        self.durable = self.keeper.store_result(channel, number, blob, "fp32")
+        await asyncio.sleep(0)
         self.data.adopt_result(blob, VALUES, "fp32", channel)
         self.data.apply(fx.ApplyResult(channel, number, blob.root))
         self.keeper.advanced(state)
@@ -98,7 +105,7 @@ def test_each_stage_has_its_own_checkpoints_and_results(tmp_path: Path) -> None:
         for channel, steps in ((ONE, 13), (TWO, 27)):
             state = site.begin(channel)
             for _ in range(steps):
-                site.step(channel)
+                await site.step(channel)
                 await site.settle()
             roots[channel] = state.root()
         assert (site.offered(ONE), site.offered(TWO)) == ([0, 10], [10, 20])
@@ -124,7 +131,7 @@ def test_a_stage_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         for channel in (ONE, TWO):
             site.begin(channel)
-        result, other = site.step(ONE), site.step(TWO)
+        result, other = await site.step(ONE), await site.step(TWO)
         await site.settle()
         root = site.snapshots[ONE][0][1]
         assert site.keeper.provide(root, site.data.provide(root)) is not None
@@ -155,7 +162,7 @@ def test_a_stage_that_comes_back_at_once_keeps_its_new_files(tmp_path: Path) -> 
         site.data.drop_state(ONE)
         site.keeper.drop_state(ONE)
         site.begin(ONE)
-        site.step(ONE)
+        await site.step(ONE)
         gate.set()
         await site.settle()
         await site.settle()
@@ -175,12 +182,12 @@ def test_an_endangered_stage_is_saved_at_every_step_the_disk_can_follow(tmp_path
             site.begin(channel)
             await site.settle()
             for _ in range(3):
-                site.step(channel)
+                await site.step(channel)
                 await site.settle()
         assert (site.offered(ONE), site.offered(TWO)) == ([2, 3], [0])
         log.assign(B, 1, 2)
         site.keeper.look(log.ledger)
-        site.step(ONE)
+        await site.step(ONE)
         await site.settle()
         assert site.offered(ONE) == [2, 3], "two serve it again"
 
@@ -223,7 +230,7 @@ def test_whoever_fetches_an_older_snapshot_gets_it_and_all_results_after_it(tmp_
         await site.settle()
         root, results = site.snapshots[ONE][0][1], []
         for _ in range(35):
-            results.append(site.step(ONE))
+            results.append(await site.step(ONE))
             await site.settle()
         assert site.offered(ONE) == [20, 30]
         blob = site.keeper.provide(root, site.data.provide(root))
@@ -231,5 +238,101 @@ def test_whoever_fetches_an_older_snapshot_gets_it_and_all_results_after_it(tmp_
         for result in results:
             found = site.keeper.provide(result)
             assert found is not None and Blob.of(found.chunks).root == result
+
+    run(tmp_path, story)
+
+
+class SmallDisk(FileSystem):
+    """A disk that is full at times."""
+
+    full = False
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data)
+
+
+def test_after_a_full_disk_the_chain_is_whole_again_before_anything_counts_as_kept(
+    tmp_path: Path,
+) -> None:
+    roots: list[bytes] = []
+
+    async def first(site: Site) -> None:
+        disk = site.keeper.store._fs = SmallDisk()
+        state = site.begin(ONE)
+        await site.settle()
+        await site.step(ONE)
+        assert site.durable
+        disk.full = True
+        for _ in range(2):
+            await site.step(ONE)
+            await site.settle()
+            assert not site.durable
+        disk.full = False
+        await site.step(ONE)
+        assert not site.durable, "it is on disk, but what leads to it is not"
+        await site.settle()
+        for _ in range(2):
+            await site.step(ONE)
+            assert site.durable
+        roots.append(state.root())
+        told = [record["name"] for record in site.events.query() if "disk" in record["name"]]
+        assert told == ["disk_full", "disk_freed"]
+
+    async def second(site: Site) -> None:
+        await site.recover()
+        assert site.restored[ONE][0] == 4 and site.stored == [(ONE, 4), (ONE, 5)]
+        for channel, number in site.stored:
+            found = site.keeper.store.result(channel, number)
+            assert found is not None
+            site.data.apply(fx.ApplyResult(channel, number, found.root))
+        assert site.data.states[ONE].root() == roots[0]
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_another_attempt_of_the_round_that_found_no_space_is_enough(tmp_path: Path) -> None:
+    """Of two holders both must have it on disk: nothing is committed in between."""
+
+    async def story(site: Site) -> None:
+        disk = site.keeper.store._fs = SmallDisk()
+        site.begin(ONE)
+        await site.settle()
+        blob = DataPlane().encode(np.ones(VALUES, np.float32), "fp32")
+        disk.full = True
+        assert not site.keeper.store_result(ONE, 0, blob, "fp32")
+        assert not site.keeper.store_result(ONE, 0, blob, "fp32")
+        disk.full = False
+        assert site.keeper.store_result(ONE, 0, blob, "fp32")
+
+    run(tmp_path, story)
+
+
+def test_a_checkpoint_that_found_no_space_is_tried_again_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmtrain_protocols.limits.DISK_FULL_RETRY_S", 0.01)
+
+    async def story(site: Site) -> None:
+        disk = site.keeper.store._fs = SmallDisk()
+        disk.full = True
+        site.begin(ONE)
+        await site.settle()
+        loop, saved = asyncio.get_running_loop(), asyncio.Event()
+
+        def watch(record: Record) -> None:
+            if record["name"] == "checkpoint_saved":
+                loop.call_soon_threadsafe(saved.set)
+
+        site.events.subscribe(watch)
+        disk.full = False
+        async with asyncio.timeout(10.0):
+            await saved.wait()
+        await site.settle()
+        assert site.offered(ONE) == [0]
+        blob = DataPlane().encode(np.ones(VALUES, np.float32), "fp32")
+        assert site.keeper.store_result(ONE, 0, blob, "fp32")
 
     run(tmp_path, story)

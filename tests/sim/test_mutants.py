@@ -163,7 +163,7 @@ MUTANTS = (
         "entries are durable before they count",
         state.LogState,
         "save",
-        "self.out.append(Persist(encode_record(self._unsaved())))",
+        "self.out.append(Persist(encode_record(self._unsaved()), relied=self.votes))",
         "self._unsaved()",
         log_power_cut,
         range(4),

@@ -117,7 +117,8 @@ class LogState:
             self.adopt_term(term)
 
     def persist_vote(self) -> None:
-        self.out.append(Persist(encode_record(VoteRecord(self.term, self.voted_for))))
+        record = encode_record(VoteRecord(self.term, self.voted_for))
+        self.out.append(Persist(record, relied=self.votes or self.voted_for != b""))
 
     # --- the log and its disk --------------------------------------------------------------------
 
@@ -147,14 +148,14 @@ class LogState:
         """Persist what is not yet on disk. Nothing after it takes place before it is durable."""
         if self.saved == self.log.last_index:
             return
-        self.out.append(Persist(encode_record(self._unsaved())))
+        self.out.append(Persist(encode_record(self._unsaved()), relied=self.votes))
         self.saved = self.log.last_index
 
     def save_certificates(self) -> None:
         """Also persist the newest certificate, though no entry asks for it."""
         latest = self.log.latest
         if latest is not None and latest.index > self._saved_certificate:
-            self.out.append(Persist(encode_record(self._unsaved())))
+            self.out.append(Persist(encode_record(self._unsaved()), relied=self.votes))
             self.saved = self.log.last_index
 
     @property
@@ -188,7 +189,7 @@ class LogState:
             encode_snapshot_file(log.snapshot_file(snapshot)),
             EntriesRecord(start, entries, tuple(certificates)),
         )
-        self.out.append(Persist(encode_record(record), reset=True))
+        self.out.append(Persist(encode_record(record), reset=True, relied=self.votes))
         self.saved = log.last_index
         self._unsaved_links = []
         self._saved_certificate = log.commit

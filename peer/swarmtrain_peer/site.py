@@ -347,9 +347,10 @@ def site_at(home: Path, explicit: str) -> Site:
     )
 
 
-def find_site(home: Path, explicit: str | None = None) -> Site:
+def find_site(home: Path, explicit: str | None = None, *, stopped: bool = False) -> Site:
     """The site that a command means: ``explicit`` (a folder or the first digits of a run id, from
-    a flag or ``SWARMTRAIN_SITE``), else the only live site of ``home``.
+    a flag or ``SWARMTRAIN_SITE``), else the only live site of ``home``; with ``stopped`` (commands
+    that only read the disk) else the only one there is.
 
     Raises:
         UsageError: no such site, none is live, or several are (it lists them).
@@ -360,6 +361,8 @@ def find_site(home: Path, explicit: str | None = None) -> Site:
     live = [site for site in sites if site.is_live()]
     if len(live) == 1:
         return live[0]
+    if stopped and not live and len(sites) == 1:
+        return sites[0]
     if not live:
         raise UsageError(
             "no peer process is running",

@@ -296,7 +296,7 @@ class StateStore:
                 if entry is None:
                     continue
                 try:
-                    state = storeformat.read_state(checkpoint.path / entry.file, entry)
+                    state = self.state(checkpoint, entry)
                 except CheckpointError as error:
                     loaded.refused.append(error)
                     continue
@@ -317,6 +317,14 @@ class StateStore:
             else:
                 found.append(Checkpoint(number, path, entries))
         return found, broken
+
+    def state(self, checkpoint: Checkpoint, entry: Entry) -> CanonicalState:
+        """One channel of a checkpoint, read and verified.
+
+        Raises:
+            CheckpointError: it is broken.
+        """
+        return storeformat.read_state(checkpoint.path / entry.file, entry)
 
     def checkpoint(self, channel: str, round: int) -> Blob:
         """The saved state of a channel at a round, as a blob over the mapped file, verified.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from swarmtrain.cli import dashboard, demo, join, manage, query
+from swarmtrain.cli import dashboard, demo, export, join, manage, query
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -30,6 +30,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.peers,
     query.rounds,
     query.events,
+    export.export,
     dashboard.dashboard,
     manage.version,
 )

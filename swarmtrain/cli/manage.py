@@ -88,7 +88,7 @@ def read_checkpoints(folder: Path) -> tuple[list[dict[str, Any]], list[Checkpoin
 @ckpt_app.command("list")
 def ckpt_list(site: SiteOption = None, home: Home = None, as_json: Json = False) -> None:
     """Checkpoints of this site."""
-    place = site_of(home, site)
+    place = site_of(home, site, stopped=True)
     rows, broken = read_checkpoints(place.state_path)
     lines = table(
         ("checkpoint", "channel", "round", "values", "state"),
@@ -104,7 +104,7 @@ def ckpt_verify(site: SiteOption = None, home: Home = None, as_json: Json = Fals
     """Read every checkpoint and compare its hashes. Exit code 11 if one is damaged."""
     from swarmtrain_peer.store import StateStore
 
-    place = site_of(home, site)
+    place = site_of(home, site, stopped=True)
     rows, broken = read_checkpoints(place.state_path)
     store = StateStore(place.state_path, writable=False)
     good = 0

@@ -35,13 +35,13 @@ def home_of(home: Path | None) -> Path:
     return home if home is not None else default_home(os.environ)
 
 
-def site_of(home: Path | None, site: str | None) -> Site:
+def site_of(home: Path | None, site: str | None, *, stopped: bool = False) -> Site:
     """The site a command is about; see ``find_site``.
 
     Raises:
         UsageError: none, or several.
     """
-    return find_site(home_of(home), site)
+    return find_site(home_of(home), site, stopped=stopped)
 
 
 def connect(home: Path | None, site: str | None) -> ControlClient:

@@ -170,6 +170,17 @@ def test_the_only_live_site_is_found(tmp_path: Path) -> None:
     second.close()
 
 
+def test_what_only_reads_the_disk_finds_the_only_site_though_it_is_stopped(tmp_path: Path) -> None:
+    one = founded(tmp_path, "one")
+    assert find_site(tmp_path, stopped=True) == one
+    two = founded(tmp_path, "two")
+    with pytest.raises(UsageError, match="no peer process is running"):
+        find_site(tmp_path, stopped=True)
+    live = _Listener(two)
+    assert find_site(tmp_path, stopped=True) == two
+    live.close()
+
+
 def test_a_site_can_be_named_by_folder_or_first_digits(tmp_path: Path) -> None:
     one = founded(tmp_path)
     assert find_site(tmp_path, str(one.folder)) == one

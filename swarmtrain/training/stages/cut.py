@@ -4,8 +4,9 @@ Stage 0 is the ends, stages 1 … S are groups of equally many blocks with equal
 parameters are those its module lists, tied ones once, in that order, named from the stage's own
 root (``blocks.0.up.weight``): all inner stages therefore have one layout.
 
-A model that cannot be computed twice with the same result (dropout, batch norm) or whose parameters
-reach across a cut is refused: a worker recomputes what it forgot since the forward pass.
+A model that cannot be computed twice with the same result (dropout, noise, running statistics) or
+whose parameters reach across a cut is refused: a worker recomputes what it forgot since the forward
+pass. Where a model has values, both are tried out with a few tokens, not only read off its modules.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from swarmtrain_protocols.manifest import check_stages
 
 StageLayout = list[tuple[str, tuple[int, ...]]]
 """(name, shape) of a stage's trainable parameters, in the order of its flat vector."""
+_MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""What parts raise that do not fit together."""
 
 
 class CannotCut(ConfigError):
@@ -156,8 +159,12 @@ def cut_parts(
                 "all stages need blocks of equal shapes",
                 "move the odd block into the embedding or the head",
             )
-    width, vocabulary = _probe(ends, pieces[0], context)
-    return Cut(modules, width, vocabulary, context, len(blocks))
+    device = next(ends.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        width, vocabulary = _probe(ends, pieces[0], context)
+        found = Cut(modules, width, vocabulary, context, len(blocks))
+        _check_repeatable(found)
+    return found
 
 
 def cut_sequential(
@@ -165,11 +172,14 @@ def cut_sequential(
 ) -> Cut:
     """Cut a model that calls its children one after the other, in the order it lists them.
 
+    Lists of modules between the two ends count as their members.
+
     Args:
         embedding: name of the first child; ``head`` of the last one.
 
     Raises:
-        CannotCut: no such children, not at the two ends, or as ``cut_parts``.
+        CannotCut: no such children, not at the two ends, a model that does something else than
+            call its children in order, or as ``cut_parts``.
     """
     names = [name for name, _ in model.named_children()]
     parts = [part for _, part in model.named_children()]
@@ -180,7 +190,12 @@ def cut_sequential(
                 f"its children are {', '.join(names[:12]) or 'none'}",
                 "name the embedding (first) and the head (last)",
             )
-    return cut_parts(parts[0], parts[1:-1], parts[-1], stages, context=context)
+    blocks: list[nn.Module] = []
+    for part in parts[1:-1]:
+        blocks += list(part) if isinstance(part, (nn.Sequential, nn.ModuleList)) else [part]
+    found = cut_parts(parts[0], blocks, parts[-1], stages, context=context)
+    check_equal(model, found)
+    return found
 
 
 def _check_module(number: int, module: nn.Module) -> None:
@@ -229,7 +244,7 @@ def _probe(ends: Ends, stage: Stage, context: int) -> tuple[int, int]:
         x = ends.embed(tokens)
         y = stage(x)
         logits = ends.head(y)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except _MISFITS as error:
         raise CannotCut("two tokens do not pass through the model", str(error)[:400]) from None
     shapes = [tuple(t.shape) for t in (x, y, logits) if isinstance(t, Tensor)]
     if len(shapes) < 3 or any(len(s) != 3 for s in shapes) or shapes[0] != shapes[1]:
@@ -237,3 +252,74 @@ def _probe(ends: Ends, stage: Stage, context: int) -> tuple[int, int]:
             "the model's parts do not pass on [batch, time, width]", f"they pass {shapes}"
         )
     return shapes[0][2], shapes[2][2]
+
+
+def _some_tokens(cut: Cut) -> Tensor:
+    """int64 [1, time] of different ids, on the device of the ends."""
+    device = next(cut.ends.parameters()).device
+    return (torch.arange(min(8, cut.context), device=device) * 7 % cut.vocabulary)[None]
+
+
+def _tolerance(like: Tensor) -> float:
+    return 0.05 if like.dtype in (torch.float16, torch.bfloat16) else 1e-4
+
+
+@torch.no_grad()
+def _check_repeatable(cut: Cut) -> None:
+    """Send the same tokens through every piece three times: modules do not tell all they draw."""
+    if any(cut.drawn(number) for number in range(cut.stages + 1)):
+        return
+    before = [{n: b.clone() for n, b in module.named_buffers()} for module in cut.modules]
+    passes = [_outputs(cut) for _ in range(3)]
+    for number, module in enumerate(cut.modules):
+        where = "the ends" if number == 0 else f"stage {number}"
+        for name, buffer in module.named_buffers():
+            if name in before[number] and not torch.equal(buffer, before[number][name]):
+                raise CannotCut(
+                    f"buffer {name} of {where} changes with every pass",
+                    "recomputing a forward pass would count twice",
+                    "keep no statistics in the model",
+                )
+        for other in passes[1:]:
+            for y, z in zip(passes[0][number], other[number], strict=True):
+                if not bool((y - z).abs().max() <= _tolerance(y) * y.abs().max()):
+                    raise CannotCut(
+                        f"{where} of the model answers the same input differently each time",
+                        "recomputing a forward pass would draw other values",
+                        "take out dropout and noise",
+                    )
+
+
+def _outputs(cut: Cut) -> list[tuple[Tensor, ...]]:
+    """What every piece answers to some tokens, the ends (activation, logits) first."""
+    # Every stage gets the embedding, so that each one is judged by itself.
+    x = cut.ends.embed(_some_tokens(cut))
+    return [(x, cut.ends.head(x)), *((stage(x),) for stage in cut.modules[1:])]
+
+
+@torch.no_grad()
+def check_equal(model: nn.Module, cut: Cut) -> None:
+    """Names do not tell all (scaled embeddings, other masks): compare the logits of some tokens.
+
+    Raises:
+        CannotCut: the pieces compute something else than the model.
+    """
+    first = next(model.parameters())
+    if first.is_meta:
+        return
+    ids = _some_tokens(cut)
+    try:
+        whole = model(ids)
+        expected = whole if isinstance(whole, Tensor) else whole.logits
+    except _MISFITS as error:
+        raise CannotCut("the whole model takes no tokens", str(error)[:400]) from None
+    x = cut.ends.embed(ids)
+    for stage in cut.modules[1:]:
+        x = stage(x)
+    found = cut.ends.head(x)
+    if not bool((found - expected).abs().max() <= _tolerance(first) * expected.abs().max()):
+        raise CannotCut(
+            f"{type(model).__name__} in pieces answers other logits than whole",
+            "it does more than call its parts in order",
+            "cut it yourself with swarmtrain.training.stages.cut.cut_parts",
+        )

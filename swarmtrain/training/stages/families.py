@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swarmtrain.training.model import ByteGPT, Sizes
 from swarmtrain.training.presets import PRESETS
-from swarmtrain.training.stages.cut import CannotCut, Cut, cut_parts
+from swarmtrain.training.stages.cut import CannotCut, Cut, check_equal, cut_parts
 from swarmtrain.training.stages.decoder import DECODERS, Decoder, DecoderSizes
 from swarmtrain_protocols.errors import ConfigError
 
@@ -125,34 +125,8 @@ def cut_hugging_face(model: nn.Module, stages: int) -> Cut:
     assert isinstance(norm, nn.Module) and isinstance(blocks, nn.ModuleList)
     head = Head(norm, logits)
     found = cut_parts(embed, list(blocks), head, stages, context=context, shared=shared)
-    _check_equal(model, found)
+    check_equal(model, found)
     return found
-
-
-@torch.no_grad()
-def _check_equal(model: nn.Module, cut: Cut) -> None:
-    """Names do not tell all (scaled embeddings, other masks): compare the logits of some tokens.
-
-    Raises:
-        CannotCut: the pieces compute something else than the model.
-    """
-    first = next(model.parameters())
-    if first.is_meta:
-        return
-    ids = (torch.arange(min(8, cut.context)) * 7 % cut.vocabulary)[None].to(first.device)
-    whole = model(ids)
-    expected = whole if isinstance(whole, Tensor) else whole.logits
-    x = cut.ends.embed(ids)
-    for stage in cut.modules[1:]:
-        x = stage(x)
-    found = cut.ends.head(x)
-    tolerance = 0.05 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    if not bool((found - expected).abs().max() <= tolerance * expected.abs().max()):
-        raise CannotCut(
-            f"{type(model).__name__} in pieces answers other logits than whole",
-            "it does more than embedding, layers, norm and lm_head",
-            "cut it yourself with swarmtrain.training.stages.cut.cut_parts",
-        )
 
 
 def _has(part: object, *names: str) -> bool:

@@ -146,10 +146,10 @@ class LocalPipeline:
             self.sent_nbytes += len(kept) + len(gradient)
         return loss
 
-    def evaluate(self, tokens: I32) -> float:
-        """Mean nats per token of i32 [batch, time + 1]."""
+    def evaluate(self, tokens: I32, path: Sequence[int] | None = None) -> float:
+        """Mean nats per token of i32 [batch, time + 1] by ``path`` (None: all hops)."""
         ids, x, loss = encode_tokens(tokens), b"", 0.0
-        for hop in plain_path(self.stages):
+        for hop in path or plain_path(self.stages):
             done = self._at(hop, 0).evaluate(hop, x, ids if self._ends(hop) else b"")
             x, loss = done.output, done.loss
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -48,6 +49,22 @@ def sequential(blocks: int = 4, **more: nn.Module) -> nn.Sequential:
     return model
 
 
+class Nested(nn.Module):
+    """Has its blocks in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = list(sequential().children())
+        self.tok, self.blocks, self.lm = parts[0], nn.ModuleList(parts[1:-1]), parts[-1]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tok(tokens)
+        for block in self.blocks:
+            x = block(x)
+        found: torch.Tensor = self.lm(x)
+        return found
+
+
 def cut(model: nn.Module, stages: int = 2, **changes: Any) -> Any:
     return cut_sequential(
         model, stages, **{"context": 16, "embedding": "tok", "head": "lm", **changes}
@@ -83,8 +100,9 @@ def test_a_sequential_model_falls_into_ends_and_equal_stages() -> None:
     torch.testing.assert_close(found.ends(x), found.ends.head(found.ends.embed(x)))
 
 
-def test_a_sequential_model_in_stages_has_its_own_gradient() -> None:
-    model = sequential().double()
+@pytest.mark.parametrize("make", [sequential, Nested])
+def test_a_model_in_stages_has_its_own_gradient(make: Any) -> None:
+    model = make().double()
     runtime = StageRuntime(
         cut(model), [0, 1, 2], codec="fp64", batch_max=3, seed=0, dtype="float64"
     )
@@ -159,6 +177,46 @@ class Noisy(Residual):
         self.drop = nn.Dropout(probability)
 
 
+class Jittered(Residual):
+    """Draws from torch's generator without a module that says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.dropout(x, 0.2))
+
+
+class Counting(Residual):
+    """Remembers how often it ran."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+class Scaled(nn.Sequential):
+    """Does more than call its children."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = 2 * super().forward(tokens)
+        return found
+
+
+class Labelled(Nested):
+    """Wants more than tokens."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(tokens) + labels
+
+
+def scaled() -> nn.Module:
+    return Scaled(OrderedDict(sequential().named_children()))
+
+
 class Normed(Residual):
     """With running statistics."""
 
@@ -193,6 +251,18 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "frozen": (frozen, {}, r"blocks\.1\.up\.bias of stage 1 is frozen"),
     "dropout": (lambda: sequential(layer2=Noisy(0.1)), {}, r"blocks\.0\.drop of stage 2"),
     "batch norm": (lambda: sequential(layer0=Normed()), {}, "running statistics"),
+    "functional dropout": (
+        lambda: sequential(layer3=Jittered()),
+        {},
+        "stage 2 of the model answers the same input differently",
+    ),
+    "counter": (
+        lambda: sequential(layer1=Counting()),
+        {},
+        r"buffer blocks\.1\.count of stage 1 changes",
+    ),
+    "more than its children": (scaled, {}, "Scaled in pieces answers other logits"),
+    "more than tokens": (Labelled, {}, "the whole model takes no tokens"),
     "another width": (
         lambda: sequential(layer0=Shapeless(), layer1=Shapeless()),
         {"stages": 1},
@@ -223,3 +293,13 @@ def test_what_cannot_be_cut_says_why(name: str) -> None:
 def test_dropout_of_zero_is_no_dropout() -> None:
     blocks = {f"layer{i}": Noisy(0.0) for i in range(4)}
     assert cut(sequential(4, **blocks)).stages == 2
+
+
+def test_trying_a_model_out_draws_nothing_from_the_callers_generator() -> None:
+    model = sequential(layer0=Jittered())
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with pytest.raises(CannotCut):
+        cut(model)
+    assert torch.equal(torch.rand(3), expected)

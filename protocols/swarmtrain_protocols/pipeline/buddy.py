@@ -25,6 +25,8 @@ COPY_STEPS = 20
 CHECK_S = 5.0
 """How often a buddy looks whether a copy is due; also the pause after one that failed."""
 COPY_TIMEOUT_S = 600.0
+COPY_TIME_SHARE = 0.05
+"""Of the time, for copies of a stage that has enough workers: links are for hops."""
 
 
 def buddy_of(ledger: Ledger, stage: int) -> PeerId | None:
@@ -59,6 +61,7 @@ class Buddy:
         self._replicas_min = replicas_min
         self._kept: dict[int, tuple[int, int]] = {}
         """By stage: (run generation, round) of the copy that is here."""
+        self._rest_until: dict[int, float] = {}
         self._check_at = 0.0
 
     def stages(self) -> list[int]:
@@ -73,9 +76,14 @@ class Buddy:
         mine = self.stages()
         for stage in [s for s in self._kept if s not in mine]:
             del self._kept[stage]
+            self._rest_until.pop(stage, None)
             self._out.append(px.DropCopy(stage_channel(stage)))
         for stage in mine:
-            self._look(now, stage)
+            if now >= self._rest_until.get(stage, now) or self._endangered(stage):
+                self._look(now, stage)
+
+    def _endangered(self, stage: int) -> bool:
+        return len(self.ledger.pipeline.serving(stage)) < self._replicas_min
 
     def _look(self, now: float, stage: int) -> None:
         name = stage_channel(stage)
@@ -86,8 +94,8 @@ class Buddy:
         generation, kept = self._kept.get(stage, (-1, -1))
         if generation != self.ledger.generation:
             kept = -1
-        endangered = len(state.serving(stage)) < self._replicas_min
-        due = kept < 0 or channel.round >= kept + (1 if endangered else COPY_STEPS)
+        wait = 1 if self._endangered(stage) else COPY_STEPS
+        due = kept < 0 or channel.round >= kept + wait
         if not due or self._collector.busy(name, COPY):
             return
         donors = [PeerId(k) for k in state.serving(stage)]
@@ -95,6 +103,7 @@ class Buddy:
         def done(at: float, snapshot: fx.Snapshot | None) -> None:
             if snapshot is not None:
                 self._kept[stage] = self.ledger.generation, snapshot.round
+                self._rest_until[stage] = at + (at - now) * (1 / COPY_TIME_SHARE - 1)
                 self._out.append(px.KeepCopy(snapshot))
 
         if donors:

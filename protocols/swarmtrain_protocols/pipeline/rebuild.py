@@ -61,6 +61,8 @@ class _Work:
     round: int
     since: float
     phase: str = "wait"
+    beside: dict[str, int] = field(default_factory=dict)
+    """Stages whose states are inputs: ``left`` and ``right``."""
     collecting: dict[str, str] = field(default_factory=dict)
     inputs: list[px.CandidateInput] = field(default_factory=list)
     batches: tuple[bytes, ...] | None = None
@@ -208,13 +210,20 @@ class Rebuilder:
     def _collect(self, now: float, work: _Work) -> None:
         work.phase, work.since = "collect", now
         self._out.append(px.NeedCalibration(work.stage, CALIBRATION_BATCHES))
-        for what, stage in (("left", work.stage - 1), ("right", work.stage + 1)):
-            if work.stage != ENDS and self._is_neighbour(stage):
-                self._input(now, work, what, stage)
+        work.beside = self._neighbours(work.stage)
+        for what, stage in work.beside.items():
+            self._input(now, work, what, stage)
 
-    def _is_neighbour(self, stage: int) -> bool:
+    def _neighbours(self, stage: int) -> dict[str, int]:
+        """The nearest block stages on both sides that are not lost; the ends have none."""
         state = self.ledger.pipeline
-        return 0 < stage <= state.blocks and not state.stages[stage].host
+        alive = [s for s in range(1, state.blocks + 1) if not state.stages[s].host]
+        left = [s for s in alive if s < stage]
+        right = [s for s in alive if s > stage]
+        found = {"left": left[-1]} if left else {}
+        if right and stage != ENDS:
+            found["right"] = right[0]
+        return found
 
     def _input(self, now: float, work: _Work, what: str, stage: int) -> None:
         name = stage_channel(stage)
@@ -255,12 +264,9 @@ class Rebuilder:
         work.inputs.sort(key=lambda item: item.what)
         work.phase = "build"
         stages = self.ledger.pipeline.stages
-        square = [
-            stages[s].square_norm if self._is_neighbour(s) else 0.0
-            for s in (work.stage - 1, work.stage + 1)
-        ]
-        norms = math.sqrt(square[0]), math.sqrt(square[1])
-        self._out.append(px.BuildCandidates(work.stage, tuple(work.inputs), norms))
+        norms = {what: math.sqrt(stages[s].square_norm) for what, s in work.beside.items()}
+        both = norms.get("left", 0.0), norms.get("right", 0.0)
+        self._out.append(px.BuildCandidates(work.stage, tuple(work.inputs), both))
 
     # -- answers of the shell --------------------------------------------------------------
 

@@ -8,7 +8,13 @@ from swarmtrain_protocols.core import Effect, Fetch, PeerId, Send
 from swarmtrain_protocols.messages.member import SnapshotOffer
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
-from swarmtrain_protocols.pipeline.buddy import CHECK_S, COPY_STEPS, Buddy, buddy_of
+from swarmtrain_protocols.pipeline.buddy import (
+    CHECK_S,
+    COPY_STEPS,
+    COPY_TIME_SHARE,
+    Buddy,
+    buddy_of,
+)
 from swarmtrain_protocols.pipeline.collect import Collector
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.fetches import Fetches
@@ -103,6 +109,24 @@ def test_an_endangered_stage_is_copied_whenever_there_is_something_newer() -> No
     desk.give(0.0, 0)
     desk.out.clear()
     assert desk.look(CHECK_S) == [A]
+
+
+def test_copies_take_a_small_share_of_the_time_unless_the_stage_is_endangered() -> None:
+    desk = Desk()
+    desk.steps(1)
+    assert desk.look(0.0) == [A, B]
+    desk.give(50.0, 0)
+    desk.out.clear()
+    desk.steps(COPY_STEPS)
+    rested = 50.0 / COPY_TIME_SHARE
+    assert desk.look(rested - 1.0) == []
+    assert desk.look(rested + CHECK_S) == [A, B]
+    desk = Desk(endangered=True)
+    desk.steps(1)
+    assert desk.look(0.0) == [A]
+    desk.give(50.0, 0)
+    desk.out.clear()
+    assert desk.look(55.0) == [A]
 
 
 def test_a_copy_that_is_not_needed_any_more_is_dropped() -> None:

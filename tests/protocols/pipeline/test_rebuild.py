@@ -221,6 +221,18 @@ def test_the_first_block_stage_has_no_left_neighbour_and_the_ends_have_none() ->
         assert desk.tried == list(NAMES)
 
 
+def test_if_a_neighbour_is_lost_as_well_the_nearest_stage_that_is_there_takes_its_place() -> None:
+    desk = Desk(lost=())
+    desk.log.ok(e.StageLost(2, STEPS, B, "test"))
+    desk.offers = {stage_channel(1): (2, B)}
+    desk.log.ledger.pipeline.stages[1].square_norm = 16.0
+    desk.lose(3)
+    desk.run()
+    left = fx.Snapshot(stage_channel(1), 2, state_hash(1, 2), VALUES, "rebuild/3")
+    assert desk.built.inputs == (px.CandidateInput("left", left, False),)
+    assert desk.built.norms == (4.0, 0.0)
+
+
 def test_every_batch_goes_through_all_stages_with_this_node_for_the_lost_one() -> None:
     desk = Desk()
     desk.run()

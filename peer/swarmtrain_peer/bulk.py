@@ -21,6 +21,7 @@ from typing import Protocol
 
 from swarmtrain_peer import host
 from swarmtrain_peer.linkrate import LinkRate
+from swarmtrain_peer.pace import Pace, Queue
 from swarmtrain_peer.poller import Poller, make_poller
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
@@ -98,6 +99,8 @@ class BulkConnection:
         self._reading = False
         self._writing = False
         self._write_wanted = False
+        self._read_held = False
+        self._write_held = False
         self._dead = False
         self._finished = False
         self._fault: PeerFault | None = None
@@ -167,22 +170,39 @@ class BulkConnection:
         with self._lock:
             self._reading = False
             if alive and not self._dead:
-                self._pool.arm_read(self)
+                if self._read_held:
+                    self._pool.down_queue.wait(self._read_on)
+                else:
+                    self._pool.arm_read(self)
                 return
         self.abandon()
         self._finish()
 
+    def _read_on(self) -> None:
+        """The cap lets bytes pass again; a connection that died meanwhile finds its end so."""
+        with self._lock:
+            if not self._finished:
+                self._pool.arm_read(self)
+
     def _receive(self) -> bool:
         budget = _TURN_BYTES
+        self._read_held = False
         body = memoryview(self._body)
         head = memoryview(self._head)
         while budget > 0 and not self._dead:
             header = self._header
             view = head if header is None else body[: header.nbytes + TAG_BYTES]
+            allowed = self._pool.down.take(len(view) - self._got)
+            if not allowed:
+                self._read_held = True
+                return True
+            count = 0
             try:
-                count = self._sock.recv_into(view[self._got :])
+                count = self._sock.recv_into(view[self._got : self._got + allowed])
             except BlockingIOError:
                 return True
+            finally:
+                self._pool.down.charge(count - allowed)
             if count == 0:
                 return False
             self._got += count
@@ -229,22 +249,39 @@ class BulkConnection:
             again = (more or bool(self._jobs)) and not self._dead and not self._write_wanted
             if again:
                 self._write_wanted = True
-                self._pool.arm_write(self)
+                if self._write_held:
+                    self._pool.up_queue.wait(self._write_on)
+                else:
+                    self._pool.arm_write(self)
         self._finish()
+
+    def _write_on(self) -> None:
+        with self._lock:
+            if not self._dead and not self._finished:
+                self._pool.arm_write(self)
 
     def _transmit(self) -> bool:
         """True if the socket should be armed again."""
         budget = _TURN_BYTES
+        self._write_held = False
         out = memoryview(self._out)
         while budget > 0 and not self._dead:
             if self._out_at == self._out_end and not self._fill(out):
                 self.rate.idle()
                 return False
+            allowed = self._pool.up.take(self._out_end - self._out_at)
+            if not allowed:
+                self._write_held = True
+                self.rate.full(host.mono_s(), self.sent_bytes)
+                return True
+            count = 0
             try:
-                count = self._sock.send(out[self._out_at : self._out_end])
+                count = self._sock.send(out[self._out_at : self._out_at + allowed])
             except BlockingIOError:
                 self.rate.full(host.mono_s(), self.sent_bytes)
                 return True
+            finally:
+                self._pool.up.charge(count - allowed)
             self._out_at += count
             self.sent_bytes += count
             budget -= count
@@ -299,9 +336,21 @@ class BulkConnection:
 
 
 class BulkPool:
-    """A fixed number of threads for all bulk connections and for hashing."""
+    """A fixed number of threads for all bulk connections and for hashing.
 
-    def __init__(self, threads: int, poller: Poller | None = None) -> None:
+    ``up`` and ``down`` are the caps of the site; control links charge them too.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        poller: Poller | None = None,
+        *,
+        up_bytes_per_s: int = 0,
+        down_bytes_per_s: int = 0,
+    ) -> None:
+        self.up, self.down = Pace(up_bytes_per_s), Pace(down_bytes_per_s)
+        self.up_queue, self.down_queue = Queue(self.up), Queue(self.down)
         self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}
         self._tasks: deque[Callable[[], None]] = deque()
@@ -353,6 +402,8 @@ class BulkPool:
         """End all connections and threads; blocks until the threads have ended."""
         for conn in list(self._connections.values()):
             conn.abandon()
+        self.up_queue.close()
+        self.down_queue.close()
         self._stopping = True
         self._wake_write.send(b"x" * len(self._threads))
         for thread in self._threads:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+from swarmtrain_peer.pace import Pace
 from swarmtrain_peer.sockets import address_of
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId, short_id
@@ -57,9 +58,11 @@ class Link(asyncio.Protocol):
         session: SessionCore,
         on_event: Callable[[Link, SessionEvent], None],
         address: str,
+        paces: tuple[Pace, Pace],
     ) -> None:
         self.session = session
         self.address = address
+        self._up, self._down = paces
         self.remote: tuple[Any, ...] = ()
         self.outcome: asyncio.Future[PeerId] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
@@ -130,6 +133,7 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received_bytes += len(data)
+        self._down.charge(len(data))
         self.session.receive_bytes(self._loop.time(), data)
         self._pump()
 
@@ -178,6 +182,7 @@ class Link(asyncio.Protocol):
             if not data:
                 break
             self.sent_bytes += len(data)
+            self._up.charge(len(data))
             transport.write(data)
         if self.session.closed and not self._closing:
             self._closing = True

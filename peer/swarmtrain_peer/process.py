@@ -52,6 +52,8 @@ def settings_of(site: Site) -> PeerSettings:
         trains=config.trains,
         holds_state=config.holds_state,
         votes=config.votes or founder is not None,
+        up_bytes_per_s=config.up_bytes_per_s,
+        down_bytes_per_s=config.down_bytes_per_s,
         manifest=site.manifest(),
         founder=founder,
         ticket=ticket,

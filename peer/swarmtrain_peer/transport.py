@@ -98,6 +98,8 @@ class Transport:
         handler: TransportHandler,
         provide: Callable[[bytes], Blob | None],
         threads: int = limits.BULK_THREADS,
+        up_bytes_per_s: int = 0,
+        down_bytes_per_s: int = 0,
         rng: random.Random | None = None,
     ) -> None:
         self.peer_id = keyring.peer_id
@@ -109,6 +111,7 @@ class Transport:
         self._handler = handler
         self._provide = provide
         self._threads = threads
+        self._caps = up_bytes_per_s, down_bytes_per_s
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None
@@ -132,7 +135,8 @@ class Transport:
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
-        self._pool = BulkPool(self._threads)
+        up, down = self._caps
+        self._pool = BulkPool(self._threads, up_bytes_per_s=up, down_bytes_per_s=down)
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
@@ -328,7 +332,8 @@ class Transport:
             expect=expect,
             hold=True,
         )
-        return Link(self._loop, session, self._on_event, address)
+        paces = self._pool.up, self._pool.down
+        return Link(self._loop, session, self._on_event, address, paces)
 
     async def _accept_loop(self) -> None:
         while True:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from swarmtrain_peer import host
 from swarmtrain_peer.bulk import BulkConnection, BulkPool, Job
 from swarmtrain_peer.poller import SelectorPoller, make_poller
 from swarmtrain_protocols import bulklink, limits
@@ -174,6 +175,29 @@ def test_a_cut_in_mid_frame_completes_nothing(pool: BulkPool) -> None:
     right.close()
     sink.wait(closes=1)
     assert sink.closes == [None] and not sink.complete
+
+
+def test_caps_hold_over_all_connections_and_the_end_comes_through() -> None:
+    """Bytes never outrun the clock: an upper bound that a slow machine cannot break."""
+    rate = 4_000_000
+    begin_s = host.mono_s()
+    pool = BulkPool(2, up_bytes_per_s=rate, down_bytes_per_s=2 * rate)
+    sink = Collector()
+    pairs = [_pair(pool, sink) for _ in range(3)]
+    data = os.urandom(300_000)
+    for number, (a, b) in enumerate(pairs):
+        a.send(_job(2 * number, data)[0])
+        b.send(_job(2 * number + 1, data)[0])
+    sink.wait(complete=6)
+    sent = sum(conn.sent_bytes for pair in pairs for conn in pair)
+    assert sent > 6 * len(data)
+    assert sent <= rate * (host.mono_s() - begin_s) + pool.up.burst_bytes
+    assert all(chunk == data for chunk in sink.chunks.values())
+    pairs[0][0].send(_job(9, data, data, data)[0])
+    pairs[0][0].abandon()
+    sink.wait(closes=2)
+    pool.close()
+    assert len(sink.closes) == 6
 
 
 def test_tasks_run_in_order_and_the_end_leaves_nothing() -> None:

@@ -1,8 +1,9 @@
 """The dashboard's web application: one page, a small read-only API, a stream, metrics.
 
 ============================  ====================================================================
-``/``                         the page; ``/static/…`` its two files
+``/``                         the page; ``/static/…`` its files
 ``/api/v1/run``               status of the run as this site sees it, and the loss by round
+``/api/v1/pipeline``          stages: coverage, occupancy, trouble; null in a run without stages
 ``/api/v1/peers``             members
 ``/api/v1/rounds``            rounds and the timeline's figures
 ``/api/v1/events``            events; ``since_seq``, ``last``, ``code``
@@ -41,6 +42,7 @@ STATIC = Path(__file__).parent / "static"
 FILES = {
     "app.js": "text/javascript",
     "charts.js": "text/javascript",
+    "stages.js": "text/javascript",
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
@@ -71,6 +73,9 @@ class Pages:
     async def run(self, request: Request) -> Response:
         snapshot = self._feed.snapshot()
         return _json({key: snapshot[key] for key in ("source", "run", "losses")})
+
+    async def pipeline(self, request: Request) -> Response:
+        return _json({"pipeline": self._feed.snapshot()["run"].get("pipeline")})
 
     async def peers(self, request: Request) -> Response:
         return _json({"peers": self._feed.snapshot()["peers"]})
@@ -160,6 +165,7 @@ def build_app(feed: Feed, *, token: str | None = None, hosts: Iterable[str] = ()
         Route("/", pages.index),
         Route("/static/{name}", pages.static),
         Route("/api/v1/run", pages.run),
+        Route("/api/v1/pipeline", pages.pipeline),
         Route("/api/v1/peers", pages.peers),
         Route("/api/v1/rounds", pages.rounds),
         Route("/api/v1/events", pages.events),

@@ -38,6 +38,7 @@ NOISY = (
     "result_held",
     "round_figures",
     "state_applied",
+    "step_closed",
     "handover",
 )
 """Kinds of events that are asked for with ``/api/v1/events`` but not shown by default."""

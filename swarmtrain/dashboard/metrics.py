@@ -16,8 +16,16 @@ GAUGES = {
     "term": "Term of the log.",
     "loss": "Loss of the canonical state, nats per token.",
 }
+STAGE_GAUGES = {
+    "present": ("stage_members", "Members in reach that serve the stage."),
+    "ready": ("stage_ready", "Those of them that have its state."),
+    "minimum": ("stage_minimum", "Members below which the stage is endangered."),
+    "busy": ("stage_busy", "Share of their time that they compute for it."),
+    "micro_batches_per_s": ("stage_micro_batches_per_second", "Micro-batches done there."),
+    "generation": ("stage_generation", "How often the stage was rebuilt."),
+}
 COUNTERS = {
-    "rounds_committed": "Rounds committed.",
+    "rounds_committed": "Rounds committed, or steps of a pipeline.",
     "rounds_aborted": "Attempts aborted.",
     "bytes_sent": "Bytes sent by this site.",
     "bytes_received": "Bytes received by this site.",
@@ -44,6 +52,7 @@ class _RunCollector(Collector):
         for channel, state in sorted((run.get("channels") or {}).items()):
             rounds.add_metric([channel], float(state.get("round") or 0))
         yield rounds
+        yield from _stages(run.get("pipeline") or {})
         trainer = run.get("trainer") or {}
         if trainer.get("compute_utilization") is not None:
             yield GaugeMetricFamily(
@@ -51,6 +60,22 @@ class _RunCollector(Collector):
                 "Share of wall time that the hook did not block the trainer.",
                 value=float(trainer["compute_utilization"]),
             )
+
+
+def _stages(pipeline: dict[str, Any]) -> Iterator[Metric]:
+    coverage = pipeline.get("coverage") or []
+    if not coverage:
+        return
+    lost = GaugeMetricFamily("swarmtrain_stage_lost", "1 while it is rebuilt.", labels=["stage"])
+    for one in coverage:
+        lost.add_metric([str(one["stage"])], float(one["state"] == "lost"))
+    yield lost
+    for key, (name, text) in STAGE_GAUGES.items():
+        gauge = GaugeMetricFamily(f"swarmtrain_{name}", text, labels=["stage"])
+        for one in coverage:
+            if one.get(key) is not None:
+                gauge.add_metric([str(one["stage"])], float(one[key]))
+        yield gauge
 
 
 def render(snapshot: dict[str, Any]) -> bytes:

@@ -24,6 +24,7 @@ class FakePipeline(FakeRun):
     ) -> None:
         super().__init__(rounds)
         self.names = list(NAMES)
+        self.ids = IDS
         self.away = away
         self.lost = lost
 

@@ -24,6 +24,7 @@ class FakeRun:
         self.start_s = start_s
         self.ended: str | None = None
         self.names = list(NAMES)
+        self.ids = IDS
 
     def opened_s(self, number: int) -> float:
         return self.start_s + ROUND_S * number
@@ -195,7 +196,7 @@ class FakeRun:
                 }
             )
 
-        for index, (peer, name) in enumerate(zip(IDS, self.names, strict=True)):
+        for index, (peer, name) in enumerate(zip(self.ids, self.names, strict=True)):
             add("member_joined", "M200", self.start_s - 9 + index, peer=peer, peer_name=name)
         for number in range(self.rounds):
             if number in (7, 15):

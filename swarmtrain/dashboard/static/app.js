@@ -45,9 +45,15 @@ function commitEvery() {
   return median(times.slice(1).map((t, i) => t - times[i]));
 }
 function newestRound() {
+  if (isSteps()) return pipelineOf().step;
   return Math.max(0, ...Object.values(state.run.channels || {}).map((c) => c.round || 0));
 }
 function utilization() {
+  const pipeline = pipelineOf();
+  if (pipeline) {
+    const busy = state.peers.map((p) => p.busy).filter(Number.isFinite);
+    return busy.length ? busy.reduce((a, b) => a + b, 0) / busy.length : NaN;
+  }
   const values = state.peers.map((p) => (p.metrics || {}).compute_utilization).filter(Number.isFinite);
   if (values.length) return values.reduce((a, b) => a + b, 0) / values.length;
   return (state.run.trainer || {}).compute_utilization;
@@ -59,10 +65,12 @@ function health() {
   if (run.ended) return ["ended", `the run ended: ${run.ended}`];
   if (!run.leader) return ["stalled", "no majority of stewards answers; nothing commits until one does"];
   if (run.paused) return ["stalled", `paused: ${run.paused}`];
+  const stages = stageHealth();
+  if (stages && stages[0] === "stalled") return stages;
   if (run.syncing) return ["degraded", "this site is catching up with the run's state"];
   const away = (run.members || 0) - (run.connected || 0) - 1;
-  if (away > 0 && run.members <= 32) return ["degraded", `${away} of ${run.members} members have no link to this site`];
-  return ["healthy", ""];
+  if (away > 0 && run.members <= 32) return ["degraded", `${away} of ${run.members} members have no link to this site${stages ? `; ${stages[1]}` : ""}`];
+  return stages || ["healthy", ""];
 }
 function lossTrend() {
   const last = state.losses.slice(-6).map((p) => p[1]);
@@ -81,8 +89,10 @@ function warnings() {
 
 function drawHealth() {
   const run = state.run, [word, because] = health(), every = commitEvery(), loss = lastLoss();
-  const parts = [`Round ${newestRound()}`, `${Math.min((run.connected || 0) + 1, run.members || 0)} of ${run.members || 0} peers`];
+  const parts = [`${isSteps() ? "Step" : "Round"} ${newestRound()}`, `${Math.min((run.connected || 0) + 1, run.members || 0)} of ${run.members || 0} peers`];
   if (Number.isFinite(every)) parts.push(`committing every ${seconds(every)}`);
+  const pipeline = pipelineOf();
+  if (pipeline && Number.isFinite(pipeline.micro_batches_per_s)) parts.push(`${pipeline.micro_batches_per_s.toFixed(1)} micro-batches/s`);
   if (Number.isFinite(loss)) parts.push(`loss ${loss.toFixed(3)}${lossTrend()}`);
   const count = warnings();
   if (count) parts.push(`${count} warning${count > 1 ? "s" : ""} in 10 min`);
@@ -91,27 +101,42 @@ function drawHealth() {
   $("sentence").textContent = run.run ? parts.join(" · ") : "Waiting for the first answer of the peer process.";
   $("because").textContent = clean(because);
   $("run-name").textContent = run.run ? clean(`${run.name || ""} · ${short(run.run)}`) : "";
-  document.title = run.run ? `${word} · round ${newestRound()} · swarmtrain` : "swarmtrain";
+  document.title = run.run ? `${word} · ${unit()} ${newestRound()} · swarmtrain` : "swarmtrain";
 }
 function card(label, value, note) {
   const out = node("div", "card");
   out.append(node("div", "label", label), node("div", "value", value), node("div", "note", note || ""));
   return out;
 }
+function stageCards() {
+  const pipeline = pipelineOf();
+  if (!pipeline) return [];
+  const good = pipeline.coverage.filter((one) => one.state === "ok").length;
+  return [card("stages", `${good} of ${pipeline.coverage.length}`, `covered, ${pipeline.drivers.length} drive`)];
+}
 function drawCards() {
   const run = state.run, loss = lastLoss(), first = state.losses.length ? state.losses[0][1] : NaN;
   const trains = state.peers.filter((p) => p.trains).length;
   const total = (run.rounds_committed || 0) + (run.rounds_aborted || 0);
-  const share = total ? `${percent(run.rounds_committed / total)} of attempts` : "";
+  const share = total ? `${percent(run.rounds_committed / total)} of tries` : "";
   $("cards").replaceChildren(
-    card("round", String(newestRound()), `generation ${run.generation ?? "–"}`),
-    card("peers", String(run.members ?? "–"), `${trains} training, ${(run.stewards || []).length} voting`),
+    card(unit(), String(newestRound()), `generation ${run.generation ?? "–"}`),
+    card("peers", String(run.members ?? "–"), `${trains} train, ${(run.stewards || []).length} vote`),
+    ...stageCards(),
     card("loss", Number.isFinite(loss) ? loss.toFixed(3) : "–", Number.isFinite(first) ? `from ${first.toFixed(3)}` : ""),
-    card("one round takes", seconds(commitEvery()), "median of the last 20"),
+    card(`one ${unit()} takes`, seconds(commitEvery()), "median of 20"),
     card("committed", String(run.rounds_committed ?? "–"), share),
-    card("computing", percent(utilization()), "share of wall time"),
+    card(pipelineOf() ? "workers busy" : "computing", percent(utilization()), pipelineOf() ? "mean, last 10 s" : "share of wall time"),
     card("sent by this site", bytes(run.bytes_sent), `received ${bytes(run.bytes_received)}`),
   );
+}
+function stepFacts() {
+  const pipeline = pipelineOf(), who = names();
+  return [
+    ["stages lost so far", pipeline.era],
+    ["drivers", pipeline.drivers.map((id) => nameOf(who, id)).join(", ") || "none"],
+    ["micro-batches", `${pipeline.micro_batches} a step`],
+  ];
 }
 function drawFacts() {
   const run = state.run, who = names(), channels = Object.entries(run.channels || {});
@@ -119,12 +144,14 @@ function drawFacts() {
     ["leader", run.leader ? `${nameOf(who, run.leader)}${run.is_leader ? " (this site)" : ""}` : "none"],
     ["term", run.term],
     ["stewards", (run.stewards || []).map((id) => nameOf(who, id)).join(", ") || "none"],
-    ["overlap", run.overlap ? `${run.overlap}${run.overlap_key === "auto" ? ", as measured" : ""}` : "–"],
+    ...(isSteps() ? stepFacts() : []),
+    ["overlap", run.overlap && !isSteps() ? `${run.overlap}${run.overlap_key === "auto" ? ", as measured" : ""}` : "–"],
     ["this site", `${run.site_name || ""} ${short(run.site)}`],
-    ...channels.slice(0, 8).map(([name, c]) => [name, `round ${c.round} · ${c.phase || ""}`]),
+    ...channels.slice(0, isSteps() ? 0 : 8).map(([name, c]) => [name, `round ${c.round} · ${c.phase || ""}`]),
   ];
-  if (channels.length) facts.push(["state hash", short(channels[0][1].state_hash)]);
-  $("facts").replaceChildren(...facts.flatMap(([key, value]) => [node("dt", "", key), node("dd", "", value ?? "–")]));
+  if (channels.length && !isSteps()) facts.push(["state hash", short(channels[0][1].state_hash)]);
+  const shown = facts.filter(([key]) => key !== "overlap" || !isSteps());
+  $("facts").replaceChildren(...shown.flatMap(([key, value]) => [node("dt", "", key), node("dd", "", value ?? "–")]));
 }
 function cell(label, value, className) {
   const out = node("td", className || "");
@@ -137,6 +164,8 @@ function peerState(peer) {
   const mine = peer.id === state.run.site;
   if (!mine && !peer.connected) return node("span", "tag bad", "away");
   if (peer.syncing) return node("span", "tag warn", "syncing");
+  if (peer.stages && peer.trains && !peer.stages.length) return node("span", "tag", "waiting");
+  if (peer.stages && peer.stages.some((one) => !one.ready)) return node("span", "tag warn", "syncing");
   if (peer.trains) return node("span", "tag good", "training");
   return node("span", "tag", peer.holds_state ? "holding" : "serving");
 }
@@ -149,9 +178,14 @@ function drawMembers() {
     row.append(
       cell("name", `${peer.name || short(peer.id)}${peer.id === state.run.site ? " (this site)" : ""}`),
       cell("id", id), cell("state", peerState(peer)), cell("role", role),
-      cell("round", peer.round, "num"),
-      cell("loss", Number.isFinite(figures.loss) ? figures.loss.toFixed(3) : "–", "num"),
-      cell("computing", percent(figures.compute_utilization), "num"),
+      cell(unit(), peer.round, "num"),
+      ...(peer.stages ? [
+        cell("stages", peer.stages.map((one) => (one.stage ? one.stage : "ends")).join(", ") || "–", "num"),
+        cell("busy", percent(peer.busy), "num"),
+      ] : [
+        cell("loss", Number.isFinite(figures.loss) ? figures.loss.toFixed(3) : "–", "num"),
+        cell("computing", percent(figures.compute_utilization), "num"),
+      ]),
       cell("up", bytes(figures.bytes_sent ?? figures.bytes_up), "num"),
       cell("down", bytes(figures.bytes_received ?? figures.bytes_down), "num"),
       cell("address", link || "–"),
@@ -161,7 +195,12 @@ function drawMembers() {
   });
   $("members").tBodies[0].replaceChildren(...rows);
   const holds = state.peers.filter((p) => p.holds_state).length;
-  $("members-hint").textContent = `${state.peers.length} members, ${holds} hold the model · bytes are of the last round`;
+  $("members-hint").textContent = `${state.peers.length} members, ${holds} hold ${pipelineOf() ? "stages" : "the model"} · bytes are of the last ${unit()}`;
+}
+function stepResult(r) {
+  if (!r.micro_batches) return "–";
+  const loss = Number.isFinite(r.loss) ? `, loss ${r.loss.toFixed(3)}` : "";
+  return `${r.micro_batches} micro-batches${loss}`;
 }
 function drawRounds() {
   const newest = [...state.rounds].sort((a, b) => (a.opened_wall_s || 0) - (b.opened_wall_s || 0));
@@ -173,12 +212,12 @@ function drawRounds() {
   const rows = newest.slice(-12).reverse().map((r) => {
     const row = node("tr"), kind = { committed: "good", aborted: "bad" }[r.outcome] || "";
     row.append(
-      cell("round", `${r.channel} #${r.round}${r.attempt ? `.${r.attempt}` : ""}`),
+      cell(unit(), `${r.channel === "steps" ? "" : r.channel} #${r.round}${r.attempt ? `.${r.attempt}` : ""}`),
       cell("outcome", node("span", `tag ${kind}`, r.outcome)),
-      cell("contributors", (r.contributors || []).length, "num"),
-      cell("took", r.decided_wall_s ? seconds(r.decided_wall_s - r.opened_wall_s) : "–", "num"),
+      cell(isSteps() ? "workers" : "contributors", (r.contributors || []).length, "num"),
+      cell("took", r.decided_wall_s ? seconds(r.decided_wall_s - (r.began_wall_s || r.opened_wall_s)) : "–", "num"),
       cell("bytes", bytes(r.bytes || NaN), "num"),
-      cell("result", r.reason || (r.root ? short(r.root) : "–")),
+      cell("result", r.reason || (r.root ? short(r.root) : stepResult(r))),
     );
     return row;
   });
@@ -216,6 +255,7 @@ function drawEvents() {
 }
 // Who held the newest round with figures, and by which phase.
 function slowest() {
+  if (isSteps()) return ""; // the stage grid tells
   const newest = Math.max(...state.timeline.map((r) => r.round));
   const rows = state.timeline.filter((r) => r.round === newest);
   if (rows.length < 2) return "";
@@ -247,6 +287,19 @@ function drawTimelinePanel() {
 function drawLossPanel() {
   drawLoss($("loss"), state.losses, state.rounds.filter((r) => r.outcome === "aborted").map((r) => r.round));
 }
+// What is called a round elsewhere is a step where all stages of a pipeline take it together.
+function drawWords() {
+  const steps = isSteps(), one = unit(), many = `${one}s`;
+  const words = {
+    "loss-hint": `held-out set, nats per byte, by ${one}`,
+    "timeline-title": steps ? "Step timeline" : "Round timeline",
+    "timeline-hint": `above: compute · below: transfer, sent over received · dashed line: ${steps ? "step closed" : "round opened"}`,
+    "timeline-unit": many, "rounds-title": steps ? "Steps" : "Rounds",
+    "th-round": one, "th-rounds": one, "th-contributors": steps ? "workers" : "contributors",
+    "th-loss": pipelineOf() ? "stages" : "loss", "th-busy": pipelineOf() ? "busy" : "computing",
+  };
+  for (const [id, text] of Object.entries(words)) $(id).textContent = text;
+}
 function drawLink() {
   const up = state.source.connected;
   const over = !up && state.run.ended;
@@ -256,6 +309,8 @@ function drawLink() {
 
 const PANELS = [
   [["source", "run"], drawLink],
+  [["run"], drawWords],
+  [["run", "peers"], drawStages],
   [["source", "run", "rounds", "losses", "events", "peers"], drawHealth],
   [["run", "rounds", "losses", "peers"], drawCards],
   [["run", "peers"], drawFacts],

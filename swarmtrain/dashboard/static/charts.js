@@ -82,7 +82,7 @@ function segmentsOf(row) {
   const opened = row.opened_wall_s, handed = opened + (row.t_open_offset_s || 0);
   const value = (name) => Math.max(0, row[name] || 0);
   const out = [
-    [0, 0, "compute", handed - value("compute_s"), handed],
+    ...computing(row, opened, handed),
     [0, 0, "wait", handed, handed + value("wait_s")],
     [1, 0, "encode", handed, handed + value("encode_s")],
   ];
@@ -99,6 +99,11 @@ function segmentsOf(row) {
     for (const [begin, end] of spans) out.push([1, part, phase, opened + begin, opened + end]);
   }
   return out.filter((segment) => segment[4] > segment[3]);
+}
+// A trainer of rounds computes until it hands over; one of stages whenever a hop is asked of it.
+function computing(row, opened, handed) {
+  if (row.compute_spans_s) return row.compute_spans_s.map(([begin, end]) => [0, 0, "compute", opened + begin, opened + end]);
+  return [[0, 0, "compute", handed - Math.max(0, row.compute_s || 0), handed]];
 }
 function hasPhases(row) {
   return row.send_s !== undefined || row.receive_s !== undefined;
@@ -137,7 +142,7 @@ function drawTimeline(box, rows, names, count) {
       for (const [at, part, phase, begin, end] of segmentsOf(row)) {
         const half = (lane - 1) / 2, down = at * (lane + gap) + (part === 2 ? half + 1 : 0);
         const bar = svgNode("rect", { x: x(begin), y: y + down, width: Math.max(2, x(end) - x(begin)), height: part ? half : lane, rx: part ? 1 : 2, class: phase });
-        bar.append(svgNode("title", {}, `${label}, round ${row.round}: ${phase} ${(1000 * (end - begin)).toPrecision(3)} ms, ${(1000 * (begin - row.opened_wall_s)).toFixed(0)} ms after it was opened`));
+        bar.append(svgNode("title", {}, `${label}, ${unit()} ${row.round}: ${phase} ${(1000 * (end - begin)).toPrecision(3)} ms, ${(1000 * (begin - row.opened_wall_s)).toFixed(0)} ms after it was ${isSteps() ? "closed" : "opened"}`));
         svg.append(bar);
       }
     }

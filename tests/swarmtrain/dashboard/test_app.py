@@ -16,6 +16,7 @@ from swarmtrain.dashboard import app as dashboard_app
 from swarmtrain.dashboard.app import STATIC, build_app
 from swarmtrain.dashboard.feed import Feed
 from swarmtrain.dashboard.guard import LOGINS_PER_MINUTE_MAX
+from tests.swarmtrain.fake_pipeline import FakePipeline
 from tests.swarmtrain.fake_run import IDS, FakeClient, FakeRun
 
 T = TypeVar("T")
@@ -70,6 +71,27 @@ def test_numbers_that_json_has_not_are_null() -> None:
     run.loss = lambda number: float("nan")  # type: ignore[method-assign]
     response = get("/api/v1/run", feed=make_feed(run))
     assert response.json()["run"]["loss"] is None
+
+
+def test_a_pipeline_has_its_stages_in_the_api() -> None:
+    pipeline = get("/api/v1/pipeline", feed=make_feed(FakePipeline(away=5))).json()["pipeline"]
+    assert [one["state"] for one in pipeline["coverage"]] == ["ok", "ok", "ok", "endangered"]
+    assert pipeline["trouble"] == ["stage 3 is endangered: 1 member in reach, at least 2 wanted"]
+    rounds = get("/api/v1/rounds", feed=make_feed(FakePipeline())).json()
+    row = rounds["timeline"][-1]
+    assert (row["channel"], row["round"]) == ("steps", 23)
+    assert row["opened_wall_s"] == pytest.approx(FakePipeline().opened_s(23) + 2.2)
+    assert row["compute_spans_s"]
+    assert get("/api/v1/pipeline").json() == {"pipeline": None}
+
+
+def test_stages_are_gauges() -> None:
+    text = get("/metrics", feed=make_feed(FakePipeline(away=5, lost=2))).text
+    assert 'swarmtrain_stage_members{stage="3"} 1.0\n' in text
+    assert 'swarmtrain_stage_minimum{stage="3"} 2.0\n' in text
+    assert 'swarmtrain_stage_lost{stage="2"} 1.0\n' in text
+    assert 'swarmtrain_stage_lost{stage="1"} 0.0\n' in text
+    assert "swarmtrain_stage" not in get("/metrics").text
 
 
 def test_metrics_are_prometheus() -> None:

@@ -283,6 +283,21 @@ KINDS: dict[str, Kind] = {
             ("peer", "hop", "reason", "backward?"),
             limited=True,
         ),
+        Kind(
+            "generate_deferred",
+            "info",
+            "L831",
+            "Generation has used up its share of this site's time; requests wait or go elsewhere.",
+            ("peer", "share"),
+            limited=True,
+        ),
+        Kind(
+            "generated",
+            "info",
+            "L832",
+            "A text asked for at this site is done, by weights of these versions, or could not be.",
+            ("tokens", "seconds", "versions", "finish", "reason?"),
+        ),
         # State
         Kind(
             "state_applied",

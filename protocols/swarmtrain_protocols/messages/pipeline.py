@@ -14,7 +14,7 @@ from msgspec import Meta
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.messages.common import Count, Hash, Key, Name, Reason
 
-Path = Annotated[tuple[Count, ...], Meta(min_length=3, max_length=limits.HOPS_MAX)]
+Path = Annotated[tuple[Count, ...], Meta(min_length=1, max_length=limits.HOPS_MAX)]
 Tokens = Annotated[bytes, Meta(max_length=limits.HOP_INLINE_BYTES_MAX)]
 Kind = Literal["forward", "backward", "evaluate", "generate"]
 """``forward`` keeps nothing; ``backward`` recomputes, accumulates once and answers the gradient of
@@ -88,7 +88,10 @@ class HopReply(msgspec.Struct, frozen=True, tag="hop"):
 
 
 class HopRefused(msgspec.Struct, frozen=True, tag="hop-refused"):
-    """not_served, not_ready, stale (the worker is further), closing, busy, malformed, failed."""
+    """not_served, not_ready, stale (the worker is further), closing, busy, malformed, failed.
+
+    ``share``: generation has had its share of the worker's time.
+    """
 
     id: HopId
     code: Name

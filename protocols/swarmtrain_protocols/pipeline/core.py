@@ -1,6 +1,6 @@
 """All of a node's part in a pipeline: driver, worker, and what it does while it leads. Spec 11.
 
-Present in every node; in a run without stages it does nothing.
+Present in every node; in a run without stages it only answers prompts (``whole.WholeModel``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.paths import PathPlan
 from swarmtrain_protocols.pipeline.step_policy import step_policy_of
 from swarmtrain_protocols.pipeline.steps import StepLeader
+from swarmtrain_protocols.pipeline.whole import PATH, WholeModel
 from swarmtrain_protocols.pipeline.worker import WorkerCore
 from swarmtrain_protocols.rounds.catchup import CatchUp
 from swarmtrain_protocols.rounds.leader import RoundLeader
@@ -85,6 +86,7 @@ class PipelineCore:
             generate_share=keys.generate_share,
         )
         self._make_driver(keys, rng)
+        self._make_whole(keys, catchup)
         self.steps = StepLeader(
             me=me,
             ledger=ledger,
@@ -103,6 +105,16 @@ class PipelineCore:
             connected=connected,
         )
         self._make_healing(keys, catchup, rounds, propose)
+
+    def _make_whole(self, keys: RunKeys, catchup: CatchUp) -> None:
+        self.whole = WholeModel(
+            me=self._me,
+            ledger=self._ledger,
+            out=self._out,
+            share=keys.generate_share,
+            connected=self._connected,
+            in_step=catchup.in_step,
+        )
 
     def _make_driver(self, keys: RunKeys, rng: random.Random) -> None:
         self.driver = DriverCore(
@@ -160,7 +172,7 @@ class PipelineCore:
         """A snapshot has replaced the ledger."""
         self._ledger = ledger
         self.worker.ledger = self.errands.ledger = self.steps.ledger = ledger
-        self.assigner.ledger = ledger
+        self.assigner.ledger = self.whole.ledger = ledger
         self.healing.adopt_ledger(ledger)
 
     # -- what the log says -----------------------------------------------------------------
@@ -226,6 +238,7 @@ class PipelineCore:
     def receive(self, now: float, peer: PeerId, message: m.HopRequest | object) -> None:
         """A message of ``messages.pipeline``."""
         if not self.enabled:
+            self.whole.receive(now, peer, message)
             return
         if isinstance(message, _FOR_WORKER):
             self.worker.receive(now, peer, message)
@@ -262,6 +275,7 @@ class PipelineCore:
     def reconcile(self, now: float) -> None:
         """The ledger moved, or a state arrived."""
         if not self.enabled:
+            self.whole.reconcile(now)
             return
         self._serving.clear()
         self.worker.reconcile(now)
@@ -273,8 +287,8 @@ class PipelineCore:
         self._connect(now)
 
     def _connect(self, now: float) -> None:
-        """A driver has links to all workers, and so has who rebuilds a stage."""
-        if not (self.driver.active or self.healing.host.busy):
+        """A driver has links to all workers, and so has who rebuilds a stage or generates."""
+        if not (self.driver.active or self.healing.host.busy or self.errands.busy):
             self._asked.clear()
             return
         linked = dict.fromkeys(self._connected())
@@ -302,6 +316,8 @@ class PipelineCore:
             self.steps.disconnected(now, peer)
             self.assigner.disconnected(now, peer)
             self._connect(now)
+        else:
+            self.whole.disconnected(now, peer)
 
     def tick(self, now: float) -> None:
         if self.enabled:
@@ -312,11 +328,13 @@ class PipelineCore:
             self.assigner.step(now)
             self.healing.tick(now)
             self._connect(now)
+        else:
+            self.whole.tick(now)
 
     def deadline(self) -> float:
         leading = (self.steps, self.assigner)
         parts = (self.worker, self.driver, self.errands, *leading, self.healing)
-        times = [part.deadline() for part in parts] if self.enabled else []
+        times = [part.deadline() for part in (parts if self.enabled else (self.whole,))]
         return min([*times, *self._asked.values()], default=float("inf"))
 
     # -- what the shell tells --------------------------------------------------------------
@@ -388,11 +406,38 @@ class PipelineCore:
         """A forward pass outside of steps; ``ErrandDone`` or ``ErrandFailed`` carry the handle.
 
         Raises:
-            LocalProtocolError: the run is no pipeline, or too many errands are under way.
+            LocalProtocolError: nothing but ``generate`` in a run without stages, or too many
+                errands are under way.
         """
-        if not self.enabled:
-            raise LocalProtocolError("an errand", "the run has no stages")
-        path = PathPlan(self.stages).path(0, lambda hop: 0.0)
-        handle = self.errands.start(now, kind, tokens, path, timeout_s=timeout_s)
+        if self.enabled:
+            path = PathPlan(self.stages).path(0, lambda hop: 0.0)
+            handle = self.errands.start(now, kind, tokens, path, timeout_s=timeout_s)
+            self._connect(now)
+        elif kind == "generate":
+            handle = self.whole.errands.start(now, kind, tokens, PATH, timeout_s=timeout_s)
+            self.whole.connect(now)
+        else:
+            raise LocalProtocolError(f"an errand of kind {kind}", "the run has no stages")
         self._pump(now)
         return handle
+
+    def cancel_errand(self, handle: int) -> None:
+        """Nobody waits for it any more."""
+        (self.errands if self.enabled else self.whole.errands).cancel(handle)
+
+    # -- what the shell of a run without stages tells ------------------------------------------
+
+    def set_answers(self, now: float, answers: bool) -> None:
+        """The trainer of this site computes logits (or not any more)."""
+        self.whole.set_answers(now, answers)
+        self._pump(now)
+
+    def answered(self, now: float, job: int, output: m.Tensor, service_s: float) -> None:
+        """The answer to ``Compute`` of the whole model."""
+        self.whole.computed(now, job, output, service_s)
+        self._pump(now)
+
+    def not_answered(self, now: float, job: int, code: str, reason: str) -> None:
+        """The other answer to ``Compute`` of the whole model."""
+        self.whole.compute_failed(now, job, code, reason)
+        self._pump(now)

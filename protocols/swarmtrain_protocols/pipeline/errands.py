@@ -46,10 +46,15 @@ class ErrandDone:
 
 @dataclass(frozen=True, slots=True)
 class ErrandFailed:
-    """Event: no answer in time; ``reason`` is the last trouble."""
+    """Event: no answer in time; ``reason`` is the last trouble.
+
+    ``code``: as in ``HopRefused``, or ``no_worker`` (nobody to ask), ``gone``, ``timeout``.
+    """
 
     handle: int
     reason: str
+    code: str = ""
+    hop: int = 0
 
 
 Done = Callable[[float, "ErrandDone | ErrandFailed"], None]
@@ -72,6 +77,7 @@ class _Errand:
     retry_at: float = math.inf
     tried: dict[PeerId, None] = field(default_factory=dict)
     trouble: str = "nobody has answered yet"
+    code: str = "timeout"
     done: Done | None = None
 
 
@@ -139,6 +145,11 @@ class Errands:
         self._ask(now, errand)
         return handle
 
+    @property
+    def busy(self) -> bool:
+        """Any errand is under way."""
+        return bool(self._errands)
+
     def cancel(self, handle: int) -> None:
         """Forget an errand; no event will come."""
         self._errands.pop(handle, None)
@@ -149,6 +160,7 @@ class Errands:
         if errand is None or errand.asked != peer or message.id != self._id(errand):
             return
         if isinstance(message, HopRefused):
+            errand.code = message.code
             errand.trouble = f"{message.code} {message.reason}".strip()
             if message.code in RESTART_CODES and self._version() != errand.version:
                 self._restart(now, errand)
@@ -167,7 +179,7 @@ class Errands:
     def disconnected(self, now: float, peer: PeerId) -> None:
         for errand in list(self._errands.values()):
             if errand.asked == peer:
-                errand.trouble = "its worker is gone"
+                errand.code, errand.trouble = "gone", "its worker is gone"
                 self._failed(now, errand)
 
     def reconcile(self, now: float) -> None:
@@ -181,9 +193,12 @@ class Errands:
             if errand.handle not in self._errands:
                 continue  # what an earlier one led to
             if now >= errand.expires:
-                self._end(now, errand, ErrandFailed(errand.handle, errand.trouble))
+                failed = ErrandFailed(
+                    errand.handle, errand.trouble, errand.code, errand.path[errand.at]
+                )
+                self._end(now, errand, failed)
             elif errand.asked is not None and now >= self._due(errand):
-                errand.trouble = "no answer in time"
+                errand.code, errand.trouble = "timeout", "no answer in time"
                 self._failed(now, errand)
             elif errand.asked is None and now >= errand.retry_at:
                 self._ask(now, errand)
@@ -234,6 +249,8 @@ class Errands:
             # All have been tried: again, after a breath, until the errand expires.
             errand.asked, errand.retry_at = None, now + RETRY_S
             errand.tried.clear()
+            if not choices:
+                errand.code, errand.trouble = "no_worker", f"nobody in reach serves hop {hop}"
             return
         if errand.at == 0:
             errand.version = self._version()

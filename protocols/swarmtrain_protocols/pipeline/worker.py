@@ -89,7 +89,7 @@ class WorkerCore:
         self._suppress = suppress_duplicates
         self._slots = slots
         self._jobs = 0
-        self._queue = WorkQueue(generate_share, limits.HOP_REQUESTS_QUEUED_MAX)
+        self._queue = WorkQueue(generate_share, limits.HOP_REQUESTS_QUEUED_MAX, self._deferred)
         self._running: dict[int, _Running] = {}
         self._sums = Sums(
             me=me,
@@ -158,11 +158,16 @@ class WorkerCore:
             return
         refused = self._trouble(request)
         if refused is not None:
-            self._refuse(peer, request, *refused)
+            pass
         elif self._suppress and (self._queue.has(peer, request) or self._runs(peer, request)):
             return  # the network said it twice; one answer will do
-        elif not self._queue.add(now, peer, request):
-            self._refuse(peer, request, "busy", f"{len(self._queue)} requests wait")
+        else:
+            refused = self._queue.admit(now, peer, request)
+        if refused is not None:
+            self._refuse(peer, request, *refused)
+
+    def _deferred(self, peer: PeerId, share: float) -> None:
+        self._out.append(Emit(fx.Notice("generate_deferred", {"peer": peer.hex(), "share": share})))
 
     def _runs(self, peer: PeerId, request: HopRequest) -> bool:
         """It is being computed, or waits for another one that computes the same."""

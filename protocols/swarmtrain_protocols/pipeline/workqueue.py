@@ -19,6 +19,11 @@ BURST_S = 2.0
 """Seconds of the device that generation may save up."""
 IDLE_S = 1.0
 """Without other work for so long, generation has the device to itself."""
+WAIT_S_MAX = 1.0
+"""A ``generate`` that had to wait longer for its share is refused: others may have time."""
+TOLD_EVERY_S = 10.0
+"""That generation waits is news once in a while."""
+COST_ALPHA = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +45,16 @@ class WorkQueue:
 
     Args:
         share: of the device's time, for ``generate`` requests.
+        tell: hears now and then whose request has to wait for its share, and the share.
     """
 
-    def __init__(self, share: float, room: int) -> None:
+    def __init__(
+        self,
+        share: float,
+        room: int,
+        tell: Callable[[PeerId, float], None] = lambda peer, share: None,
+    ) -> None:
+        self._tell = tell
         self._share = share
         self._room = room
         self._jobs: list[Job] = []
@@ -50,6 +62,8 @@ class WorkQueue:
         self._saved_s = 0.0
         self._counted = -math.inf
         self._busy_until = -math.inf
+        self._cost_s = 0.0
+        self._told = -math.inf
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -57,6 +71,29 @@ class WorkQueue:
     def has(self, peer: PeerId, request: HopRequest) -> bool:
         """The very same request waits already."""
         return any(j.peer == peer and j.request.id == request.id for j in self._jobs)
+
+    def admit(self, now: float, peer: PeerId, request: HopRequest) -> tuple[str, str] | None:
+        """Take a request in; else (code, reason) of its refusal.
+
+        A ``generate`` takes the place of what its errand asked for before: nobody waits for that.
+        """
+        if request.kind == "generate":
+            errand = request.id.micro_batch, request.id.hop
+            self.remove(
+                lambda job: (
+                    (job.peer, job.request.kind) == (peer, "generate")
+                    and (job.request.id.micro_batch, job.request.id.hop) == errand
+                )
+            )
+            wait_s = self.wait_s(now)
+            if wait_s > 0 and now - self._told >= TOLD_EVERY_S:
+                self._told = now
+                self._tell(peer, self._share)
+            if wait_s > WAIT_S_MAX:
+                return "share", f"generation has used up its {self._share:g} of the time"
+        if not self.add(now, peer, request):
+            return "busy", f"{len(self)} requests wait"
+        return None
 
     def add(self, now: float, peer: PeerId, request: HopRequest) -> bool:
         """False: there is no room."""
@@ -68,6 +105,19 @@ class WorkQueue:
         if request.kind != "generate":
             self._busy_until = now + IDLE_S
         return True
+
+    def occupied(self, until: float) -> None:
+        """The device has work that does not come through this queue until then."""
+        self._busy_until = max(self._busy_until, until)
+
+    def wait_s(self, now: float) -> float:
+        """How long a ``generate`` that comes now waits for its share; 0 if the device is idle."""
+        self._count(now)
+        waiting = sum(job.request.kind == "generate" for job in self._jobs)
+        debt_s = waiting * self._cost_s - self._saved_s
+        if now >= self._busy_until or debt_s < 0:
+            return 0.0
+        return debt_s / self._share if self._share else math.inf
 
     def put_back(self, jobs: list[Job]) -> None:
         """They were taken and have to wait after all; they keep their places."""
@@ -95,6 +145,7 @@ class WorkQueue:
         self._count(now)
         if request.kind == "generate":
             self._saved_s -= seconds
+            self._cost_s += COST_ALPHA * (seconds - self._cost_s) if self._cost_s else seconds
         else:
             self._busy_until = now + IDLE_S
 

@@ -10,8 +10,10 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.messages import pipeline as m
+from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.effects import StepDone
 from swarmtrain_protocols.pipeline.errands import ErrandDone
+from swarmtrain_protocols.pipeline.requests import inline_tensor
 from swarmtrain_protocols.testing.checkers import Checker
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.network import NetworkModel
@@ -19,7 +21,7 @@ from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSit
 from swarmtrain_protocols.testing.pipeline_swarm import Pipeline, build, make_spec
 from swarmtrain_protocols.testing.toystage import Toy
 from swarmtrain_protocols.testing.world import World
-from tests.protocols.rounds_kit import Net
+from tests.protocols.rounds_kit import Net, sent
 
 TOY = Toy(3, 2, 4)
 
@@ -129,7 +131,7 @@ def test_a_tensor_that_cannot_be_fetched_is_asked_for_elsewhere() -> None:
     assert len(swarm.steps.committed) > before
 
 
-def test_a_run_without_stages_has_a_pipeline_that_does_nothing() -> None:
+def test_a_run_without_stages_refuses_its_hops() -> None:
     net = Net(2)
     net.run(3.0)
     pipeline = net[0].node.pipeline
@@ -140,6 +142,35 @@ def test_a_run_without_stages_has_a_pipeline_that_does_nothing() -> None:
         m.HopId(0, 0, 0, 0, False, 0), "forward", 0, 0, (0, 1, 2), m.EMPTY, m.EMPTY, b"t"
     )
     net[0].node.receive(net.now, net[1].id, request)
-    assert not any(isinstance(x, m.HopRefused) for x in net[0].node.drain())
+    (refused,) = [x for _, x in sent(net[0].node.drain(), m.HopRefused)]
+    assert refused.code == "malformed"
     with pytest.raises(LocalProtocolError, match="no stages"):
         pipeline.errand(net.now, "evaluate", b"t", timeout_s=1.0)
+
+
+def test_without_stages_a_node_has_the_whole_model_asked_of_whoever_trains() -> None:
+    net = Net(2)
+    net.run(3.0)
+    assert net.model().size
+    net.run(1.0)
+    asker, worker = net[1], net[0]
+    worker.node.pipeline.set_answers(net.now, True)
+    net.run(1.0)
+    handle = asker.node.pipeline.errand(net.now, "generate", b"text", timeout_s=5.0)
+    ((_, request),) = sent(asker.node.drain(), m.HopRequest)
+    worker.node.receive(net.now, asker.id, request)
+    (job,) = [x for x in worker.node.drain() if isinstance(x, px.Compute)]
+    worker.node.pipeline.answered(net.now, job.job, inline_tensor(job.tokens[::-1]), 0.01)
+    net.carry_out(worker)
+    net.settle()
+    (done,) = asker.told_of(ErrandDone)
+    assert (done.handle, done.output.data, done.version) == (handle, b"txet", 0)
+    again = asker.node.pipeline.errand(net.now, "generate", b"text", timeout_s=5.0)
+    asker.node.pipeline.cancel_errand(again)
+    ((_, request),) = sent(asker.node.drain(), m.HopRequest)
+    worker.node.receive(net.now, asker.id, request)
+    (job,) = [x for x in worker.node.drain() if isinstance(x, px.Compute)]
+    worker.node.pipeline.not_answered(net.now, job.job, "stale", "a round ahead")
+    ((_, refused),) = sent(worker.node.drain(), m.HopRefused)
+    assert refused.code == "stale"
+    assert asker.node.pipeline.whole.errands.busy is False

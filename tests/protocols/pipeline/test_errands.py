@@ -152,10 +152,10 @@ def test_it_expires_and_says_why() -> None:
     world = World()
     handle = world.start()
     peer, request = world.asked()
-    world.workers = []
+    world.workers = [peer]
     world.errands.receive(1.0, peer, HopRefused(request.id, "failed", "no memory"))
     world.errands.tick(30.0)
-    assert world.events() == [ErrandFailed(handle, "failed no memory")]
+    assert world.events() == [ErrandFailed(handle, "failed no memory", "failed")]
 
 
 def test_a_pinned_hop_goes_to_its_host_only() -> None:
@@ -216,3 +216,21 @@ def test_an_errand_that_is_cancelled_by_the_failure_of_another_asks_nobody() -> 
     world.workers = list(PEERS)
     world.errands.tick(31.0)
     assert world.out == [] and world.errands.deadline() == math.inf
+
+
+def test_a_failure_has_a_code_and_the_hop_where_it_stood() -> None:
+    world = World()
+    assert not world.errands.busy
+    handle = world.start("generate")
+    world.answer(tensor(1))
+    peer, request = world.asked()
+    world.errands.receive(1.0, peer, HopRefused(request.id, "share", "0.1 is used up"))
+    world.asked()
+    assert world.errands.busy
+    world.errands.tick(30.0)
+    assert world.events() == [ErrandFailed(handle, "share 0.1 is used up", "share", 1)]
+    world.workers = []
+    handle = world.start("generate")
+    world.errands.tick(31.0)
+    failed = ErrandFailed(handle, "nobody in reach serves hop 0", "no_worker", 0)
+    assert world.events() == [failed]

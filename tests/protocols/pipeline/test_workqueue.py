@@ -9,7 +9,7 @@ import pytest
 
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import pipeline as m
-from swarmtrain_protocols.pipeline.workqueue import BURST_S, IDLE_S, WorkQueue
+from swarmtrain_protocols.pipeline.workqueue import BURST_S, IDLE_S, TOLD_EVERY_S, WorkQueue
 
 P, Q = PeerId(b"p" * 32), PeerId(b"q" * 32)
 
@@ -113,3 +113,38 @@ def test_no_share_means_only_when_idle() -> None:
     assert drained(queue) == [("forward", 0)]
     assert queue.next_at() == IDLE_S
     assert drained(queue, IDLE_S) == [("generate", 0)]
+
+
+def test_a_generate_that_would_wait_for_long_is_refused_and_that_is_told_now_and_then() -> None:
+    told: list[tuple[PeerId, float]] = []
+    queue = WorkQueue(0.1, 100, lambda peer, share: told.append((peer, share)))
+    queue.occupied(math.inf)
+    assert queue.admit(0.0, P, request("generate", 1)) is None
+    assert drained(queue, 0.1) == [("generate", 1)]
+    queue.spent(0.2, request("generate", 1), 0.1)  # 20 ms were saved, so 80 ms are owed
+    assert queue.wait_s(0.2) == pytest.approx(0.8)
+    assert queue.admit(0.2, P, request("generate", 2)) is None and told == [(P, 0.1)]
+    assert drained(queue, 0.2) == []
+    # A second one would wait for the first one's 100 ms, too: 1.8 s.
+    refused = queue.admit(0.2, Q, request("generate", 3))
+    assert refused is not None and refused[0] == "share"
+    assert len(told) == 1, "once is enough for a while"
+    assert drained(queue, 1.1) == [("generate", 2)]
+    assert queue.admit(1.1 + TOLD_EVERY_S, Q, request("generate", 4)) is None
+    assert queue.wait_s(1.1 + TOLD_EVERY_S) == 0.0
+
+
+def test_a_generate_takes_the_place_of_what_its_errand_asked_for_before() -> None:
+    queue = WorkQueue(0.1, 100)
+    queue.occupied(math.inf)
+    assert queue.admit(0.0, P, request("generate", 1, attempt=1)) is None
+    assert queue.admit(0.0, Q, request("generate", 1, attempt=1)) is None
+    assert queue.admit(0.0, P, request("generate", 1, attempt=2)) is None
+    waiting = [(job.peer, job.request.id.attempt) for job in queue._jobs]
+    assert waiting == [(Q, 1), (P, 2)]
+
+
+def test_others_are_refused_only_for_want_of_room() -> None:
+    queue = WorkQueue(0.1, 2)
+    assert queue.admit(0.0, P, request("forward", 1)) is None
+    assert queue.admit(0.0, P, request("forward", 2)) == ("busy", "1 requests wait")

@@ -23,7 +23,7 @@ from swarmtrain_protocols.core import Effect
 from swarmtrain_protocols.errors import LocalProtocolError, SwarmError
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
-from swarmtrain_protocols.pipeline.candidates import from_neighbours
+from swarmtrain_protocols.pipeline.candidates import makers
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.state import CanonicalState
 
@@ -40,8 +40,8 @@ Load = Callable[[int, F32, int], Awaitable[tuple[sl.Done | sl.Failed, bytearray]
 class _Rebuild:
     """What is known of one lost stage, as long as this node is its host."""
 
-    found: dict[str, F32] = field(default_factory=dict)
-    """Weights by the name of the candidate."""
+    found: dict[str, Callable[[], F32]] = field(default_factory=dict)
+    """Makes the weights of a candidate, by its name: all at once might not fit into memory."""
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
@@ -177,8 +177,10 @@ class StageRebuild:
                 self._fallback(f"{item.what} is no help to stage {effect.stage}", str(error))
         shapes = await self._shapes(effect.stage)
         left, right = inputs.get("left"), inputs.get("right")
-        made = partial(
-            from_neighbours,
+        found: dict[str, Callable[[], F32]] = {}
+        if "snapshot" in inputs:
+            found["snapshot"] = inputs["snapshot"].copy
+        found |= makers(
             left,
             right,
             effect.norms,
@@ -187,8 +189,6 @@ class StageRebuild:
             stage=effect.stage,
             depth=shapes.depth,
         )
-        found: dict[str, F32] = {"snapshot": inputs["snapshot"]} if "snapshot" in inputs else {}
-        found |= await self._on_pool(made)
         self._rebuilds[effect.stage].found = found
         self._runtime.events.emit(
             "candidates_built",
@@ -220,23 +220,26 @@ class StageRebuild:
 
     # -- trials --------------------------------------------------------------------------------
 
-    def _state(self, stage: int, theta: F32, round_number: int) -> tuple[CanonicalState, bytes]:
-        """The canonical state with these weights, its optimizer new, and its hash."""
+    def _state(
+        self, stage: int, make: Callable[[], F32], round_number: int
+    ) -> tuple[CanonicalState, bytes]:
+        """The canonical state with these weights, its optimizer new, and its hash. On the pool."""
+        theta = make()
         state = self._runtime.data.new_state(stage_channel(stage), round_number, theta.size)
         state.theta[:] = theta
         return state, state.root()
 
     async def _try(self, effect: px.TryCandidate) -> None:
         stage, name, pipeline = effect.stage, effect.name, self._runtime.node.pipeline
-        theta = self._rebuilds[stage].found[name]
-        root: bytes = (await self._on_pool(partial(self._state, stage, theta, effect.round)))[1]
+        make = self._rebuilds[stage].found[name]
+        state, root = await self._on_pool(partial(self._state, stage, make, effect.round))
         if stage not in self._served():
             why = "this site has no module of the stage"
             self._run(pipeline.candidate_failed, stage, name, why)
             return
         with self.lock:
             self._trials[stage] = name
-            loaded = self._load(stage, theta, effect.round)
+            loaded = self._load(stage, state.theta, effect.round)
         header, _ = await loaded
         if isinstance(header, sl.Done):
             self._run(pipeline.candidate_ready, stage, name, root)
@@ -246,16 +249,16 @@ class StageRebuild:
     # -- the choice ----------------------------------------------------------------------------
 
     def _adopt(self, effect: px.AdoptCandidate) -> None:
-        theta = self._rebuilds[effect.stage].found[effect.name]
-        task = asyncio.ensure_future(self._install(effect, theta))
+        make = self._rebuilds[effect.stage].found[effect.name]
+        task = asyncio.ensure_future(self._install(effect, make))
         self._adopting.append(task)
         task.add_done_callback(partial(self._ended, self._adopting))
 
-    async def _install(self, effect: px.AdoptCandidate, theta: F32) -> None:
+    async def _install(self, effect: px.AdoptCandidate, make: Callable[[], F32]) -> None:
         """On disk and on offer first, since nobody else has it; then in use."""
         runtime, began_s = self._runtime, host.mono_s()
-        make = partial(self._state, effect.stage, theta, effect.round)
-        state, root = await self._on_pool(make)
+        work = partial(self._state, effect.stage, make, effect.round)
+        state, root = await self._on_pool(work)
         assert root == effect.root, effect
         if runtime.keeper is not None:
             await runtime.keeper.adopt(state)

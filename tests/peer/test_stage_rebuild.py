@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from swarmtrain_peer import stage_link as sl
+from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.events import EventLog, read_events
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.stage_rebuild import CALIBRATION_FIRST, StageRebuild
@@ -51,6 +52,7 @@ class Bench:
             disk=self.disk,
             every_rounds=10,
             kept=2,
+            alarm=DiskAlarm(self.events, folder),
         )
         self.told: list[tuple[Any, ...]] = []
         self.news = asyncio.Event()

@@ -22,6 +22,7 @@ class Crew(Swarm):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.trainers: dict[str, subprocess.Popen[bytes]] = {}
+        self.gone: list[Seat] = []
         self.stages = 0
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -30,8 +31,9 @@ class Crew(Swarm):
         super().__exit__(kind, error, trace)
 
     @property
-    def founder(self) -> Seat:
-        return self.seats[0]
+    def witness(self) -> Seat:
+        """Whose log counts: the founder, and once it is destroyed, the next site."""
+        return next(seat for seat in self.seats if seat not in self.gone)
 
     def open(self, sites: int, voters: int = 0, **keys: Any) -> None:
         """Found a run of so many sites; the founder comes on top, votes and computes nothing."""
@@ -42,7 +44,7 @@ class Crew(Swarm):
 
     def join(self, config: Document | None = None) -> Seat:
         """One more site, with a trainer."""
-        seat = self.enter(f"site-{len(self.seats)}", self.founder.ticket(), config=config)
+        seat = self.enter(f"site-{len(self.seats)}", self.witness.ticket(), config=config)
         self.train(seat)
         return seat
 
@@ -58,25 +60,29 @@ class Crew(Swarm):
             assert seat.process is not None
             seat.process.kill()
         for seat in seats:
-            trainer = self.trainers.pop(seat.name)
-            trainer.kill()
-            trainer.wait(WAIT_S)
+            if seat.name in self.trainers:
+                trainer = self.trainers.pop(seat.name)
+                trainer.kill()
+                trainer.wait(WAIT_S)
             seat.kill()
+            self.gone.append(seat)
 
     def revive(self, *seats: Seat) -> None:
         """Start both processes of each site again."""
         for seat in seats:
             seat.start()
             self.train(seat)
+            self.gone.remove(seat)
 
     # What the log says
 
     def assigned(self, stage: int) -> list[Seat]:
-        """The sites that serve a stage, by the last word of the log, dead ones included."""
+        """The sites that serve a stage by the last word of the log, and are not destroyed."""
         stages: dict[str, list[int]] = {}
-        for record in self.founder.events("stage_assigned"):
+        for record in self.witness.events("stage_assigned"):
             stages[record["peer"]] = record["stages"]
-        return [seat for seat in self.seats if stage in stages.get(seat.id, ())]
+        there = [seat for seat in self.seats if seat not in self.gone]
+        return [seat for seat in there if stage in stages.get(seat.id, ())]
 
     def only_stage(self, *stages: int) -> tuple[int, list[Seat]]:
         """The first of these whose sites can all go without the loss of another stage."""
@@ -95,11 +101,11 @@ class Crew(Swarm):
 
     def wait_step(self, step: int) -> None:
         """Until this step or a later one is committed."""
-        self.founder.wait_event("step_committed", lambda r: r["step"] >= step, timeout_s=LONG_S)
+        self.witness.wait_event("step_committed", lambda r: r["step"] >= step, timeout_s=LONG_S)
 
     def last_step(self) -> int:
         """The last step that was committed, -1: none."""
-        done = self.founder.events("step_committed")
+        done = self.witness.events("step_committed")
         return int(done[-1]["step"]) if done else -1
 
     def copied(self, channel: str) -> list[int]:
@@ -114,8 +120,8 @@ class Crew(Swarm):
 
     def check_steps(self, steps: int, micro_batches: int) -> None:
         """Every step was committed once, in order, with all its micro-batches."""
-        done = self.founder.events("step_committed")
-        assert [record["step"] for record in done] == list(range(steps)), self.founder.tail()
+        done = self.witness.events("step_committed")
+        assert [record["step"] for record in done] == list(range(steps)), self.witness.tail()
         assert all(record["micro_batches"] == micro_batches for record in done)
 
     def check_replicas(self, since: dict[int, int] | None = None) -> dict[int, int]:
@@ -140,6 +146,6 @@ class Crew(Swarm):
         return compared
 
     def pauses_s(self) -> list[float]:
-        """Wall time between two committed steps, as the founder saw them."""
-        at = [record["wall_s"] for record in self.founder.events("step_committed")]
+        """Wall time between two committed steps, as the witness saw them."""
+        at = [record["wall_s"] for record in self.witness.events("step_committed")]
         return [later - earlier for earlier, later in itertools.pairwise(at)]

@@ -24,8 +24,8 @@ ALWAYS = {"average-plain", "copy-left", "copy-right", "near-identity-0", "fresh"
 
 def lost_and_found(crew: Crew, stage: int) -> Record:
     """The stage is rebuilt with the candidate that scored best; returns the log's word on it."""
-    lost = crew.founder.wait_event("stage_lost", timeout_s=LONG_S)
-    back = crew.founder.wait_event("stage_recovered", timeout_s=LONG_S)
+    lost = crew.witness.wait_event("stage_lost", timeout_s=LONG_S)
+    back = crew.witness.wait_event("stage_recovered", timeout_s=LONG_S)
     assert (lost["stage"], back["stage"], back["step"]) == (stage, stage, lost["step"])
     scores = dict(zip(back["candidates"], back["losses"], strict=True))
     assert {*scores} >= ALWAYS, "both neighbours are there"
@@ -56,12 +56,12 @@ def test_a_stage_whose_sites_are_gone_for_good_is_rebuilt(tmp_path: Path) -> Non
         made = host.wait_event("candidates_built")
         assert made["inputs"]["snapshot"] in crew.copied(channel), made
         assert "snapshot" in back["candidates"]
-        crew.founder.wait_event("run_ended", timeout_s=LONG_S)
+        crew.witness.wait_event("run_ended", timeout_s=LONG_S)
         crew.check_steps(STEPS, BATCHES)
         assert crew.check_replicas({stage: back["step"]})[stage] > 10
-        done = crew.founder.events("step_committed")
+        done = crew.witness.events("step_committed")
         assert done[-1]["loss"] < done[back["step"] - 1]["loss"] - 0.3
-        assert len(crew.founder.events("stage_lost")) == 1
+        assert len(crew.witness.events("stage_lost")) == 1
 
 
 @pytest.mark.slow
@@ -73,8 +73,8 @@ def test_sites_that_are_back_in_time_have_kept_their_stage(tmp_path: Path) -> No
         stage, victims = crew.only_stage(2, 3)
         crew.destroy(*victims)
         crew.revive(*victims)
-        crew.founder.wait_event("run_ended", timeout_s=LONG_S)
-        assert not crew.founder.events("stage_lost")
+        crew.witness.wait_event("run_ended", timeout_s=LONG_S)
+        assert not crew.witness.events("stage_lost")
         crew.check_steps(STEPS, BATCHES)
         assert crew.check_replicas()[stage] > 10
 
@@ -93,6 +93,6 @@ def test_who_comes_back_after_others_went_on_trains_with_them(tmp_path: Path) ->
         seq = victims[0].last_seq
         crew.revive(*victims)
         victims[0].wait_event("state_applied", since_seq=seq, timeout_s=LONG_S)
-        crew.founder.wait_event("run_ended", timeout_s=LONG_S)
+        crew.witness.wait_event("run_ended", timeout_s=LONG_S)
         crew.check_steps(STEPS, BATCHES)
         crew.check_replicas({stage: back["step"]})

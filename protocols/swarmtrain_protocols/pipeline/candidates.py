@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -128,6 +129,49 @@ def near_identity(theta: F32, layout: TensorLayout, factor: float) -> F32:
     return out
 
 
+def makers(
+    left: F32 | None,
+    right: F32 | None,
+    norms: tuple[float, float],
+    layout: TensorLayout,
+    *,
+    seed: int,
+    stage: int,
+    depth: int,
+) -> dict[str, Callable[[], F32]]:
+    """How to make each candidate for an inner stage that needs no snapshot, by name.
+
+    All together take many times the memory of the stage; each call makes one, f32[n], anew.
+
+    Args:
+        left: weights of the stage before, or None if it is an end or lost as well; ``right`` alike.
+        norms: of the last gradient of the left and of the right stage, before clipping.
+    """
+    found: dict[str, Callable[[], F32]] = {}
+    made_fresh = partial(fresh, layout, seed, stage, depth)
+    weightings: tuple[Weighting, ...] = ("plain", "squared", "uniform")
+    if left is not None and right is not None:
+        for weighting in weightings:
+            share = share_of_left(*norms, weighting)
+            found[f"average-{weighting}"] = partial(average, left, right, share)
+    if left is not None:
+        found["copy-left"] = left.copy
+    if right is not None:
+        found["copy-right"] = right.copy
+    base = found.get("average-uniform") or found.get("copy-left") or found.get("copy-right")
+    if any(is_output_projection(name) for name, _ in layout):
+        for factor in (0.0, 0.1):
+            found[f"near-identity-{factor:g}"] = partial(
+                _near_identity_of, base or made_fresh, layout, factor
+            )
+    found["fresh"] = made_fresh
+    return found
+
+
+def _near_identity_of(base: Callable[[], F32], layout: TensorLayout, factor: float) -> F32:
+    return near_identity(base(), layout, factor)
+
+
 def from_neighbours(
     left: F32 | None,
     right: F32 | None,
@@ -138,26 +182,6 @@ def from_neighbours(
     stage: int,
     depth: int,
 ) -> dict[str, F32]:
-    """All candidates for an inner stage that need no snapshot, by name, f32[n] each.
-
-    Args:
-        left: weights of the stage before, or None if it is an end or lost as well; ``right`` alike.
-        norms: of the last gradient of the left and of the right stage, before clipping.
-    """
-    found: dict[str, F32] = {}
-    weightings: tuple[Weighting, ...] = ("plain", "squared", "uniform")
-    if left is not None and right is not None:
-        for weighting in weightings:
-            found[f"average-{weighting}"] = average(left, right, share_of_left(*norms, weighting))
-    if left is not None:
-        found["copy-left"] = left.copy()
-    if right is not None:
-        found["copy-right"] = right.copy()
-    base = found.get("average-uniform", left if left is not None else right)
-    if base is None:
-        base = fresh(layout, seed, stage, depth)
-    if any(is_output_projection(name) for name, _ in layout):
-        found["near-identity-0"] = near_identity(base, layout, 0.0)
-        found["near-identity-0.1"] = near_identity(base, layout, 0.1)
-    found["fresh"] = fresh(layout, seed, stage, depth)
-    return found
+    """What ``makers`` makes, all of it at once."""
+    made = makers(left, right, norms, layout, seed=seed, stage=stage, depth=depth)
+    return {name: make() for name, make in made.items()}

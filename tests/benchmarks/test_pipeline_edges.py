@@ -27,7 +27,7 @@ def test_a_small_run_compares_both_schedules(
     text = np.frombuffer(b"for each in range(10): print(each)\n" * 400, np.uint8)
     monkeypatch.setattr(edges, "load_corpus", lambda name: Corpus(text[:5000], text[5000:]))
     target = tmp_path / "result.json"
-    code = edges.main(["--steps", "8", "--seeds", "1", "--output", str(target)], SIZES)
+    code = edges.main(["--steps", "6", "--seeds", "1", "--output", str(target)], SIZES)
     document = json.loads(target.read_text())
     worst = max(each["excess_nats"] for each in document["chosen"])
     assert code == (0 if worst <= 0.02 else 1)

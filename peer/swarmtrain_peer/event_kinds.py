@@ -132,6 +132,13 @@ KINDS: dict[str, Kind] = {
             "Two majorities certified different logs: somebody lied, and the run halts.",
             ("index?", "peer?"),
         ),
+        Kind(
+            "ledger_diverged",
+            "error",
+            "M221",
+            "A majority derived another ledger from the same entries than this site, which ends.",
+            ("index", "state_hash", "expected_hash"),
+        ),
         # Rounds
         Kind(
             "model_defined",

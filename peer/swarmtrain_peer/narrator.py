@@ -5,7 +5,7 @@ from __future__ import annotations
 from swarmtrain_peer.events import EventLog
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.log.events import Conflict, LeaderChanged
+from swarmtrain_protocols.log.events import Conflict, LeaderChanged, LedgerDiverged
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
@@ -46,7 +46,10 @@ class Narrator:
         elif isinstance(event, JoinFailed):
             self._events.emit("join_refused", reason=f"{event.code}: {event.reason}")
         elif isinstance(event, Conflict):
-            self._events.emit("conflicting_certificates")
+            self._events.emit("conflicting_certificates", index=event.proof.index)
+        elif isinstance(event, LedgerDiverged):
+            hashes = {"state_hash": event.ours.hex(), "expected_hash": event.certified.hex()}
+            self._events.emit("ledger_diverged", index=event.index, **hashes)
 
     def _entry(self, body: e.EntryBody) -> None:
         emit = self._events.emit

@@ -22,10 +22,16 @@ from swarmtrain_peer import host
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.keys import load_or_create_identity
 from swarmtrain_peer.loop import new_event_loop
+from swarmtrain_peer.quorum import QuorumChanged
 from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_protocols import codecs
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound, DhtStored
-from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, RoundFailed, SwarmError
+from swarmtrain_protocols.errors import (
+    ConfigError,
+    GroupLost,
+    LocalProtocolError,
+    RoundFailed,
+)
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.rounds import effects as fx
@@ -186,6 +192,7 @@ class Peer:
     async def _begin(self) -> None:
         await self._runtime.start()
         self._runtime.listeners.append(self._on_event)
+        self._runtime.failure.add_done_callback(self._ended)
         await self._runtime.wait_member(START_TIMEOUT_S - 5)
 
     async def _abandon(self) -> None:
@@ -257,6 +264,8 @@ class Peer:
         Raises:
             ConfigError: wrong dtype, empty array, unknown codec.
             RoundFailed: no agreed result; ``retry`` says whether a later call may succeed.
+            GroupLost: one of them: no majority of stewards answers.
+            Diverged: this peer has ended, for the reason given.
         """
         values = _as_f32(array)
         codecs.get_codec(codec)
@@ -290,6 +299,9 @@ class Peer:
                     encode = partial(runtime.data.encode, values, codec, borrow=True)
                     blob = await loop.run_in_executor(runtime.pool, encode)
                 return await self._round(channel, blob.root, values.size, codec, weight, expect)
+        except GroupLost:
+            runtime.driver.run(runtime.node.withdraw, channel)
+            raise
         except TimeoutError:
             runtime.driver.run(runtime.node.withdraw, channel)
             raise RoundFailed(
@@ -302,6 +314,13 @@ class Peer:
         self, channel: str, root: bytes, values: int, codec: str, weight: float, expect: int
     ) -> Reduced:
         runtime = self._runtime
+        if runtime.failure.done():
+            raise runtime.failure.result()
+        if not await runtime.until(lambda: not runtime.quorum.lost, runtime.quorum.patience_s):
+            raise _group_lost()
+        if runtime.node.member.undecided(channel) is not None:
+            why = "the call before this one, which was given up, is not decided yet"
+            raise RoundFailed(f"all_reduce in {channel}", why, "call again a little later")
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._waiting[channel] = future
         try:
@@ -310,7 +329,7 @@ class Peer:
             done = await future
         finally:
             self._waiting.pop(channel, None)
-        if isinstance(done, SwarmError):
+        if isinstance(done, BaseException):
             raise done
         assert isinstance(done, fx.GroupDone)
         if values <= 16384:
@@ -337,6 +356,9 @@ class Peer:
                     "call again",
                 )
                 self._settle(event.channel, error)
+        elif isinstance(event, QuorumChanged):
+            if event.lost:
+                self._settle_all(_group_lost())
         elif isinstance(event, DhtStored | DhtFound | DhtFailed):
             future = self._dht_waiting.pop(event.handle, None)
             if future is not None and not future.done():
@@ -346,6 +368,14 @@ class Peer:
         future = self._waiting.get(channel)
         if future is not None and not future.done():
             future.set_result(outcome)
+
+    def _settle_all(self, error: BaseException) -> None:
+        for channel in list(self._waiting):
+            self._settle(channel, error)
+
+    def _ended(self, failure: asyncio.Future[BaseException]) -> None:
+        if not failure.cancelled():
+            self._settle_all(failure.result())
 
     # -- DHT --------------------------------------------------------------------------------------
 
@@ -396,6 +426,14 @@ class Peer:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+def _group_lost() -> GroupLost:
+    return GroupLost(
+        "no majority of stewards answers",
+        "nothing can be agreed on without one",
+        "call again when `members` are back",
+    )
 
 
 def _as_f32(array: Any) -> F32:

@@ -19,8 +19,10 @@ from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.halting import halting
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
+from swarmtrain_peer.quorum import QuorumWatch
 from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.site import write_private
@@ -33,7 +35,6 @@ from swarmtrain_protocols.errors import (
     ConfigError,
     NoPeerReachable,
     NotAuthorised,
-    PeerFault,
     SwarmError,
 )
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -110,7 +111,7 @@ class PeerRuntime:
         self._static_key = host.entropy(32)
         self._addresses: tuple[str, ...] = ()
         self._manifest_reply: asyncio.Future[bytes] | None = None
-        self._dials: list[asyncio.Future[None]] = []
+        self._tasks: list[asyncio.Future[None]] = []
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
         self.disk_pool = ThreadPoolExecutor(1, "swarmtrain-disk")
@@ -157,6 +158,8 @@ class PeerRuntime:
         if s.ticket is not None and s.manifest is not None:
             self._dial_ticket(s.ticket)
         self.driver.run(self.node.tick)
+        self.quorum = QuorumWatch(self.node, self.events, self._on_event)
+        self._tasks.append(asyncio.ensure_future(self.quorum.watch()))
         self.events.emit("peer_started", listen=",".join(self._addresses), version="0.1.0")
 
     async def _listen(self) -> str:
@@ -288,7 +291,7 @@ class PeerRuntime:
 
         for address in ticket.addresses:
             if address not in self._addresses:
-                self._dials.append(asyncio.ensure_future(dial(address)))
+                self._tasks.append(asyncio.ensure_future(dial(address)))
 
     # -- identity and admission -----------------------------------------------------------------
 
@@ -388,10 +391,8 @@ class PeerRuntime:
     # -- events of the core ---------------------------------------------------------------------
 
     def _on_event(self, event: object) -> None:
-        # The fault of a remote peer is something to tell, never the end of this process.
-        if isinstance(event, BaseException) and not isinstance(event, PeerFault):
-            self.fail(event)
-            return
+        if (error := halting(event, self.settings.records)) is not None:
+            self.fail(error)
         self._changed.set()
         if isinstance(event, LedgerChanged) and self.keeper is not None:
             self.keeper.look(self.node.ledger)
@@ -481,6 +482,8 @@ class PeerRuntime:
         stats = self.transport.stats
         if self._started:
             self.driver.close()
+        for task in self._tasks:
+            task.cancel()
         await self.transport.close()
         for pool in (self.pool, self.chunk_pool, self.disk_pool):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -19,6 +19,7 @@ SwarmError                      code, what, why, what to do
 ├── NoWorker                    exit 75  nobody computes now: no trainer, or a stage without one
 ├── ShareUsedUp                 exit 75  ``generate_share`` of the workers' time is used up
 ├── RoundFailed                 exit 75  a collective call failed; ``retry``: a later may work
+│   └── GroupLost               exit 75  no majority of stewards answers: nothing can be agreed on
 └── PeerFault                   a remote peer broke the protocol: an event with peer and
                                 code, counted, never raised out of a core
 """
@@ -121,6 +122,10 @@ class RoundFailed(SwarmError):
     def __init__(self, what: str, why: str = "", todo: str = "", *, retry: bool = True) -> None:
         super().__init__(what, why, todo)
         self.retry = retry
+
+
+class GroupLost(RoundFailed):
+    """A collective call ended because no majority of stewards answers; a later one may succeed."""
 
 
 class PeerFault(SwarmError):

@@ -24,6 +24,7 @@ EXIT_CODES = {
     "Diverged": 13,
     "DiskFull": 14,
     "RoundFailed": 75,
+    "GroupLost": 75,
 }
 
 

@@ -49,6 +49,52 @@ def test_two_certificates_that_conflict_halt_the_log_with_a_proof() -> None:
     assert b.drain() == [] and b.deadline() == float("inf")
 
 
+def test_a_steward_restored_from_an_old_copy_is_convicted_by_whoever_follows_it() -> None:
+    """Its new log has grown past the old one, so that nothing of it seems to contradict at first:
+    the follower asks for it from the beginning."""
+    world = instant("ab")
+    world.start("a")
+    world.run(0.0)
+    fork = list(world.sites["a"].disk)
+    world.start("b")
+    world.run(1.0)
+    for number in range(3):
+        world.propose(body=Paused(f"for b {number}"))
+    world.run(1.0)
+    liar = LogCore(
+        run=RUN, founder=FOUNDER.peer_id, keyring=world.sites["a"].keyring, now=world.now,
+        rng=random.Random(1), records=fork, genesis=None, snapshot_of=bytes, timeouts=TIMEOUTS,
+    )  # fmt: skip
+    b, names = world.sites["b"].core, world.sites
+    assert b is not None
+    for number in range(9):
+        liar.propose(world.now, Paused(f"for nobody else {number}"))
+        liar.drain()
+    assert liar.commit_index > b.commit_index
+    told = exchange(b, liar, names["b"].id, names["a"].id, world.now)
+    (conflict,) = [event for event in told if isinstance(event, Conflict)]
+    assert b.halted and conflict.proof.adds_up()
+    assert 0 < conflict.proof.index <= 4, "the first entry that differs"
+
+
+def exchange(b: LogCore, a: LogCore, b_id: PeerId, a_id: PeerId, now: float) -> list[object]:
+    """Let ``b`` and ``a`` talk for 20 seconds on a new link; returns what ``b`` told."""
+    told: list[object] = []
+    b.disconnected(now, a_id)
+    for core, peer in ((a, b_id), (b, a_id)):
+        core.connected(now, peer)
+    for step in range(200):
+        b.tick(now + step / 10)
+        a.tick(now + step / 10)
+        for core, other, me in ((b, a, b_id), (a, b, a_id)):
+            for effect in core.drain():
+                if isinstance(effect, Send):
+                    other.receive(now + step / 10, me, effect.message)
+                elif isinstance(effect, Emit) and core is b:
+                    told.append(effect.event)
+    return told
+
+
 def _state(records: list[bytes]) -> LogState:
     trust = Trust(RUN, FOUNDER.peer_id, KeyedHash("a"))
     state = LogState(trust, random.Random(1), 0.0, TIMEOUTS)

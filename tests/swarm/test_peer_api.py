@@ -18,8 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 import swarmtrain as st
+from swarmtrain_peer.quorum import QuorumChanged
 from swarmtrain_peer.spawn import child_environment
-from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, RoundFailed
+from swarmtrain_protocols.errors import ConfigError, GroupLost, LocalProtocolError, RoundFailed
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import log as lm
@@ -145,6 +146,28 @@ def test_a_call_that_nobody_joins_fails_in_time_and_the_next_one_works(
     assert failed.value.retry
     assert time.monotonic() - started < 5.0
     found = reduce_all(trio, [np.ones(4, np.float32)] * 3, [1.0] * 3, group="lonely")
+    assert all(len(reduced.contributors) == 3 for reduced in found)
+
+
+def test_a_call_ends_when_no_majority_answers_and_one_after_that_works(
+    trio: list[st.Peer],
+) -> None:
+    peer = trio[0]
+    assert peer._loop is not None
+    loop, runtime = peer._loop, peer._runtime
+
+    def lose() -> None:
+        poll_until(lambda: "group/majority" in peer._waiting, "the call waits")
+        for lost in (True, False):
+            loop.call_soon_threadsafe(runtime._on_event, QuorumChanged(lost))
+
+    teller = threading.Thread(target=lose)
+    teller.start()
+    with pytest.raises(GroupLost) as failed:
+        peer.all_reduce(np.ones(4, np.float32), group="majority", expect=3, timeout=WAIT_S)
+    teller.join()
+    assert failed.value.retry and failed.value.exit_code == 75
+    found = reduce_all(trio, [np.ones(4, np.float32)] * 3, [1.0] * 3, group="majority")
     assert all(len(reduced.contributors) == 3 for reduced in found)
 
 

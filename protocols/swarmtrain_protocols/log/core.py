@@ -155,6 +155,15 @@ class LogCore:
         return self._s.halted
 
     @property
+    def timeouts(self) -> LogTimeouts:
+        """The patience in force."""
+        return self._s.timeouts
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since this site last felt a leader who has a majority, itself or another."""
+        return max(0.0, now - self._s.pulse_at)
+
+    @property
     def source(self) -> PeerId | None:
         """Whom this site is subscribed to, if it is."""
         return self._follower.source

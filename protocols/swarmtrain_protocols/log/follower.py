@@ -52,6 +52,7 @@ class Follower:
         self._file_index = -1
         self._file_upto = 0
         self._file_at = float("inf")
+        self._reviewed: PeerId | None = None
         self.loaded: Snapshot | None = None
         """An installed snapshot that the core has yet to tell the layer above."""
 
@@ -317,7 +318,10 @@ class Follower:
         try:
             entries = self._verified(self._pending[:count], certificate)
         except PeerFault as fault:
-            self._distrust(peer, fault)
+            if self._review(peer, certificate):
+                s.fault(peer, fault)
+            else:
+                self._distrust(peer, fault)
             return
         if not entries:  # the certificate of the change before was lost on the way
             self._ask_again()
@@ -329,6 +333,22 @@ class Follower:
                 s.truncate(entry.index)
             log.append(entry)
         s.commit_to(certificate)
+
+    def _review(self, peer: PeerId, certificate: Certificate) -> bool:
+        """Stewards signed a log that does not go on from the one certified here. Ask from the
+        beginning, once: the first entry that differs is the proof. False if there is no more to it.
+        """
+        log = self._s.log
+        view = log.committed_view
+        signed = view is not None and log.trust.certifies(view, certificate)
+        if not signed or self._reviewed == peer:
+            return False
+        self._reviewed = peer
+        self._forget_pending()
+        self._pending_from = peer
+        start = max(1, log.first)
+        self._s.send(peer, Subscribe(log.generation, start, start))
+        return True
 
     def _verified(self, items: list[WireEntry], certificate: Certificate) -> list[Entry]:
         """The entries that the certificate proves; none if it cannot be judged from here."""

@@ -12,16 +12,18 @@ way to go on starts from the same weights, sees the same text and has the same t
 - ``rollback-N``: all stages return to a checkpoint, taken every N steps, and repeat what is lost.
 - ``none``: nothing is ever lost.
 
-Time is counted in steps, not seconds: a micro-batch of a step is four forwards' worth (forward, its
-recomputation, and a backward of two), one that scores a candidate is one. Rollback pays for the
-steps it repeats, on the text it saw before, so it ends as a shorter run without failures would, and
-its learning rate decays over just the steps it gets. Writing and loading checkpoints, copies and
-neighbours is free for everybody.
+Time is counted in steps, not seconds. A step has 16 micro-batches, as by default, of one sequence;
+they are computed eight at a time, which changes nothing but speed. A micro-batch of a step is four
+forwards' worth (forward, its recomputation, and a backward of two), one that scores a candidate is
+one. Rollback pays for the steps it repeats, on the text it saw before, so it ends as a shorter run
+without failures would, and its learning rate decays over just the steps it gets. Writing and
+loading checkpoints, copies and neighbours is free for everybody.
 
 Exits with 1 unless (1) whatever the product chose is, on held-out text that did not choose it, at
-most 0.02 nat worse than the best alternative at hand, each time, and (2) its final loss is within
-1 % of ``none`` in the mean over the seeds. Exits with 2 if leaving out the stage costs less than
-0.1 nat at any loss: then nothing was lost that matters. Writes JSON into ``results/``.
+most 0.02 nat worse than the best alternative at hand, each time, and (2) the final loss of ``best``
+is within 1 % of ``none`` in the mean over the seeds. Exits with 2 if leaving out the stage costs
+``none`` less than 0.1 nat at the time of any loss: then nothing was lost that matters. Writes JSON
+into ``results/``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from local_training import Trainer, single_thread, write_result
 
 from swarmtrain.training.data import Corpus, load_corpus
@@ -52,7 +55,10 @@ STAGES = 4
 LOST_AT = ((0.44, 2), (0.62, 3), (0.80, 2))
 """(share of the time, stage) of each loss."""
 FORWARDS_PER_MICRO_BATCH = 4
-TEST_BATCHES = 32
+MICRO_BATCHES = 16
+AT_ONCE = 8
+"""Micro-batches of one sequence that are computed in one call."""
+TEST_CALLS = 32
 INSTALL_NATS_MAX = 0.02
 FINAL_RATIO_MAX = 1.01
 BYPASS_NATS_MIN = 0.1
@@ -74,9 +80,8 @@ class Run:
         self.clock = 0.0
         self.copied = tuple(copied)
         self.past: deque[dict[int, F32]] = deque(maxlen=COPY_STEPS)
-        self.calibration, self.test = split(
-            self.trainer.held_out(CALIBRATION_BATCHES + TEST_BATCHES)
-        )
+        calls = CALIBRATION_BATCHES // AT_ONCE + TEST_CALLS
+        self.calibration, self.test = split(self.trainer.held_out(calls))
 
     def train(self, until: float) -> None:
         """Step until the clock says ``until``."""
@@ -116,18 +121,22 @@ class Run:
             found[name] = self.trainer.loss(on)
         return found
 
+    def bypass_nats(self, stage: int) -> float:
+        """What leaving out a stage costs."""
+        around = skipped_path(plain_path(self.trainer.keys.stages), stage)
+        return self.trainer.loss(self.test, around) - self.trainer.loss(self.test)
+
     def lose(self, stage: int, alone: str | None, with_copy: bool = True) -> dict[str, Any]:
         """The stage is gone: go on with the product's choice, or with one candidate ``alone``."""
         before = self.trainer.loss(self.test)
-        around = skipped_path(plain_path(self.trainer.keys.stages), stage)
+        bypass = self.bypass_nats(stage)
         candidates = self.candidates(stage, with_copy)
         calibrated: dict[str, float] = {}
         if alone is None:
             calibrated = self.scored(stage, candidates, self.calibration)
             choice = min(calibrated, key=lambda name: calibrated[name])
             forwards = len(candidates) * CALIBRATION_BATCHES
-            micro_batches = self.trainer.keys.micro_batches
-            self.clock += forwards / (FORWARDS_PER_MICRO_BATCH * micro_batches)
+            self.clock += forwards / (FORWARDS_PER_MICRO_BATCH * MICRO_BATCHES)
         else:
             choice = alone
             candidates = {choice: candidates[choice]}
@@ -136,7 +145,7 @@ class Run:
         return {
             "step": self.trainer.number,
             "stage": stage,
-            "bypass_nats": self.trainer.loss(self.test, around) - before,
+            "bypass_nats": bypass,
             "loss_before": before,
             "choice": choice,
             "calibration": calibrated,
@@ -145,11 +154,17 @@ class Run:
 
 
 def split(held_out: list[I32]) -> tuple[list[I32], list[I32]]:
-    """Micro-batches that choose and micro-batches that judge, both spread over the text."""
-    stride = len(held_out) // CALIBRATION_BATCHES
-    chosen = range(0, stride * CALIBRATION_BATCHES, stride)
-    judges = [each for k, each in enumerate(held_out) if k not in chosen]
-    return [held_out[k] for k in chosen], judges
+    """Windows that choose and windows that judge, both spread over the text, by calls."""
+    windows = np.concatenate(held_out)
+    stride = len(windows) // CALIBRATION_BATCHES
+    chosen = np.arange(CALIBRATION_BATCHES) * stride
+    judges = np.delete(windows, chosen, axis=0)
+    return by_calls(windows[chosen]), by_calls(judges)
+
+
+def by_calls(windows: I32) -> list[I32]:
+    """Windows [n, context + 1] in groups of ``AT_ONCE``."""
+    return [windows[k : k + AT_ONCE] for k in range(0, len(windows), AT_ONCE)]
 
 
 def keys_of(seed: int, steps: int, sizes: dict[str, int]) -> RunKeys:
@@ -159,8 +174,8 @@ def keys_of(seed: int, steps: int, sizes: dict[str, int]) -> RunKeys:
         preset="decoder-tiny",
         model=sizes,
         stages=STAGES,
-        micro_batches=2,
-        batch_size=8,
+        micro_batches=MICRO_BATCHES // AT_ONCE,
+        batch_size=AT_ONCE,
         boundary_codec="int8",
         inner_warmup_steps=min(50, steps),
         total_steps=steps,
@@ -190,12 +205,15 @@ def run_seed(seed: int, steps: int, sizes: dict[str, int], corpus: Corpus) -> li
     found = []
     for way in ("none", *OURS, *ALONE):
         run = beginning.fork()
-        events = []
-        for time_of_loss, stage in at if way != "none" else ():
+        events, bypasses = [], []
+        for time_of_loss, stage in at:
             run.train(time_of_loss)
-            events.append(run.lose(stage, ALONE.get(way), OURS.get(way, True)))
+            if way == "none":
+                bypasses.append(run.bypass_nats(stage))
+            else:
+                events.append(run.lose(stage, ALONE.get(way), OURS.get(way, True)))
         run.train(steps)
-        found.append(result(seed, way, run, events))
+        found.append({**result(seed, way, run, events), "bypass_nats": bypasses})
     for every in ROLLBACK_STEPS:
         left = steps_left_by_rollback(steps, every)
         run = Run(keys_of(seed, left, sizes), corpus, ())
@@ -261,19 +279,16 @@ def finals(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def verdict(chosen: list[dict[str, Any]], final: dict[str, dict[str, float]]) -> int:
-    """The exit code, with a line for each bar that is missed."""
-    least = min(each["bypass_nats"] for each in chosen)
+def verdict(least: float, chosen: list[dict[str, Any]], final: dict[str, dict[str, float]]) -> int:
+    """The exit code, with a line for each bar. ``least``: what leaving out a stage cost."""
     print(f"leaving out the stage costs {least:.3f} nat or more (at least {BYPASS_NATS_MIN})")
     if least < BYPASS_NATS_MIN:
         return 2
     worst = max(each["excess_nats"] for each in chosen)
     print(f"a choice is at worst {worst:+.4f} nat above the best other (bar {INSTALL_NATS_MAX})")
-    fine = worst <= INSTALL_NATS_MAX
-    for way in OURS:
-        ratio = final[way]["ratio"]
-        print(f"{way}: final loss {ratio - 1:+.2%} of none (bar {FINAL_RATIO_MAX - 1:.0%})")
-        fine = fine and ratio <= FINAL_RATIO_MAX
+    ratio = final["best"]["ratio"]
+    print(f"the final loss of best is {ratio - 1:+.2%} of none (bar {FINAL_RATIO_MAX - 1:.0%})")
+    fine = worst <= INSTALL_NATS_MAX and ratio <= FINAL_RATIO_MAX
     return 0 if fine else 1
 
 
@@ -296,7 +311,8 @@ def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> i
             f"{way:14}{row['steps']:7.0f}{row['loss']:9.4f}{row['ratio'] - 1:+9.2%}"
             f"{row['ratio_worst_seed'] - 1:+9.2%}{row['jump_mean_nats']:+9.3f}"
         )
-    code = verdict(chosen, final)
+    least = min(min(run["bypass_nats"]) for run in runs if run["way"] == "none")
+    code = verdict(least, chosen, final)
     document = {
         "what": "an inner stage lost three times: ways to go on, in the same time",
         "model": sizes,

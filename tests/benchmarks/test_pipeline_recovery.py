@@ -30,8 +30,7 @@ def recovery(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_small_run_writes_every_way_to_go_on(
     recovery: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "CALIBRATION_BATCHES", 2)
-    monkeypatch.setattr(recovery, "TEST_BATCHES", 2)
+    monkeypatch.setattr(recovery, "TEST_CALLS", 2)
     monkeypatch.setattr(recovery, "ROLLBACK_STEPS", (5,))
     monkeypatch.setattr(recovery, "LOST_AT", ((0.44, 2), (0.8, 3)))
     target = tmp_path / "result.json"
@@ -48,14 +47,15 @@ def test_a_small_run_writes_every_way_to_go_on(
         "rollback-5",
     ]
     assert runs["none"]["steps"] == 16 and not runs["none"]["failures"]
+    assert len(runs["none"]["bypass_nats"]) == 2
     # Losses at 7 and 13: 5 steps stay of 7, 10 of 11, and 3 more follow.
     assert runs["rollback-5"]["steps"] == 13
     assert runs["checkfree"]["steps"] == 16
     assert [e["choice"] for e in runs["checkfree"]["failures"]] == ["average-squared"] * 2
     assert [e["choice"] for e in runs["fresh"]["failures"]] == ["fresh"] * 2
-    # A step is 8 forwards, and a loss pays for 2 forwards of 9 candidates (2.25 steps) or of 8 (2).
-    assert runs["best"]["steps"] == 7 + 3 + 1
-    assert runs["best, no copy"]["steps"] == 7 + 4 + 1
+    # A step is 64 forwards; a loss pays for 8 forwards of 9 candidates (1.125 steps) or of 8 (1).
+    assert runs["best"]["steps"] == 7 + 4 + 2
+    assert runs["best, no copy"]["steps"] == 7 + 5 + 2
     for way, with_copy in (("best", True), ("best, no copy", False)):
         for event in runs[way]["failures"]:
             scores = event["calibration"]
@@ -66,10 +66,11 @@ def test_a_small_run_writes_every_way_to_go_on(
 
 
 def test_text_that_chooses_does_not_judge(recovery: ModuleType) -> None:
-    micro_batches = [np.full((1, 2), k, np.int32) for k in range(72)]
-    chosen, judges = recovery.split(micro_batches)
-    assert [int(each[0, 0]) for each in chosen] == [0, 9, 18, 27, 36, 45, 54, 63]
-    assert sorted(int(each[0, 0]) for each in (*chosen, *judges)) == list(range(72))
+    windows = np.arange(72, dtype=np.int32)[:, None]
+    chosen, judges = recovery.split([windows[:30], windows[30:]])
+    assert [each.ravel().tolist() for each in chosen] == [[0, 9, 18, 27, 36, 45, 54, 63]]
+    assert [len(each) for each in judges] == [8] * 8
+    assert sorted(int(k) for each in (*chosen, *judges) for k in each[:, 0]) == list(range(72))
 
 
 def test_rollback_pays_for_the_steps_it_repeats(recovery: ModuleType) -> None:
@@ -80,10 +81,9 @@ def test_rollback_pays_for_the_steps_it_repeats(recovery: ModuleType) -> None:
 
 def test_bars(recovery: ModuleType) -> None:
     def verdict(bypass: float, excess: float, ratio: float) -> int:
-        chosen = [{"bypass_nats": 1.0, "excess_nats": -1.0}]
-        chosen.append({"bypass_nats": bypass, "excess_nats": excess})
-        final = {"best": {"ratio": 1.0}, "best, no copy": {"ratio": ratio}}
-        found: int = recovery.verdict(chosen, final)
+        chosen = [{"excess_nats": -1.0}, {"excess_nats": excess}]
+        final = {"best": {"ratio": ratio}, "best, no copy": {"ratio": 2.0}}
+        found: int = recovery.verdict(bypass, chosen, final)
         return found
 
     assert verdict(0.1, 0.02, 1.01) == 0

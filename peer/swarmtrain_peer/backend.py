@@ -10,6 +10,7 @@ from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.librarian import Librarian
+from swarmtrain_peer.orders import give_order
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
@@ -66,6 +67,7 @@ class Backend:
             "events": self._events,
             "leave": self._leave,
             "ticket": self._ticket,
+            "order": lambda args, _: give_order(runtime, args),
             "checkpoints": self._checkpoints,
             "metrics": self._metrics,
             "corpus": lambda args, _: librarian.obtain(args),

@@ -6,6 +6,7 @@ from swarmtrain_peer import host
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import QuorumLost
+from swarmtrain_protocols.messages.member import Propose
 
 LOG_MODEL_TIMEOUT_S = 600.0
 LOG_MODEL_RETRY_S = 1.0
@@ -23,5 +24,5 @@ async def log_model(runtime: PeerRuntime, body: e.ModelDefined) -> None:
         if host.mono_s() > deadline:
             raise QuorumLost("the model could not be logged", "no leader answers", "")
         if node.log.leader is not None:
-            runtime.driver.run(node.propose, body)
+            runtime.driver.run(node.propose, Propose(e.encode_body(body)))
         await runtime.until(lambda: node.ledger.model is not None, LOG_MODEL_RETRY_S)

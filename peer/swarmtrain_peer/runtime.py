@@ -81,8 +81,8 @@ class PeerSettings:
     checkpoints_kept: int = 2
     fast_kernels: bool = False
     """Compile (or load) numba kernels in the background; the same bits, and more memory."""
-    up_bytes_per_s: int = 0
-    down_bytes_per_s: int = 0
+    caps_bytes_per_s: tuple[int, int] = (0, 0)
+    """Up and down over all connections; 0: none."""
     threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))
 
 
@@ -136,8 +136,7 @@ class PeerRuntime:
             handler=self,
             provide=self.provide,
             threads=s.threads,
-            up_bytes_per_s=s.up_bytes_per_s,
-            down_bytes_per_s=s.down_bytes_per_s,
+            caps_bytes_per_s=s.caps_bytes_per_s,
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once

@@ -98,8 +98,7 @@ class Transport:
         handler: TransportHandler,
         provide: Callable[[bytes], Blob | None],
         threads: int = limits.BULK_THREADS,
-        up_bytes_per_s: int = 0,
-        down_bytes_per_s: int = 0,
+        caps_bytes_per_s: tuple[int, int] = (0, 0),
         rng: random.Random | None = None,
     ) -> None:
         self.peer_id = keyring.peer_id
@@ -111,7 +110,7 @@ class Transport:
         self._handler = handler
         self._provide = provide
         self._threads = threads
-        self._caps = up_bytes_per_s, down_bytes_per_s
+        self._caps = caps_bytes_per_s
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None

@@ -155,6 +155,7 @@ DHT_RETRY_S = 10.0
 # Tickets and manifest
 MANIFEST_BYTES_MAX = 32 * 1024
 CAPABILITY_BYTES_MAX = 512
+ORDER_ENTRIES = 10_000
 
 # Site (events.py, control.py, spawn.py)
 COPIES_BYTES_MAX = 16 * 1024 * 1024 * 1024

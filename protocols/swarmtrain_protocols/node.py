@@ -188,6 +188,7 @@ class NodeCore:
             shepherd=self.shepherd,
             rounds=self.leader,
             propose=self._proposals.propose,
+            verify=self._keyring.verify,
         )
 
     # -- what the shell calls --------------------------------------------------------------
@@ -261,12 +262,12 @@ class NodeCore:
         self._pump(now)
         return taken
 
-    def propose(self, now: float, body: e.EntryBody) -> None:
-        """Ask the leader to log ``body``, of one of the kinds that members may ask for."""
+    def propose(self, now: float, request: mm.Propose) -> None:
+        """Ask the leader to log an entry, of one of the kinds that members may ask for."""
         leader = self.leadership.leader
         if leader is None:
             raise LocalProtocolError("no leader is known", "", "try again when there is one")
-        self._raw.append(Send(leader, mm.Propose(e.encode_body(body))))
+        self._raw.append(Send(leader, request))
         self._pump(now)
 
     def restore(self, now: float, channel: str, round_number: int, state_hash: bytes) -> None:

@@ -17,12 +17,11 @@ from swarmtrain_protocols.membership import Joiner, Shepherd
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.node_events import JoinFailed
+from swarmtrain_protocols.orders import ORDERS, is_authorised
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
 
-_MAY_PROPOSE = (
-    e.ModelDefined | e.CheckpointMade | e.Paused | e.Resumed | e.RunEnded | e.StageRecovered
-)
+_MAY_PROPOSE = e.ModelDefined | e.CheckpointMade | e.StageRecovered
 
 
 class Reception:
@@ -38,6 +37,7 @@ class Reception:
         shepherd: Shepherd,
         rounds: RoundLeader,
         propose: Callable[[float, e.EntryBody], bool],
+        verify: Callable[[bytes, bytes, bytes, bytes], bool],
     ) -> None:
         self.ledger = ledger
         self.leader: PeerId | None = None
@@ -47,6 +47,7 @@ class Reception:
         self._shepherd = shepherd
         self._rounds = rounds
         self._propose = propose
+        self._verify = verify
 
     def receive(self, now: float, peer: PeerId, message: Message) -> None:
         if isinstance(message, mm.ManifestRequest):
@@ -97,6 +98,9 @@ class Reception:
         except PeerFault as fault:
             self._fault(peer, fault.code)
             return
+        if isinstance(body, ORDERS):
+            self._ordered(now, peer, message, body)
+            return
         if not isinstance(body, _MAY_PROPOSE):
             self._fault(peer, "may_not_propose")
             return
@@ -110,6 +114,22 @@ class Reception:
             self._fault(peer, "not_the_host")
             return
         self._propose(now, body)
+
+    def _ordered(self, now: float, peer: PeerId, order: mm.Propose, body: e.EntryBody) -> None:
+        """Only the founder gives orders; a steward is not banned while it votes."""
+        good = is_authorised(
+            order,
+            founder=self._manifest.founder,
+            run=self._manifest.run_id,
+            index=self.ledger.index,
+            verify=self._verify,
+        )
+        if not good:
+            self._fault(peer, "not_the_founder")
+        elif isinstance(body, e.MemberBanned) and body.member in self.ledger.voters:
+            self._fault(peer, "bans_a_steward")
+        else:
+            self._propose(now, body)
 
     def _fault(self, peer: PeerId, code: str) -> None:
         self._out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))

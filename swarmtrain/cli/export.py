@@ -6,15 +6,17 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from swarmtrain.cli.options import Home, Json, SiteOption, site_of
 from swarmtrain.cli.output import Output, human_bytes
-from swarmtrain_peer.store import Checkpoint, StateStore
 from swarmtrain_protocols.errors import CheckpointError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from swarmtrain_peer.store import Checkpoint, StateStore
 
 FORMATS = ("safetensors", "hf")
 
@@ -43,6 +45,8 @@ def export(
     manifest = place.manifest()
     if manifest is None:
         raise CheckpointError(f"site {place.folder}", "it has not learned the run's keys yet")
+    from swarmtrain_peer.store import StateStore
+
     store = StateStore(place.state_path, writable=False)
     chosen = _choose(store, number)
     states = {entry.channel: store.state(chosen, entry).theta for entry in chosen.entries}

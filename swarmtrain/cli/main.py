@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from swarmtrain.cli import dashboard, demo, export, join, manage, query
+from swarmtrain.cli import dashboard, demo, export, join, manage, query, run
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -31,11 +31,13 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.rounds,
     query.events,
     export.export,
+    run.ban,
     dashboard.dashboard,
     manage.version,
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(run.run_app, name="run")
 app.add_typer(manage.ticket_app, name="ticket")
 app.add_typer(manage.ckpt_app, name="ckpt")
 app.add_typer(manage.config_app, name="config")

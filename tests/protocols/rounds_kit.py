@@ -24,6 +24,7 @@ from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.manifest import RunKeys, make_genesis, make_manifest
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
@@ -395,7 +396,7 @@ class Net:
         peer.data.states[TRAIN] = state
         self._serve(peer, TRAIN)
         body = e.ModelDefined(bytes(32), (e.ChannelLayout(TRAIN, VALUES),), (state.root(),), A)
-        peer.node.propose(self.now, body)
+        peer.node.propose(self.now, Propose(e.encode_body(body)))
         peer.node.restore(self.now, TRAIN, 0, state.root())
         self.carry_out(peer)
         self.run(3.0)

@@ -378,7 +378,7 @@ def test_a_member_without_a_leader_cannot_propose() -> None:
     net = Net(0)
     lone = net.start(1)
     with pytest.raises(LocalProtocolError, match="no leader"):
-        lone.node.propose(net.now, e.Paused("x"))
+        lone.node.propose(net.now, mm.Propose(e.encode_body(e.Paused("x"))))
 
 
 def test_only_one_contribution_at_a_time() -> None:

@@ -9,13 +9,16 @@ import pytest
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Connect, Effect, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
+from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.membership import Joiner, Shepherd, SiteConfig
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.node_events import JoinFailed
+from swarmtrain_protocols.orders import sign_order
 from swarmtrain_protocols.reception import Reception
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.policy import RoundPolicy
+from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.tickets import Capability
 from tests.protocols.rounds_kit import (
     FOUNDER,
@@ -83,6 +86,7 @@ class Desk:
             shepherd=self.shepherd,
             rounds=self.rounds,
             propose=propose,
+            verify=FOUNDER.verify,
         )
         self.shepherd.activate(0.0, leads)
         self.rounds.activate(0.0, leads)
@@ -93,6 +97,10 @@ class Desk:
 
     def wants(self, peer: bytes, body: e.EntryBody) -> list[Effect]:
         return self.say(peer, mm.Propose(e.encode_body(body)))
+
+    def orders(self, peer: bytes, body: e.EntryBody, by: Keyring = FOUNDER) -> list[Effect]:
+        index = self.log.ledger.index
+        return self.say(peer, sign_order(by, self.manifest.run_id, index, body))
 
 
 REQUEST = mm.JoinRequest("d", (), b"", True, True, True, True)
@@ -127,15 +135,36 @@ def test_only_members_leave_finish_and_propose_and_only_the_leader_listens() -> 
     for desk, peer in ((Desk(), D), (Desk(leads=False), B)):
         assert desk.say(peer, mm.LeaveRequest("leave")) == []
         assert desk.say(peer, mm.Finished(0, True)) == []
-        assert desk.wants(peer, e.Paused("x")) == []
+        assert desk.orders(peer, e.Paused("x")) == []
         assert desk.proposed == [] and desk.shepherd._finished == {}
 
 
-@pytest.mark.parametrize("body", [e.Paused("x"), e.Resumed("x"), e.RunEnded("x"), defined()])
+@pytest.mark.parametrize(
+    "body", [defined(), e.CheckpointMade(TRAIN, 0, bytes(32), (A,))], ids=["model", "checkpoint"]
+)
 def test_members_may_propose_a_few_kinds_of_entries(body: e.EntryBody) -> None:
     desk = Desk()
     assert faults(desk.wants(A, body)) == []
     assert desk.proposed == [body]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [e.Paused("x"), e.Resumed("x"), e.RunEnded("x"), e.MemberBanned(C, "x")],
+    ids=["pause", "resume", "end", "ban"],
+)
+def test_orders_are_the_founders(body: e.EntryBody) -> None:
+    desk = Desk()
+    assert faults(desk.orders(B, body)) == [] and desk.proposed == [body]
+    assert faults(desk.wants(B, body)) == [("not_the_founder", B)], "unsigned"
+    assert faults(desk.orders(B, body, by=FakeKeyring("b"))) == [("not_the_founder", B)]
+    assert desk.proposed == [body]
+
+
+def test_a_steward_is_not_banned_while_it_votes() -> None:
+    desk = Desk()
+    assert faults(desk.orders(B, e.MemberBanned(A, "x"))) == [("bans_a_steward", B)]
+    assert desk.log.ledger.voters == (A,) and desk.proposed == []
 
 
 def test_anything_else_is_a_fault_of_whoever_asks() -> None:
@@ -143,7 +172,6 @@ def test_anything_else_is_a_fault_of_whoever_asks() -> None:
     desk = Desk()
     others = [
         e.NoOp(),
-        e.MemberBanned(C, "x"),
         e.MemberLeft(C, "x"),
         e.Rewound(1, "x", (), (), ()),
         e.StewardsChanged((B,)),

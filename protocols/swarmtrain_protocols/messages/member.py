@@ -65,9 +65,14 @@ class LeaveRequest(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class Propose(msgspec.Struct, frozen=True, tag="propose"):
-    """A member asks the leader to log ``body``; only the kinds that members may ask for."""
+    """A member asks the leader to log ``body``; only the kinds that members may ask for.
+
+    Orders of the operator carry the founder's signature, and the index ``at`` that it covers.
+    """
 
     body: Annotated[bytes, Meta(max_length=limits.ENTRY_BYTES_MAX)]
+    at: Count = 0
+    signature: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class StateReport(msgspec.Struct, frozen=True, tag="state"):

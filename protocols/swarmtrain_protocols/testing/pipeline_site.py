@@ -18,6 +18,7 @@ from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.core import Effect, Fetch, PeerId
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.messages.pipeline import EMPTY, HopReply, HopRequest, Tensor
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
@@ -152,7 +153,8 @@ class PipelineSite(Site):
         roots = tuple(state.root() for state in states)
         for state, root in zip(states, roots, strict=True):
             self.truth.models[state.channel, root] = state.theta
-        self.core.propose(now, e.ModelDefined(bytes(32), layout, roots, self.ctx.peer))
+        body = e.ModelDefined(bytes(32), layout, roots, self.ctx.peer)
+        self.core.propose(now, Propose(e.encode_body(body)))
 
     def _serve(self, now: float, stages: tuple[int, ...]) -> None:
         for stage in [s for s in self.accumulators if s not in stages]:

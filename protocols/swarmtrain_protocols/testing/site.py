@@ -24,6 +24,7 @@ from swarmtrain_protocols.manifest import Manifest, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
@@ -275,7 +276,7 @@ class Site:
             layout = tuple(e.ChannelLayout(c, n) for c, n in self.spec.layout)
             roots = tuple(state.root() for state in states)
             body = e.ModelDefined(bytes(32), layout, roots, self.ctx.peer)
-            self.core.propose(now, body)
+            self.core.propose(now, Propose(e.encode_body(body)))
 
     def _hand_over(self, now: float, channel: str) -> None:
         """A boundary of the trainer: a fresh pseudo-gradient from its view of the state."""

@@ -10,12 +10,14 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.messages import pipeline as m
+from swarmtrain_protocols.orders import sign_order
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.effects import StepDone
 from swarmtrain_protocols.pipeline.errands import ErrandDone
 from swarmtrain_protocols.pipeline.requests import inline_tensor
 from swarmtrain_protocols.testing.checkers import Checker
 from swarmtrain_protocols.testing.host import Host
+from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSite
 from swarmtrain_protocols.testing.pipeline_swarm import Pipeline, build, make_spec
@@ -81,18 +83,24 @@ def test_workers_are_those_assigned_and_linked_and_this_node_if_it_computes() ->
     assert all(host.peer not in pipeline.workers(s) for s in mine)
 
 
+def order(swarm: Pipeline, body: e.EntryBody) -> None:
+    core = site(swarm, "a").core
+    request = sign_order(FakeKeyring("founder"), core.run, core.ledger.index, body)
+    core.propose(swarm.world.hosts["a"].local_now(), request)
+
+
 def test_a_pause_in_the_log_stops_steps_and_its_end_lets_them_go_on() -> None:
     swarm = calm()
     swarm.world.run(10.0)
     host = swarm.world.hosts["a"]
-    site(swarm, "a").core.propose(host.local_now(), e.Paused("tea"))
+    order(swarm, e.Paused("tea"))
     host.settle()
     swarm.world.run(13.0)
     before = len(swarm.steps.committed)
     swarm.world.run(20.0)
     assert len(swarm.steps.committed) == before
     assert site(swarm, "a").core.pipeline.driver.figures()["active"] == 0
-    site(swarm, "a").core.propose(host.local_now(), e.Resumed("done"))
+    order(swarm, e.Resumed("done"))
     host.settle()
     swarm.world.run(25.0)
     assert len(swarm.steps.committed) >= before + 3

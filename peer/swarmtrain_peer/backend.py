@@ -77,6 +77,10 @@ class Backend:
             self._calls |= _trainer_calls(desk)
         runtime.listeners.append(self._watch)
 
+    def offer(self, calls: dict[str, Handler]) -> None:
+        """Answer more calls."""
+        self._calls |= calls
+
     async def call(self, name: str, args: Document, connection: ControlConnection) -> Document:
         """Answer one call.
 

@@ -24,6 +24,8 @@ from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_peer.stage_life import StageLife
+from swarmtrain_peer.token_desk import TokenDesk
+from swarmtrain_peer.writer import Writer
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
 
 LINGER_S = 1.0
@@ -91,6 +93,7 @@ class PeerProcess:
         runtime = PeerRuntime(settings, events)
         desk: Desk | None = None
         librarian: Librarian | None = None
+        writer: Writer | None = None
         control: ControlServer | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -100,6 +103,7 @@ class PeerProcess:
             desk = stages[0] if stages else TrainerDesk(runtime, site.folder)
             librarian = Librarian(runtime, site.corpus_path)
             backend = Backend(runtime, desk, librarian, self.stop)
+            writer = _open_writer(runtime, desk, backend)
             control = ControlServer(site.control_path, backend)
             await control.start()
             self._handle_signals()
@@ -120,8 +124,9 @@ class PeerProcess:
                 task.cancel()
             if control is not None:
                 await control.close()
-            if librarian is not None:
-                librarian.close()
+            for part in (librarian, writer):
+                if part is not None:
+                    part.close()
             if desk is not None:
                 desk.close()
             await runtime.close(self._reason)
@@ -163,6 +168,18 @@ def _open_stages(runtime: PeerRuntime, site: Site, stages: list[StageLife]) -> N
     """In a run of stages, have them served from the node's first moment."""
     if runtime.manifest.keys.stages:
         stages.append(StageLife(runtime, site.stages_path))
+
+
+def _open_writer(runtime: PeerRuntime, desk: Desk, backend: Backend) -> Writer:
+    """Texts for the control socket, whether trainers have stages or the whole model."""
+    if isinstance(desk, StageLife):
+        writer = Writer(runtime, desk.tensors, lambda: None)
+    else:
+        tokens = TokenDesk(runtime)
+        backend.offer({"generates": tokens.offer, "logits": tokens.logits})
+        writer = Writer(runtime, tokens.tensors, lambda: tokens.model)
+    backend.offer({"generate": writer.generate})
+    return writer
 
 
 def _refusal(code: str) -> SwarmError:

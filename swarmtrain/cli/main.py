@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from swarmtrain.cli import dashboard, demo, export, join, manage, query, run
+from swarmtrain.cli import dashboard, demo, export, generate, join, manage, query, run
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -32,6 +32,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.events,
     export.export,
     run.ban,
+    generate.generate,
     dashboard.dashboard,
     manage.version,
 )

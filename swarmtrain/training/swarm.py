@@ -332,10 +332,20 @@ class Swarm:
 
     def evaluated(self, round: int, loss: float, tokens: int) -> None:
         """Report the loss of θ of ``round`` on the held-out set, nats per token."""
+        self.tell("evaluated", {"round": round, "loss": loss, "tokens": tokens})
+
+    def tell(self, call: str, args: Document) -> None:
+        """Make a call to the peer process soon, if there is one."""
         session = self._port.session if self._port is not None else None
         if self._port is not None and session is not None:
-            args = {"round": round, "loss": loss, "tokens": tokens}
-            self._port.send(session, "evaluated", args)
+            self._port.send(session, call, args)
+
+    def shown(self) -> tuple[int, ...]:
+        """Rounds of the θ that ``theta`` would read now, by channel; empty offline."""
+        session = (self._port.session if self._port is not None else None) or self.attached
+        if session is None:
+            return ()
+        return tuple(session.side.published_round(p.channel) or 0 for p in self._phases)
 
     def data(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """This site's share of ``loader``: batch ``i`` goes to member ``i mod members``.

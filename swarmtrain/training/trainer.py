@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus, position_of
+from swarmtrain.training.model import BYTES
 from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.presets import Preset, build, evaluate
+from swarmtrain.training.speaker import Judge, Speaker
 from swarmtrain.training.stage_worker import run_stages
 from swarmtrain.training.swarm import Swarm
 from swarmtrain_peer.site import Site
@@ -73,7 +75,6 @@ class PresetTrainer:
         self.corpus: Corpus = obtain_corpus(site, keys, wait_s, signals.event)
         fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
         self.preset: Preset = build(fields, device)
-        self._judge = build(fields, device)  # θ goes in here, the trained model stays as it is
         tokens, targets = self.corpus.evaluation(EVALUATION_WINDOWS, self.preset.context)
         self._held_out = (torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
 
@@ -85,6 +86,9 @@ class PresetTrainer:
         self.swarm = Swarm(
             self.preset.model, self.preset.optimizer, connect=connect, fragments=keys.fragments
         )
+        # θ goes into a model of its own, the trained one stays as it is.
+        self._judge = Judge(self.swarm, build(fields, device).model)
+        Speaker(self.swarm, self._judge, context=self.preset.context, vocabulary=BYTES)
         self.swarm.on("evaluate", self._evaluate)
         attached = self.swarm.attached
         assert attached is not None, "it is not offline"
@@ -130,8 +134,7 @@ class PresetTrainer:
 
     def _evaluate(self, event: Document) -> None:
         """Loss of the newest θ, reported under the round that it is of."""
-        round_, vectors = self.swarm.theta()
-        self._judge.model.load_state_dict(self.swarm.state_dict(vectors))
+        round_ = min(self._judge.load())
         loss = evaluate(self._judge.model, *self._held_out)
         self.swarm.evaluated(round_, loss, self._held_out[1].numel())
 

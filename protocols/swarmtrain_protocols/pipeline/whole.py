@@ -28,6 +28,8 @@ PATH = (WHOLE,)
 CHANNEL = stage_channel(WHOLE)
 ANSWER_TIMEOUT_S = 15.0
 """A trainer answers between two of its steps."""
+STUCK_S = 4 * ANSWER_TIMEOUT_S
+"""A trainer that says nothing for so long has forgotten the job."""
 CONNECT_AGAIN_S = 5.0
 
 
@@ -58,6 +60,7 @@ class WholeModel:
         self._answers = False
         self._jobs = 0
         self._running: dict[int, tuple[PeerId, m.HopRequest]] = {}
+        self._began = 0.0
         self._queue = WorkQueue(share, limits.ERRANDS_MAX, self._deferred)
         self._queue.occupied(math.inf)  # by training, which does not come this way
         self._asked: dict[PeerId, float] = {}
@@ -141,7 +144,7 @@ class WholeModel:
             self._refuse(job.peer, job.request, *refused)
         while not self._running and (taken := self._queue.take(now)) is not None:
             self._jobs += 1
-            request = taken.request
+            self._began, request = now, taken.request
             self._running[self._jobs] = taken.peer, request
             self._out.append(
                 px.Compute(
@@ -190,6 +193,8 @@ class WholeModel:
 
     def tick(self, now: float) -> None:
         self.errands.tick(now)
+        for job in [*self._running] if now >= self._began + STUCK_S else []:
+            self.compute_failed(now, job, "failed", "the trainer does not answer")
         self._proceed(now)
         self.connect(now)
 
@@ -208,7 +213,7 @@ class WholeModel:
                 self._out.append(Connect(peer))
 
     def deadline(self) -> float:
-        waits = self._queue.next_at() if not self._running else math.inf
+        waits = self._began + STUCK_S if self._running else self._queue.next_at()
         return min([self.errands.deadline(), waits, *self._asked.values()])
 
 

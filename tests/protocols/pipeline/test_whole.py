@@ -14,7 +14,13 @@ from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.errands import ErrandDone, ErrandFailed
 from swarmtrain_protocols.pipeline.requests import inline_tensor
-from swarmtrain_protocols.pipeline.whole import ANSWER_TIMEOUT_S, CHANNEL, PATH, WholeModel
+from swarmtrain_protocols.pipeline.whole import (
+    ANSWER_TIMEOUT_S,
+    CHANNEL,
+    PATH,
+    STUCK_S,
+    WholeModel,
+)
 from tests.protocols.rounds_kit import A, B, C, D, Log, joined
 
 LOGITS = inline_tensor(b"logits")
@@ -211,6 +217,17 @@ def test_an_asker_that_is_gone_is_forgotten() -> None:
     site.core.computed(1.0, job.job, LOGITS, 0.01)
     site.core.tick(100.0)
     assert site.take(px.Compute) == []
+
+
+def test_a_trainer_that_forgets_a_job_does_not_stop_the_next() -> None:
+    site = Site(B, (A, C))
+    site.core.set_answers(-5.0, True)
+    site.core.receive(0.0, PeerId(C), request(site, 1))
+    assert len(site.take(px.Compute)) == 1 and site.core.deadline() == STUCK_S
+    site.core.tick(STUCK_S)
+    assert [one.code for one in site.said()] == ["failed"]
+    site.core.receive(STUCK_S, PeerId(C), request(site, 2))
+    assert len(site.take(px.Compute)) == 1
 
 
 def test_another_ledger_takes_the_place_of_the_first() -> None:

@@ -14,14 +14,16 @@ _WHERE = {
     "Reduced": "swarmtrain_peer.peer",
     "Swarm": "swarmtrain.training.hook",
     "join": "swarmtrain.training.hook",
+    "serve": "swarmtrain.training.own",
     "SwarmError": "swarmtrain_protocols.errors",
     "RoundFailed": "swarmtrain_protocols.errors",
 }
 
-__all__ = ["Peer", "Reduced", "RoundFailed", "Swarm", "SwarmError", "__version__", "join"]
+__all__ = ["Peer", "Reduced", "RoundFailed", "Swarm", "SwarmError", "__version__", "join", "serve"]
 
 if TYPE_CHECKING:
     from swarmtrain.training.hook import Swarm, join
+    from swarmtrain.training.own import serve
     from swarmtrain_peer.peer import Peer, Reduced
     from swarmtrain_protocols.errors import RoundFailed, SwarmError
 

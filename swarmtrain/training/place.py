@@ -17,6 +17,7 @@ from pathlib import Path
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig, load_settings
 from swarmtrain_peer.control import ControlClosed
+from swarmtrain_peer.founding import found_run
 from swarmtrain_peer.site import Site, default_home, enter_site, find_site, found_site, list_sites
 from swarmtrain_peer.spawn import Supervisor, spawn_peer, stop_process
 from swarmtrain_protocols.errors import ConfigError, QuorumLost
@@ -44,13 +45,19 @@ def is_offline(environ: Mapping[str, str]) -> bool:
 
 
 def resolve(
-    ticket: str | None, run: RunArgument, given: Mapping[str, object], environ: Mapping[str, str]
+    ticket: str | None,
+    run: RunArgument,
+    given: Mapping[str, object],
+    environ: Mapping[str, str],
+    *,
+    pinned: bool = False,
 ) -> Place | None:
     """The site to train at; ``None`` means offline.
 
     Args:
         run: run keys, or the path of a TOML file, of a run to found (or to check against).
         given: run keys from arguments of ``st.join``; they win over ``run``.
+        pinned: a run that is founded pins the corpus that it names.
 
     Raises:
         ConfigError: a bad ticket, key or file.
@@ -79,7 +86,8 @@ def resolve(
         find_site(home)  # raises and lists them
     if run is None and file is None:
         return None
-    site = found_site(home, run_keys_from_mapping(keys), settings.peer)
+    found = found_run if pinned else found_site
+    site = found(home, run_keys_from_mapping(keys), settings.peer)
     return Place(site, keys, founded=True)
 
 

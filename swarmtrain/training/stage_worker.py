@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -16,8 +17,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus
-from swarmtrain.training.stages.cut import plain_ranges
+from swarmtrain.training.data import I64, announce_corpus, obtain_corpus
+from swarmtrain.training.stages.cut import Cut, plain_ranges
 from swarmtrain.training.stages.runtime import HopResult, StageRuntime
 from swarmtrain_peer import host
 from swarmtrain_peer import stage_link as sl
@@ -42,11 +43,21 @@ class RunOver(Exception):
     """The peer process has said that there is nothing more to do."""
 
 
+class Texts(Protocol):
+    """What is trained on: ``data.Corpus``, or a script's own."""
+
+    def batch(self, seed: int, position: int, batch_size: int, context: int) -> tuple[I64, I64]:
+        """(tokens, next tokens) at a position, [batch_size, context] each."""
+
+    def evaluation(self, windows: int, context: int) -> tuple[I64, I64]:
+        """The same of the held-out set, [windows, context] each."""
+
+
 class StageWorker:
     """Answers the commands of one peer process after another."""
 
     def __init__(
-        self, runtime: StageRuntime, keys: RunKeys, corpus: Corpus, values_max: int
+        self, runtime: StageRuntime, keys: RunKeys, corpus: Texts, values_max: int
     ) -> None:
         self.runtime = runtime
         self._keys = keys
@@ -163,40 +174,53 @@ def room_for_values(device: torch.device) -> int:
 
 
 def run_stages(
-    site: Site, keys: RunKeys, device: torch.device, stop: threading.Event, wait_s: float
-) -> None:
+    site: Site,
+    keys: RunKeys,
+    device: torch.device,
+    stop: threading.Event,
+    wait_s: float,
+    *,
+    cut: Cut | None = None,
+    texts: Texts | None = None,
+) -> str:
     """Compute stages for the peer process of ``site`` until ``stop`` is set or it is gone for good.
 
     Args:
         wait_s: how long the first peer process may take to come up.
+        cut: the model in pieces; default: the run's preset.
+        texts: what is trained on; default: the run's corpus.
+
+    Returns:
+        Why it is over, if the peer process has said so.
 
     Raises:
         SwarmError: the model cannot be cut, or no peer process came.
         Diverged: what a stage computes is not finite any more.
     """
     fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
-    corpus = obtain_corpus(site, keys, wait_s, stop)
-    runtime = StageRuntime.build(fields, (), device=str(device))
+    corpus = texts or obtain_corpus(site, keys, wait_s, stop)
+    runtime = StageRuntime.build(fields, (), device=str(device), cut=cut)
     worker = StageWorker(runtime, keys, corpus, room_for_values(device))
     patience_s = max(wait_s, RECONNECT_S)
-    announced = False
+    announced = texts is not None
     while not stop.is_set():
         line = _connect(site, patience_s, stop)
         if line is None:
-            return
+            return ""
         if not announced:
             announce_corpus(site, keys)
             announced = True
         closing = _close_on(stop, line)
         try:
             worker.serve(line)
-        except RunOver:
-            return
+        except RunOver as over:
+            return str(over)
         except ControlClosed:
             patience_s = AWAY_S_MAX
         finally:
             closing()
             line.close()
+    return ""
 
 
 def _connect(site: Site, patience_s: float, stop: threading.Event) -> sl.StageLine | None:

@@ -146,6 +146,10 @@ def cut_model(model: nn.Module, stages: int) -> Cut:
     return cut_hugging_face(model, stages)
 
 
+OWN_PRESET = "own"
+"""Run key ``preset`` of runs whose model is in a script: a bare ``swarmtrain join`` is refused."""
+
+
 def cut_preset(keys: Mapping[str, Any]) -> Cut:
     """The preset that the run keys name, cut into ``stages``, without values (meta device).
 
@@ -153,6 +157,12 @@ def cut_preset(keys: Mapping[str, Any]) -> Cut:
         ConfigError: unknown preset, sizes that do not fit, or no equal stages.
     """
     name, sizes = keys["preset"], dict(keys.get("model") or {})
+    if name == OWN_PRESET:
+        raise ConfigError(
+            "this run trains a model of its members' own",
+            "its code is not part of swarmtrain, and code never travels",
+            "get the script and run `swarmtrain join TICKET -- python SCRIPT`",
+        )
     with torch.device("meta"):
         if name in DECODERS:
             return cut_decoder(

@@ -100,10 +100,12 @@ class StageRuntime:
         stages: Sequence[int],
         device: str = "cpu",
         dtype: str = "float32",
+        cut: Cut | None = None,
     ) -> StageRuntime:
-        """The runtime of a preset run, serving ``stages``; other stages take no memory.
+        """The runtime of a run, serving ``stages``; other stages take no memory.
 
         Args:
+            cut: the model; default: that of the preset.
             keys: run keys by name: preset, model, stages, batch_size, seed, boundary_codec.
                 ``model.boundary_rank`` is the rank of the codec ``subspace`` (0: width / 8).
 
@@ -112,7 +114,7 @@ class StageRuntime:
         """
         sizes = dict(keys.get("model") or {})
         rank = sizes.pop("boundary_rank", 0)
-        cut = cut_preset({**keys, "model": sizes})
+        cut = cut or cut_preset({**keys, "model": sizes})
         return cls(
             cut,
             stages,

@@ -1,4 +1,4 @@
-"""The dashboard's web application: one page, a small read-only API, a stream, metrics.
+"""The dashboard's web application: one page, a small API, a stream, metrics, completions.
 
 ============================  ====================================================================
 ``/``                         the page; ``/static/…`` its files
@@ -9,6 +9,7 @@
 ``/api/v1/events``            events; ``since_seq``, ``last``, ``code``
 ``/events``                   server-sent events: a snapshot, then the sections that changed
 ``/metrics``                  Prometheus
+``/v1/completions``           text from the weights of now, ``/v1/models``: ``completions.py``
 ``/healthz`` ``/readyz``      this process lives; the peer process answers
 ``/login``                    only where a token is needed
 ============================  ====================================================================
@@ -17,7 +18,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -34,6 +35,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
+from swarmtrain.dashboard.completions import Client, Completions
 from swarmtrain.dashboard.feed import EVENTS_KEPT, Document, Feed
 from swarmtrain.dashboard.guard import COOKIE, SESSION_S, Guard, Sessions
 from swarmtrain.dashboard.metrics import render
@@ -157,8 +159,19 @@ def _event(name: str, document: Document) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(document) + b"\n\n"
 
 
-def build_app(feed: Feed, *, token: str | None = None, hosts: Iterable[str] = ()) -> Starlette:
-    """The application over a feed. ``hosts``: names it may be called by, besides loopback's."""
+def build_app(
+    feed: Feed,
+    *,
+    token: str | None = None,
+    hosts: Iterable[str] = (),
+    connect: Callable[[], Client] | None = None,
+) -> Starlette:
+    """The application over a feed.
+
+    Args:
+        hosts: names it may be called by, besides loopback's.
+        connect: opens a control connection; without it there are no completions.
+    """
     sessions = Sessions(token)
     pages = Pages(feed, sessions)
     routes = [
@@ -174,6 +187,13 @@ def build_app(feed: Feed, *, token: str | None = None, hosts: Iterable[str] = ()
         Route("/healthz", pages.healthz),
         Route("/readyz", pages.readyz),
     ]
+    if connect is not None:
+        completions = Completions(feed, connect)
+        routes += [
+            Route("/v1/completions", completions.complete, methods=["POST"]),
+            Route("/v1/models", completions.models),
+            Route("/v1/{rest:path}", completions.nothing, methods=["GET", "POST"]),
+        ]
     if sessions.needed:
         routes += [
             Route("/login", pages.login_page, methods=["GET"]),

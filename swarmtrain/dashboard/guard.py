@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swarmtrain.dashboard.bind import is_loopback
@@ -132,18 +132,34 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         name = host_of(headers.get("host", ""))
+        refuse = _refusal_json if scope["path"].startswith("/v1/") else _refusal_text
         if name not in self._hosts and not is_loopback(name):
-            return PlainTextResponse("misdirected request\n", 421)
+            return refuse("misdirected request", 421)
         request = Request(scope)
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
             if origin is not None and host_of(origin.partition("://")[2]) != name:
-                return PlainTextResponse("wrong origin\n", 403)
+                return refuse("wrong origin", 403)
             length = headers.get("content-length", "")
             if not length.isdecimal() or int(length) > BODY_BYTES_MAX:
-                return PlainTextResponse("body too long, or of unknown length\n", 413)
+                return refuse("body too long, or of unknown length", 413)
         if scope["path"] in self._open_paths or self._sessions.admits(request):
             return None
         if scope["path"] == "/" and "text/html" in headers.get("accept", ""):
             return RedirectResponse("/login", 303)
-        return PlainTextResponse("token needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        return refuse("token needed", 401)
+
+
+def _headers(status: int) -> dict[str, str]:
+    return {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+
+
+def _refusal_text(message: str, status: int) -> Response:
+    return PlainTextResponse(message + "\n", status, _headers(status))
+
+
+def _refusal_json(message: str, status: int) -> Response:
+    """In the shape that clients of ``/v1`` expect."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, _headers(status))

@@ -67,7 +67,8 @@ def serve(
     if not is_loopback(bind_host):
         note("warning: plain HTTP beyond this machine; put TLS in front of it")
     feed = Feed.of_site(site.connect)
-    app = build_app(feed, token=token, hosts=(bind_host, socket.gethostname(), *hosts))
+    names = (bind_host, socket.gethostname(), *hosts)
+    app = build_app(feed, token=token, hosts=names, connect=site.connect)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -44,6 +44,9 @@ class StageDesk:
         self._tensors = tensors
         self._loop = asyncio.get_running_loop()
         self._served: tuple[int, ...] = ()
+        self._shown: tuple[int, ...] = ()
+        """Stages that the trainer serves, as far as it was told."""
+        self._local = runtime.manifest.keys.pipeline_mode == "diloco"
         self._hello: sl.Hello | None = None
         self._defining: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -72,7 +75,7 @@ class StageDesk:
 
     def _attached(self, hello: sl.Hello) -> None:
         runtime = self._runtime
-        self._hello = hello
+        self._hello, self._shown = hello, ()
         if math.isnan(self.attached_at_s):
             self.attached_at_s = host.mono_s()
         runtime.events.emit("trainer_attached", ranks=1, device=hello.device)
@@ -172,12 +175,16 @@ class StageDesk:
             self._compute(effect)
         elif isinstance(effect, px.Undo):
             self._undo(effect)
+        elif isinstance(effect, px.LocalStep):
+            self._port.submit(sl.Step(effect.stage, effect.step), (), self._check)
         elif isinstance(effect, px.HandOver):
             self._hand_over(effect)
         elif isinstance(effect, px.ClearGradients):
             self._port.submit(sl.Clear(effect.stages), (), self._check)
         elif isinstance(effect, px.ServeStages):
             self._serve(effect.stages)
+        elif isinstance(effect, px.ServeTensor):
+            self._tensors.serve(effect.tensor, effect.step)
         elif isinstance(effect, px.NeedTokens):
             self._need_tokens(effect)
         elif not isinstance(effect, px.CancelCompute):
@@ -323,7 +330,8 @@ class StageDesk:
             )
             runtime.fail(Diverged("the gradient of a stage is not finite", str(error)))
 
-        self._port.submit(sl.Gradient(effect.stage), (), answer)
+        command = sl.Delta if self._local else sl.Gradient
+        self._port.submit(command(effect.stage), (), answer)
 
     def _need_tokens(self, effect: px.NeedTokens) -> None:
         def answer(header: sl.Done | sl.Failed, payload: bytearray) -> None:
@@ -332,17 +340,26 @@ class StageDesk:
                 self._run(self._pipeline.tokens, effect.step, effect.micro_batch, tokens)
             # Without a trainer this site drives nothing: the lease passes on.
 
-        self._port.submit(sl.Tokens(effect.step, effect.micro_batch), (), answer)
+        step = effect.step
+        if self._local:
+            node = self._runtime.node
+            step = node.ledger.members[node.me].ordinal  # drivers are members
+        self._port.submit(sl.Tokens(step, effect.micro_batch), (), answer)
 
     # -- stages and their weights ------------------------------------------------------------------
 
     def _serve(self, stages: tuple[int, ...]) -> None:
-        """Serve these stages from now on; weights that are here follow at once."""
+        """Serve these stages from now on; weights that are here follow at once.
+
+        A stage that the trainer serves already keeps its weights, which may be ahead of the state.
+        """
         self._served = stages
         if self._hello is None:
             return
         self._port.submit(sl.Serve(stages), (), self._check)
-        for stage in stages:
+        fresh = [stage for stage in stages if stage not in self._shown]
+        self._shown = stages
+        for stage in fresh:
             state = self._runtime.data.states.get(stage_channel(stage))
             if state is not None:
                 self._load(stage, state)

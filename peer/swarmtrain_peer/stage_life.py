@@ -25,6 +25,8 @@ from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.errands import ErrandDone, ErrandFailed
+from swarmtrain_protocols.pipeline.freedriver import MICRO_BATCH_S
+from swarmtrain_protocols.rounds import effects as fx
 
 EVALUATION_BATCHES = 8
 EVALUATE_EVERY_STEPS = 20
@@ -33,6 +35,9 @@ EVALUATION_TRIES = 3
 END_TIMEOUT_S = 60.0
 TENSOR_BYTES_MAX = 4 << 30
 BEAT_S = 0.5
+LOSSES_MAX = 4096
+FETCH_S = 30.0
+"""By how long a tensor outlives the longest micro-batch (``diloco``)."""
 
 
 class StageLife:
@@ -42,7 +47,9 @@ class StageLife:
         """Call it from ``PeerRuntime.on_node``: effects of the first moment are carried out."""
         self._runtime = runtime
         self.figures = Figures(runtime)
-        self.tensors = TensorStore(runtime.transport, runtime.data, TENSOR_BYTES_MAX)
+        self._local = runtime.manifest.keys.pipeline_mode == "diloco"
+        clock = (lambda: int(host.mono_s())) if self._local else None
+        self.tensors = TensorStore(runtime.transport, runtime.data, TENSOR_BYTES_MAX, clock)
         self.desk = StageDesk(runtime, stages_path, self.tensors)
         self.board = StageBoard(runtime)
         self.desk.worked = self.board.work.worked
@@ -52,6 +59,9 @@ class StageLife:
         self._evaluating: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._ended = False
+        self._losses: list[float] = []
+        """Of micro-batches driven here since this site's figures were last told (``diloco``)."""
+        self._version = 0
         self.last_loss = math.nan
         self.steps = 0
         self.samples = 0.0
@@ -81,7 +91,15 @@ class StageLife:
                 waiting.set_result(event)
         elif isinstance(event, px.StepDone):
             self._stepped(event)
+        elif isinstance(event, px.MicroBatchPassed):
+            self._losses = [*self._losses[-LOSSES_MAX:], event.loss]
+            self.samples += self._runtime.manifest.keys.batch_size
+            self.last_loss = event.loss
+        elif isinstance(event, fx.ContributionDecided) and self._local:
+            self._decided(event)
         elif isinstance(event, LedgerChanged):
+            if self._local:
+                self._rounds_moved()
             for _, body, accepted in event.entries:
                 if accepted and isinstance(body, e.RunEnded) and not self._ended:
                     self._ended = True
@@ -96,10 +114,32 @@ class StageLife:
         self.samples += event.micro_batches * self._runtime.manifest.keys.batch_size
         if event.loss >= 0:
             self.last_loss = event.loss
-        due = self.steps == 1 or self.steps % EVALUATE_EVERY_STEPS == 0
-        if due and self._is_evaluator() and not self._ended and self._evaluating is None:
+        if self.steps == 1 or self.steps % EVALUATE_EVERY_STEPS == 0:
+            self._maybe_evaluate()
+
+    def _maybe_evaluate(self) -> None:
+        if self._is_evaluator() and not self._ended and self._evaluating is None:
             self._evaluating = asyncio.ensure_future(self._evaluate())
             self._evaluating.add_done_callback(self._evaluated)
+
+    def _rounds_moved(self) -> None:
+        """Mode ``diloco``: what all stages have reached is the run's round."""
+        version = self._runtime.node.pipeline.version_of_all()
+        if version == self._version:
+            return
+        inner_steps = self._runtime.manifest.keys.inner_steps
+        self._version, self.steps = version, version * inner_steps
+        if version == 1 or version % max(1, EVALUATE_EVERY_STEPS // inner_steps) == 0:
+            self._maybe_evaluate()
+
+    def _decided(self, event: fx.ContributionDecided) -> None:
+        """Mode ``diloco``: this site's figures of a stage's round, with the losses it drove."""
+        losses, self._losses = self._losses, []
+        figures = {
+            "loss": math.fsum(losses) / len(losses) if losses else None,
+            "compute_utilization": round(self.utilization(), 6),
+        }
+        self.figures.report(event.key, event.outcome, figures)
 
     def _report(self, event: px.StepDone) -> None:
         """This site's figures of an attempt at a step, in all stages together."""
@@ -180,7 +220,7 @@ class StageLife:
         runtime = self._runtime
         if self._evaluating is not None:
             await asyncio.wait([self._evaluating])
-        step = runtime.node.ledger.pipeline.step
+        step = runtime.node.pipeline.version_of_all()
         if step:
             if self._is_evaluator() and not self.figures.has_loss(step):
                 await self._evaluate()
@@ -205,6 +245,8 @@ class StageLife:
         """For ever. A trainer of stages needs no heartbeat: its line breaks when this ends."""
         while True:
             await asyncio.sleep(BEAT_S)
+            if self._local:
+                self.tensors.over(int(host.mono_s() - MICRO_BATCH_S - FETCH_S))
             self.board.tell(self.desk.device)
             self._runtime.changed()
 

@@ -103,6 +103,22 @@ class Gradient(msgspec.Struct, frozen=True, tag="gradient"):
     stage: int
 
 
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Mode ``diloco``: step a stage's own weights with its accumulator, then clear that.
+
+    ``step`` counts local steps of the run, for the learning rate.
+    """
+
+    stage: int
+    step: int
+
+
+class Delta(msgspec.Struct, frozen=True, tag="delta"):
+    """Mode ``diloco``: asks for what local steps have changed; f32 LE [values] as payload."""
+
+    stage: int
+
+
 class Clear(msgspec.Struct, frozen=True, tag="clear"):
     """Sets accumulators to zero."""
 
@@ -112,7 +128,8 @@ class Clear(msgspec.Struct, frozen=True, tag="clear"):
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """Asks for the tokens of a micro-batch, or of a batch of the held-out set; payload: encoded.
 
-    A pure function of the run keys and these numbers, the same at every trainer.
+    A pure function of the run keys and these numbers, the same at every trainer. In mode
+    ``diloco``, where drivers count for themselves, ``step`` is the member's ordinal.
     """
 
     step: int
@@ -140,9 +157,22 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     why: Annotated[str, Meta(max_length=512)]
 
 
-Command = Define | Describe | Serve | Load | Run | Gradient | Clear | Tokens | End
+Command = Define | Describe | Serve | Load | Run | Gradient | Step | Delta | Clear | Tokens | End
 _Frame = Union[  # noqa: UP007
-    Hello, Define, Describe, Serve, Load, Run, Gradient, Clear, Tokens, End, Done, Failed
+    Hello,
+    Define,
+    Describe,
+    Serve,
+    Load,
+    Run,
+    Gradient,
+    Step,
+    Delta,
+    Clear,
+    Tokens,
+    End,
+    Done,
+    Failed,
 ]
 _decoder: msgspec.msgpack.Decoder[_Frame] = msgspec.msgpack.Decoder(_Frame)
 

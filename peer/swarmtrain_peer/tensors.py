@@ -81,12 +81,20 @@ class TensorStore:
 
     Args:
         bytes_max: of all tensors kept and under way; what does not fit is refused.
+        clock: stands for the step, where there are none: see ``over``.
     """
 
-    def __init__(self, fetcher: Fetcher, registry: Registry, bytes_max: int) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        registry: Registry,
+        bytes_max: int,
+        clock: Callable[[], int] | None = None,
+    ) -> None:
         self._fetcher = fetcher
         self._registry = registry
         self._bytes_max = bytes_max
+        self._clock = clock
         self._kept: dict[bytes, _Kept] = {}
         self._wanted: dict[int, _Wanted] = {}
         self._ticket = FIRST_TICKET
@@ -104,6 +112,14 @@ class TensorStore:
             return Tensor(blob.root, len(data), bytes(data))
         self._put(blob.root, _Kept(blob, step, data))
         return Tensor(blob.root, len(data))
+
+    def serve(self, tensor: Tensor, step: int) -> None:
+        """A message will name a tensor by its root alone that came with its bytes.
+
+        Raises:
+            LocalProtocolError: the budget is used up.
+        """
+        self._put(tensor.root, _Kept(blob_of(tensor.data), step, tensor.data))
 
     def data_of(self, tensor: Tensor) -> bytes | bytearray:
         """The bytes of a tensor that came inline, was kept or was fetched.
@@ -176,6 +192,8 @@ class TensorStore:
     # -- inside ----------------------------------------------------------------------------
 
     def _put(self, root: bytes, kept: _Kept) -> None:
+        if self._clock is not None:
+            kept.step = self._clock()
         known = self._kept.get(root)
         if known is not None:
             known.step = max(known.step, kept.step)

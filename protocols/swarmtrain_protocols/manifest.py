@@ -99,7 +99,8 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     micro_batches: int = 16
     """Micro-batches of ``batch_size`` sequences in one step."""
     pipeline_mode: str = "sync"
-    """``sync``: replicas of a stage step together. ``diloco``: they meet every ``inner_steps``."""
+    """``sync``: replicas of a stage step together. ``diloco``: each steps by itself, and they meet
+    every ``inner_steps``."""
     boundary_codec: str = "int8"
     """Of activations and their gradients between stages."""
     replicas_min: int = 2
@@ -142,6 +143,12 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"run key stages = {self.stages}",
                 "a pipeline has one channel per stage and no streaming",
                 "leave fragments at 1 and delay at 0",
+            )
+        if self.pipeline_mode == "diloco" and self.overlap not in ("off", "auto"):
+            raise ConfigError(
+                f"run key overlap = {self.overlap}",
+                "stages of a pipeline in mode diloco wait for their rounds, one after the other",
+                "leave overlap at auto, or set it to off",
             )
         if self.swapped and self.stages < SWAPPED_STAGES_MIN:
             raise ConfigError(

@@ -29,9 +29,10 @@ class OuterStep(NamedTuple):
 def is_measured(keys: RunKeys) -> bool:
     """The overlap mode of this run follows from what members measure.
 
-    Streaming hides the exchange itself: with ``delay`` the mode is off and stays so.
+    Streaming hides the exchange itself: with ``delay`` the mode is off and stays so. So it is in a
+    pipeline, whose other stages go on while one exchanges.
     """
-    return keys.overlap == "auto" and not keys.delay
+    return keys.overlap == "auto" and not keys.delay and not keys.stages
 
 
 def overlap_at(keys: RunKeys, ledger: Ledger, round_number: int) -> str:

@@ -60,6 +60,8 @@ END_S = 60.0
 STEPS = 400
 STEPS_STAGES = 60
 MICRO_BATCHES = 8
+INNER_STEPS_STAGES = 10
+"""Local steps in a round, where stages step by themselves."""
 STEPS_CHAOS = 2000
 """More, because a killed process needs seconds to come back."""
 LEAVE_S = 15.0
@@ -76,7 +78,8 @@ class DemoOptions:
     """``steps``: inner steps per trainer; a round is INNER_STEPS of them.
 
     With ``stages`` the model is cut into that many and the peers serve them together; ``steps`` are
-    those of the whole pipeline, each agreed in the log.
+    those of the whole pipeline, each agreed in the log. In ``pipeline_mode`` "diloco" each member
+    steps its stages by itself, and a stage's members meet every INNER_STEPS_STAGES of them.
     """
 
     peers: int = 3
@@ -87,11 +90,27 @@ class DemoOptions:
     dashboard: bool = True
     seed: int = 1234
     stages: int = 0
+    pipeline_mode: str = "sync"
+
+    @property
+    def stepwise(self) -> bool:
+        """All stages step together: what is committed is steps."""
+        return self.stages > 0 and self.pipeline_mode == "sync"
+
+    @property
+    def inner_steps(self) -> int:
+        """Local steps in a round."""
+        return INNER_STEPS_STAGES if self.stages else INNER_STEPS
 
     @property
     def rounds(self) -> int:
-        """What the run commits: rounds, or steps of a pipeline."""
-        return self.steps if self.stages else max(1, self.steps // INNER_STEPS)
+        """What the run commits: rounds, or steps of a pipeline; every stage has its own rounds."""
+        return self.steps if self.stepwise else max(1, self.steps // self.inner_steps)
+
+    @property
+    def commits(self) -> int:
+        """Entries of the log that commit something."""
+        return self.rounds * (self.stages + 1) if self.stages and not self.stepwise else self.rounds
 
     def run_keys(self) -> RunKeys:
         """The run: it begins with all members, and goes on with those that are there."""
@@ -102,10 +121,12 @@ class DemoOptions:
                 model={"layers": self.stages},
                 stages=self.stages,
                 micro_batches=MICRO_BATCHES,
+                pipeline_mode=self.pipeline_mode,
+                inner_steps=self.inner_steps,
                 replicas_min=2 if self.peers >= 2 * self.stages else 1,
                 total_steps=self.steps,
                 inner_warmup_steps=min(50, self.steps // 5),
-                max_rounds=self.steps,
+                max_rounds=self.rounds,
                 start_peers=self.peers,
                 overlap="off",
                 codec_scatter=self.codec,
@@ -300,7 +321,7 @@ class Demo:
             if key not in self._commits:
                 self._commits.add(key)
                 self._last_progress_s = host.mono_s()
-                what, total = "step" if steps else "round", self.options.rounds
+                what, total = "step" if steps else "round", self.options.commits
                 self._progress(f"{what} {len(self._commits)} of {total} committed")
         elif name == "run_ended":
             self._end_by_s = self._end_by_s or host.mono_s() + END_S
@@ -374,7 +395,7 @@ class Demo:
         """Kill at a quarter and at half of the rounds, by what the members say."""
         if not self.options.chaos or self._chaos_done >= 2 or self.options.peers < 2:
             return
-        if len(self._commits) * 4 < self.options.rounds * (self._chaos_done + 1):
+        if len(self._commits) * 4 < self.options.commits * (self._chaos_done + 1):
             return
         leader = self._leader()
         if leader is None:
@@ -427,6 +448,14 @@ def demo(
         int,
         typer.Option("--stages", min=0, max=16, help="Cut the model into stages (a pipeline)."),
     ] = 0,
+    pipeline_mode: Annotated[
+        str,
+        typer.Option(
+            "--pipeline-mode",
+            help="With --stages: sync (all step together) or diloco (each steps by itself and "
+            f"meets the others of its stage every {INNER_STEPS_STAGES} steps).",
+        ),
+    ] = "sync",
     overlap: Annotated[str, typer.Option("--overlap", help="auto, off, delayed, eager.")] = "auto",
     codec: Annotated[str, typer.Option("--codec", help="fp32, bf16 or int8.")] = "int8",
     chaos: Annotated[bool, typer.Option("--chaos", help="Kill peers on the way.")] = False,
@@ -441,7 +470,9 @@ def demo(
     """
     output = Output(as_json=as_json)
     steps = steps or (STEPS_STAGES if stages else STEPS_CHAOS if chaos else STEPS)
-    options = DemoOptions(peers, steps, overlap, codec, chaos, dashboard, seed, stages)
+    options = DemoOptions(
+        peers, steps, overlap, codec, chaos, dashboard, seed, stages, pipeline_mode
+    )
     folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
     started_s = host.mono_s()
     try:

@@ -27,6 +27,8 @@ class MemberLog:
     aborted: set[tuple[int, str, int, int]] = field(default_factory=set)
     losses: dict[tuple[int, int], float] = field(default_factory=dict)
     ended: str | None = None
+    staged: bool = False
+    """The run is a pipeline: its members hold the stages that they serve, and no others."""
 
 
 def read_member(records: Iterable[Record]) -> MemberLog:
@@ -46,6 +48,7 @@ def read_member(records: Iterable[Record]) -> MemberLog:
             life_bytes = int(record["bytes_sent"])
         if record.get("compute_utilization") is not None:
             log.compute_utilization = float(record["compute_utilization"])
+        log.staged = log.staged or name == "stage_assigned"
         if name == "run_ended":
             log.ended = str(record["reason"])
         if name == "step_committed":
@@ -71,7 +74,8 @@ def read_member(records: Iterable[Record]) -> MemberLog:
 def states_equal(members: Sequence[MemberLog]) -> bool:
     """True if all members ended in one state, and no two ever differed after one round.
 
-    In a pipeline nobody holds all stages: there every stage ended after the last step, somewhere.
+    In a pipeline nobody holds all stages: there every stage ended after the last step (or in the
+    same round, where each has rounds of its own), somewhere.
     """
     seen: dict[tuple[str, tuple[int, int]], str] = {}
     for member in members:
@@ -84,6 +88,8 @@ def states_equal(members: Sequence[MemberLog]) -> bool:
         end = max(step for _, _, step in steps) + 1
         lasts = latest_states(members)
         return bool(lasts) and all(at[1] == end for at, _ in lasts.values())
+    if any(member.staged for member in members):
+        return len({at for at, _ in latest_states(members).values()}) == 1
     last = [final_states(member) for member in members]
     return bool(last) and bool(last[0]) and all(one == last[0] for one in last)
 

@@ -17,7 +17,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from swarmtrain.training.data import I64, announce_corpus, obtain_corpus
+from swarmtrain.training.data import I64, announce_corpus, obtain_corpus, position_of
 from swarmtrain.training.stages.cut import Cut, plain_ranges
 from swarmtrain.training.stages.runtime import HopResult, StageRuntime
 from swarmtrain_peer import host
@@ -31,6 +31,8 @@ from swarmtrain_protocols.manifest import RunKeys
 BYTES_PER_VALUE = 24
 """Memory that a served parameter takes here and in the peer process: weights, gradients, slots and
 copies of them on the way, fp32."""
+BYTES_PER_VALUE_LOCAL = 40
+"""As above in mode ``diloco``, with weights of its own and their moments beside the state."""
 RECONNECT_S = 0.2
 AWAY_S_MAX = 120.0
 """A peer process that is away for longer will not come back."""
@@ -110,12 +112,16 @@ class StageWorker:
             runtime.load(command.stage, np.frombuffer(payload, "<f4"))
         elif isinstance(command, sl.Gradient):
             return sl.Done(), _bytes_of(runtime.accumulator(command.stage))
+        elif isinstance(command, sl.Delta):
+            return sl.Done(), _bytes_of(runtime.delta(command.stage))
         elif isinstance(command, sl.Define):
             return sl.Done(), _bytes_of(runtime.theta0(command.stage))
         elif isinstance(command, sl.Describe):
             return sl.Done(), self.shapes(command.stage)
         elif isinstance(command, sl.Tokens):
             return sl.Done(), self.tokens(command)
+        elif isinstance(command, sl.Step):
+            runtime.step(command.stage, command.step)
         elif isinstance(command, sl.Clear):
             runtime.clear(command.stages)
         elif isinstance(command, sl.Serve):
@@ -142,6 +148,8 @@ class StageWorker:
             inputs, targets = inputs[rows], targets[rows]
         else:
             position = command.step * keys.micro_batches + command.micro_batch
+            if keys.pipeline_mode == "diloco":
+                position = position_of(command.step, command.micro_batch)
             inputs, targets = self._corpus.batch(keys.seed, position, keys.batch_size, context)
         return encode_tokens(np.concatenate([inputs, targets[:, -1:]], 1).astype(np.int32))
 
@@ -165,12 +173,16 @@ def _code(error: SwarmError) -> str:
     return "not_served" if isinstance(error, LocalProtocolError) else "failed"
 
 
-def room_for_values(device: torch.device) -> int:
-    """Parameters that the memory of this machine, or of its device, has room for now."""
+def room_for_values(device: torch.device, *, local: bool = False) -> int:
+    """Parameters that the memory of this machine, or of its device, has room for now.
+
+    Args:
+        local: stages step by themselves (mode ``diloco``).
+    """
     free = psutil.virtual_memory().available // 2
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0] * 2 // 3)
-    return int(free // BYTES_PER_VALUE)
+    return int(free // (BYTES_PER_VALUE_LOCAL if local else BYTES_PER_VALUE))
 
 
 def run_stages(
@@ -200,7 +212,8 @@ def run_stages(
     fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
     corpus = texts or obtain_corpus(site, keys, wait_s, stop)
     runtime = StageRuntime.build(fields, (), device=str(device), cut=cut)
-    worker = StageWorker(runtime, keys, corpus, room_for_values(device))
+    room = room_for_values(device, local=keys.pipeline_mode == "diloco")
+    worker = StageWorker(runtime, keys, corpus, room)
     patience_s = max(wait_s, RECONNECT_S)
     announced = texts is not None
     while not stop.is_set():

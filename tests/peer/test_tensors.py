@@ -138,3 +138,26 @@ def test_the_budget_is_reserved_before_memory_is_taken() -> None:
     assert said == ["no room for tensors"] and not fetcher.asked
     with pytest.raises(LocalProtocolError, match="room"):
         store.keep(LARGE[::-1], blob_of(LARGE[::-1]), 3)
+
+
+def test_a_tensor_that_came_inline_can_be_served_by_its_root() -> None:
+    """Two tensors that fit a message one by one, but not beside each other."""
+    store, _ = make()
+    data = b"y" * 40_000
+    inline = Tensor(blob_of(data).root, len(data), data)
+    store.serve(inline, 3)
+    assert bytes(REGISTRY.blobs[inline.root].chunks[0]) == data
+    assert store.data_of(reference(data)) == data
+    store.over(3)
+    assert REGISTRY.blobs == {} and store.nbytes == 0
+
+
+def test_without_steps_tensors_go_by_the_clock() -> None:
+    seconds = [100]
+    REGISTRY.blobs.clear()
+    store = TensorStore(Fetcher(), REGISTRY, 1 << 24, lambda: seconds[0])
+    old = store.keep(LARGE, blob_of(LARGE), 0)
+    seconds[0] = 130
+    new = store.keep(LARGE[1:], blob_of(LARGE[1:]), 0)
+    store.over(100)
+    assert list(REGISTRY.blobs) == [new.root] and old.root != new.root

@@ -21,8 +21,10 @@ from swarmtrain_protocols.pipeline.census import AssignPolicy
 from swarmtrain_protocols.pipeline.driver import DriverCore
 from swarmtrain_protocols.pipeline.envelope import View
 from swarmtrain_protocols.pipeline.errands import ERRANDS_FROM, Errands
+from swarmtrain_protocols.pipeline.freedriver import FreeDriver
 from swarmtrain_protocols.pipeline.healing import Healing
 from swarmtrain_protocols.pipeline.hops import stage_of
+from swarmtrain_protocols.pipeline.localsteps import LocalPolicy
 from swarmtrain_protocols.pipeline.paths import PathPlan
 from swarmtrain_protocols.pipeline.step_policy import step_policy_of
 from swarmtrain_protocols.pipeline.steps import StepLeader
@@ -73,6 +75,8 @@ class PipelineCore:
         self._serving: dict[int, tuple[PeerId, ...]] = {}
         self._asked: dict[PeerId, float] = {}
         self._closed: e.StepClosed | None = None
+        self._catchup = catchup
+        self._local = LocalPolicy.of(keys)
         self.worker = WorkerCore(
             me=me,
             ledger=ledger,
@@ -80,10 +84,11 @@ class PipelineCore:
             member=member,
             in_step=catchup.in_step,
             on_trial=lambda stage: self.healing.host.on_trial(stage),  # noqa: PLW0108, made below
-            micro_batches=keys.micro_batches,
+            micro_batches=ERRANDS_FROM if self._local else keys.micro_batches,
             scatter_codec=keys.codec_scatter,
             samples=keys.batch_size,
             generate_share=keys.generate_share,
+            local=self._local,
         )
         self._make_driver(keys, rng)
         self._make_whole(keys, catchup)
@@ -117,7 +122,8 @@ class PipelineCore:
         )
 
     def _make_driver(self, keys: RunKeys, rng: random.Random) -> None:
-        self.driver = DriverCore(
+        make = DriverCore if self._local is None else FreeDriver
+        self.driver: DriverCore = make(
             rng=rng,
             out=self._out,
             stages=keys.stages,
@@ -125,14 +131,13 @@ class PipelineCore:
             workers=self.workers,
             version=self.version,
             paths=PathPlan(keys.stages, swapped=keys.swapped, skip_fraction=keys.skip_fraction),
-            sticky=keys.pipeline_mode == "diloco",
         )
         self.errands = Errands(
             ledger=self._ledger,
             out=self._out,
             stages=keys.stages,
             workers=self._best_first,
-            version=lambda: self._ledger.pipeline.step,
+            version=self.version_of_all,
             stage_generation=lambda stage: self._ledger.pipeline.era,
             hop_timeout_s=lambda hop: self.driver.router.timeout_s((hop, False)),
         )
@@ -184,12 +189,20 @@ class PipelineCore:
             return None
         if ledger.ended or ledger.paused or state.lost():
             return None
+        if self._local is not None and self._me not in ledger.members:
+            return None  # nobody hands out leases: a driver begins once it is a member
         return View(ledger.generation, state.step, state.era)
 
     def version(self, stage: int) -> int:
         """Optimizer steps (or rounds) that the log has committed for ``stage``."""
         channel = self._ledger.channels.get(stage_channel(stage))
         return channel.round if channel is not None else 0
+
+    def version_of_all(self) -> int:
+        """What every stage has reached: the run's steps, or rounds in mode ``diloco``."""
+        if self._local is None:
+            return self._ledger.pipeline.step
+        return min((self.version(s) for s in range(self.stages + 1)), default=0)
 
     def workers(self, stage: int) -> tuple[PeerId, ...]:
         """Who serves ``stage`` and can be asked, in member order; this node included."""
@@ -343,6 +356,9 @@ class PipelineCore:
         """A trainer with room for so many parameters computes stages here; 0: none (any more)."""
         self._serving.clear()
         self.worker.trainer(now, values_max)
+        if self._local is not None and self._catchup.training != (values_max > 0):
+            self._catchup.training = values_max > 0  # rounds wait for whoever trains
+            self._catchup.announce()
         self.healing.host.trainer_changed(now, values_max > 0)
         self._pump(now)
 

@@ -61,12 +61,26 @@ class CancelCompute:
 class HandOver:
     """Encode the stage's accumulator as a contribution; the accumulator stays as it is.
 
+    In mode ``diloco``: encode what local steps have changed since the state was taken up, θᵣ - θ.
     Answer ``handed_over(now, stage, key, root)``.
     """
 
     stage: int
     key: StepKey
     codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """Mode ``diloco``: step the stage's own weights with its accumulator, then clear that.
+
+    The gradient is the mean over what was accumulated: each backward of one of the stage's hops is
+    that share of a micro-batch. ``step`` counts local steps of the run, for the learning rate. In
+    the order of the effects of an accumulator: what was asked for before is in it. No answer.
+    """
+
+    stage: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +219,14 @@ class HopDone:
     backward: bool
     seconds: float
     outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchPassed:
+    """Event of mode ``diloco``: a driver here has brought a micro-batch through all its hops."""
+
+    micro_batch: int
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)

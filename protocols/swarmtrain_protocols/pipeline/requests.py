@@ -107,18 +107,19 @@ def trouble(
         return "not_ready", "the model is not defined yet"
     if stage not in served:
         return "not_served", f"stage {stage}"
-    sync = state.mode == "sync"
+    sync, local = state.mode == "sync", state.mode == "diloco"
+    training = request.kind in TRAINING
     for name, theirs, ours in (
         ("generation", request.id.generation, ledger.generation),
         ("era", request.stage_generation, state.era),
-        ("version", request.version, channel.round),
-        ("step", request.id.step, state.step if sync and request.kind in TRAINING else None),
+        ("version", request.version, channel.round if training or not local else None),
+        ("step", request.id.step, state.step if sync and training else None),
     ):
         if ours is not None and theirs != ours:
             return ("stale" if theirs < ours else "not_ready"), f"{name} is {ours} here"
-    if ledger.ended and request.kind in TRAINING:
+    if ledger.ended and training:
         return "stale", "the run has ended"
-    if request.kind in TRAINING and state.lost():
+    if training and state.lost():
         return "not_ready", f"stage {state.lost()[0]} is lost"
     if not in_step(channel.name):
         return "not_ready", "the state of the stage is not here yet"

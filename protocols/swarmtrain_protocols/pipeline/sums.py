@@ -170,6 +170,14 @@ class Sums:
         """No backward of this step is taken at the moment."""
         return self._frozen is not None or self.ledger.pipeline.closed is not None
 
+    def holds_back(self, request: HopRequest) -> bool:
+        """The request has to wait until the set of the step is decided."""
+        return request.kind == "backward" and self.closing
+
+    def takes(self, stage: int) -> bool:
+        """Gradients of the stage are wanted."""
+        return True
+
     def reconcile(self, now: float) -> bool:
         """True if what was accumulated belongs to the past: it has been cleared."""
         state, key = self.ledger.pipeline, step_key(self.ledger)

@@ -19,6 +19,7 @@ from swarmtrain_protocols.messages.pipeline import HopRequest, StepKey, Tensor
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.hops import stage_of
+from swarmtrain_protocols.pipeline.localsteps import LocalPolicy, LocalSteps
 from swarmtrain_protocols.pipeline.requests import (
     ANY_SIZE,
     TRAINING,
@@ -59,6 +60,7 @@ class WorkerCore:
         samples: in one micro-batch.
         suppress_duplicates: off only to show that tests notice what it is for.
         slots: computations that the shell is asked for at once.
+        local: in mode ``diloco``, how stages step by themselves.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class WorkerCore:
         generate_share: float = 0.1,
         suppress_duplicates: bool = True,
         slots: int = 2,
+        local: LocalPolicy | None = None,
     ) -> None:
         self.values_max = 0
         self._me = me
@@ -91,14 +94,20 @@ class WorkerCore:
         self._jobs = 0
         self._queue = WorkQueue(generate_share, limits.HOP_REQUESTS_QUEUED_MAX, self._deferred)
         self._running: dict[int, _Running] = {}
-        self._sums = Sums(
-            me=me,
-            ledger=ledger,
-            out=out,
-            member=member,
-            scatter_codec=scatter_codec,
-            next_job=self._next_job,
-        )
+        self._sums: Sums | LocalSteps
+        if local is not None:
+            self._sums = LocalSteps(
+                me=me, ledger=ledger, out=out, member=member, in_step=in_step, policy=local
+            )
+        else:
+            self._sums = Sums(
+                me=me,
+                ledger=ledger,
+                out=out,
+                member=member,
+                scatter_codec=scatter_codec,
+                next_job=self._next_job,
+            )
         self._serving: tuple[int, ...] = ()
         self._rates: dict[tuple[int, bool], float] = {}
         self._reported: m.WorkerReport | None = None
@@ -147,6 +156,9 @@ class WorkerCore:
         self._proceed(now)
 
     def _asked(self, now: float, peer: PeerId, request: HopRequest) -> None:
+        if peer not in self.ledger.members and isinstance(self._sums, LocalSteps):
+            self._refuse(peer, request, "not_ready", "not a member as far as is known here")
+            return  # drivers without leases may know that they are before it is known here
         if peer not in self.ledger.members:
             self._fault(peer, "not_a_member")
             self._refuse(peer, request, "malformed", "not a member")
@@ -184,8 +196,8 @@ class WorkerCore:
         )
         if refused is None and not self.values_max:
             refused = "not_ready", "no trainer is at work here"
-        if refused is None and request.kind == "backward" and self._sums.closing:
-            refused = "closing", "the set of the step is being closed"
+        if refused is None and self._sums.holds_back(request):
+            refused = "closing", "what is here goes into a step or a round first"
         return refused
 
     def _refuse(self, peer: PeerId, request: HopRequest, code: str, reason: str) -> None:
@@ -219,6 +231,7 @@ class WorkerCore:
                 self._reply(job.peer, request, claim.output, claim.loss, 0.0)
                 return
             accumulate = claim is None
+        accumulate = accumulate and self._sums.takes(stage_of(hop, self._blocks))
         number = self._next_job()
         self._running[number] = _Running(job.peer, request, accumulate)
         if accumulate:

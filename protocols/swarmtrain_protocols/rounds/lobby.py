@@ -213,7 +213,11 @@ class Lobbies:
             and self._at_work(now, lobby, k, number)
         ]
         first = self.policy.start_peers if number == 0 else 1
-        return trainers, max(self.policy.min_peers, first)
+        quorum = max(self.policy.min_peers, first)
+        if ledger.pipeline.stages:
+            # Of a stage nobody else can contribute.
+            quorum = min(quorum, max(1, sum(ledger.follows(k, name) for k in ledger.members)))
+        return trainers, quorum
 
     def grace_s(self, name: str) -> float:
         """Seconds from the first announcement after which fewer than expected will do."""

@@ -25,6 +25,7 @@ from swarmtrain.training.flat import schema_hash
 from swarmtrain.training.stages.boundary import device_codec
 from swarmtrain.training.stages.cut import Cut, StageLayout
 from swarmtrain.training.stages.families import cut_preset
+from swarmtrain.training.stages.local import LocalRules
 from swarmtrain.training.stages.served import Served, placed
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs.base import F32
@@ -39,7 +40,7 @@ from swarmtrain_protocols.codecs.subspace import Subspace
 from swarmtrain_protocols.errors import ConfigError, Diverged, LocalProtocolError, PeerFault
 from swarmtrain_protocols.messages.pipeline import Kind
 from swarmtrain_protocols.pipeline.candidates import fresh
-from swarmtrain_protocols.pipeline.hops import ENDS, stage_of
+from swarmtrain_protocols.pipeline.hops import ENDS, hops_of, stage_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOGITS_CODE = 1
@@ -64,6 +65,7 @@ class StageRuntime:
         codec: name of the boundary codec.
         batch_max: the most sequences of a micro-batch; the most tokens are the model's context.
         subspace: basis of the codec ``subspace``.
+        local: of mode ``diloco``, in which stages step by themselves.
 
     Raises:
         ConfigError: unknown codec or type, a model that the codec cannot serve.
@@ -81,6 +83,7 @@ class StageRuntime:
         device: str = "cpu",
         dtype: str = "float32",
         subspace: Subspace | None = None,
+        local: LocalRules | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"type {dtype} of stages", "unknown", f"one of {list(DTYPES)}")
@@ -90,6 +93,7 @@ class StageRuntime:
         self.boundary = device_codec(codec, bounds, self.device, self.dtype, subspace)
         _check_messages(self.boundary.nbytes_max, batch_max, cut.context)
         self.subspace = subspace
+        self._local = local
         self._served: dict[int, Served] = {}
         self.serve(served)
 
@@ -124,6 +128,7 @@ class StageRuntime:
             device=device,
             dtype=dtype,
             subspace=subspace_of(cut, keys["seed"], rank, keys["boundary_codec"]),
+            local=LocalRules.of(keys),
         )
 
     # -- what is served ---------------------------------------------------------------------
@@ -144,7 +149,10 @@ class StageRuntime:
         for stage in wanted:
             if stage not in self._served:
                 module = placed(self.cut.modules[stage], self.device, self.dtype)
-                self._served[stage] = Served(module, self.device, self.dtype, self.subspace)
+                hops = len(hops_of(stage, self.cut.stages))
+                self._served[stage] = Served(
+                    module, self.device, self.dtype, self.subspace, self._local, hops
+                )
                 self.load(stage, self.theta0(stage))
 
     def layout(self, stage: int) -> StageLayout:
@@ -181,6 +189,7 @@ class StageRuntime:
     def load(self, stage: int, theta: F32 | NDArray[np.float64]) -> None:
         """Set the weights of a served stage from f32[n] (or f64[n]); the accumulator stays.
 
+        In mode ``diloco`` they are the state that local steps begin from.
         With the codec ``subspace`` the stage computes with their projection (spec 06 §2.5).
 
         Raises:
@@ -194,7 +203,7 @@ class StageRuntime:
         source = torch.from_numpy(np.array(theta)).to(self.device)
         if not bool(torch.isfinite(source).all()):
             raise LocalProtocolError(f"weights of stage {stage}", "a value is not finite")
-        served.write(source)
+        served.load(source)
 
     def module(self, stage: int) -> nn.Module:
         """The module of a served stage, with its weights."""
@@ -219,7 +228,27 @@ class StageRuntime:
         """Set the accumulators of these stages to zero; those not served have none."""
         for stage in stages:
             if stage in self._served:
-                self._served[stage].accumulator.zero_()
+                self._served[stage].clear()
+
+    def step(self, stage: int, run_step: int) -> None:
+        """Mode ``diloco``: a local step with what was accumulated, which is cleared.
+
+        Args:
+            run_step: local steps of the run before it, for the learning rate.
+
+        Raises:
+            LocalProtocolError: not served, nothing accumulated, or another mode.
+        """
+        self._of(stage).step(run_step)
+
+    def delta(self, stage: int) -> F32:
+        """Mode ``diloco``: what local steps have changed, θ of the state - θ now, f32[n].
+
+        Raises:
+            LocalProtocolError: not served, or another mode.
+        """
+        found: F32 = self._of(stage).delta().float().cpu().numpy()
+        return found
 
     # -- hops -------------------------------------------------------------------------------
 
@@ -237,8 +266,11 @@ class StageRuntime:
             return self.backward(hop, inputs, gradient, tokens, sign=sign)
         if kind == "generate":
             return self.generate(hop, inputs, tokens)
-        return self.evaluate(hop, inputs, tokens)
+        if kind == "evaluate":
+            return self.evaluate(hop, inputs, tokens)
+        return self.forward(hop, inputs, tokens)
 
+    @torch.no_grad()
     def forward(self, hop: int, inputs: Buffer = b"", tokens: Buffer = b"") -> HopResult:
         """Run a hop without gradients; the head answers the loss and no output.
 
@@ -251,11 +283,6 @@ class StageRuntime:
             Diverged: the stage computed something that is not finite.
             LocalProtocolError: the stage of this hop is not served.
         """
-        return self.evaluate(hop, inputs, tokens)
-
-    @torch.no_grad()
-    def evaluate(self, hop: int, inputs: Buffer = b"", tokens: Buffer = b"") -> HopResult:
-        """As ``forward``: the weights' gradients and the accumulator are not touched."""
         module = self._module(hop)
         if hop == 0:
             ids, _ = self._windows(tokens)
@@ -266,16 +293,25 @@ class StageRuntime:
         loss = self._loss(module, x, tokens)
         return HopResult(b"", self._finite_loss(loss))
 
+    def evaluate(self, hop: int, inputs: Buffer = b"", tokens: Buffer = b"") -> HopResult:
+        """As ``forward``, with the weights that the log knows whatever the mode."""
+        with self._of(self._stage(hop)).canonical():
+            return self.forward(hop, inputs, tokens)
+
     @torch.no_grad()
     def generate(self, hop: int, inputs: Buffer = b"", tokens: Buffer = b"") -> HopResult:
         """As ``forward`` over all of ``tokens`` [batch, time]; the head answers the logits of the
         last position, fp32 [batch, 1, vocabulary] under a boundary header."""
+        with self._of(self._stage(hop)).canonical():
+            return self._generated(hop, inputs, tokens)
+
+    def _generated(self, hop: int, inputs: Buffer, tokens: Buffer) -> HopResult:
         module = self._module(hop)
         if hop == 0:
             ids = self._tokens(tokens, self.cut.context)
             return HopResult(self._activation(hop, self._embed(module, ids), ids))
         if hop <= self.cut.stages:
-            return self.evaluate(hop, inputs)
+            return self.forward(hop, inputs)
         x, _ = self.boundary.decode_activation(inputs)
         logits = module(x[:, -1:]).float()
         self._check_finite(hop, logits)

@@ -1,19 +1,28 @@
-"""One stage on a device: a module with weights, and the accumulator of their gradients."""
+"""One stage on a device: a module with weights, and the accumulator of their gradients.
+
+In mode ``diloco`` it has weights of its own beside those of the state that it took up.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from swarmtrain.training.stages.cut import layout_of
+from swarmtrain.training.stages.local import LocalRules, LocalStage
 from swarmtrain_protocols.codecs.subspace import Kinds, Subspace
+from swarmtrain_protocols.errors import LocalProtocolError
 
 
 class Served:
-    """One stage on the device: its module, its parameters in order, and their accumulator."""
+    """One stage on the device: its module, its parameters in order, and their accumulator.
+
+    ``pairs`` counts the backwards in the accumulator; ``hops`` of them make a micro-batch.
+    """
 
     def __init__(
         self,
@@ -21,17 +30,66 @@ class Served:
         device: torch.device,
         dtype: torch.dtype,
         subspace: Subspace | None,
+        rules: LocalRules | None = None,
+        hops: int = 1,
     ) -> None:
         named = list(module.named_parameters())
         self.module = module
         self.parameters = [p for _, p in named]
         self.values = sum(p.numel() for p in self.parameters)
         self.accumulator = torch.zeros(self.values, device=device, dtype=dtype)
+        self.pairs = 0
+        self._hops = hops
+        self.local: LocalStage | None = None
+        if rules is not None:
+            self.local = LocalStage(layout_of(module), rules, device, dtype)
         self._kinds = [
             None if subspace is None else subspace.kind(*each) for each in layout_of(module)
         ]
         if subspace is not None:
             self._basis = torch.from_numpy(subspace.basis).to(device, dtype)
+
+    def load(self, theta: Tensor) -> None:
+        """Take up a state [n]."""
+        if self.local is not None:
+            self.local.start(theta)
+        self.write(theta)
+
+    def clear(self) -> None:
+        """Set the accumulator to zero."""
+        self.accumulator.zero_()
+        self.pairs = 0
+
+    def step(self, run_step: int) -> None:
+        """A local step with the mean of what was accumulated, which is cleared.
+
+        Raises:
+            LocalProtocolError: nothing was accumulated, or the stages of this run step together.
+        """
+        if self.local is None or not self.pairs:
+            raise LocalProtocolError("a local step", f"with {self.pairs} gradients")
+        self.local.step(self.accumulator * (self._hops / self.pairs), run_step)
+        self.write(self.local.theta)
+        self.clear()
+
+    def delta(self) -> Tensor:
+        """What local steps have changed since the state was taken up, [n]."""
+        if self.local is None:
+            raise LocalProtocolError("a pseudo-gradient", "the stages of this run step together")
+        return self.local.delta()
+
+    @contextlib.contextmanager
+    def canonical(self) -> Iterator[None]:
+        """Compute with the state that was taken up, without what local steps have changed."""
+        local = self.local
+        if local is None or not local.moved:
+            yield
+            return
+        self.write(local.anchor)
+        try:
+            yield
+        finally:
+            self.write(local.theta)
 
     @torch.no_grad()
     def write(self, theta: Tensor) -> None:
@@ -53,6 +111,7 @@ class Served:
             if part is not None:
                 self.accumulator[start : start + p.numel()].add_(part, alpha=sign)
             start += p.numel()
+        self.pairs += sign
 
     def _projected(self, w: Tensor, kind: Kinds) -> Tensor:
         """What the model sees of weights, and by the chain rule of their gradient."""

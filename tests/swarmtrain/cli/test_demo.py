@@ -25,6 +25,18 @@ def test_the_runs_keys_follow_the_options() -> None:
     assert (keys.overlap, keys.codec_scatter, keys.codec_gather) == ("delayed", "bf16", "bf16")
 
 
+def test_stages_step_together_or_each_by_itself() -> None:
+    together = DemoOptions(steps=60, stages=3)
+    keys = together.run_keys()
+    found = (keys.pipeline_mode, keys.max_rounds, together.rounds, together.commits)
+    assert found == ("sync", 60, 60, 60)
+    alone = DemoOptions(steps=60, stages=3, pipeline_mode="diloco")
+    keys = alone.run_keys()
+    found = (keys.pipeline_mode, keys.max_rounds, alone.rounds, alone.commits)
+    assert found == ("diloco", 6, 6, 24), "each of four stages has six rounds"
+    assert (keys.inner_steps, keys.total_steps) == (10, 60)
+
+
 class FakeProcess:
     """Remembers its signals."""
 

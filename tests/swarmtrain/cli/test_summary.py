@@ -92,3 +92,17 @@ def test_several_channels_have_one_hash_together() -> None:
     summary = summarize([log, log], finished=True, dashboard_url=None)
     expected = blake3(bytes.fromhex("bb" * 32) + bytes.fromhex("01" * 32)).hexdigest()
     assert summary["state_hash"] == expected
+
+
+def test_stages_with_rounds_of_their_own_end_in_the_same_one() -> None:
+    """Nobody holds all of them; a stage that stayed behind everywhere is not equal."""
+    assigned = event("stage_assigned", stages=[0])
+    loss = event("evaluated", 1, loss=2.0)
+    other = [assigned, event("round_committed", 0, channel="train/1/0")]
+    other += [applied(0, "01", "train/1/0")]
+    behind = summarize([[*member(), assigned, loss], other], finished=True, dashboard_url=None)
+    assert behind["state_hashes_equal"] is False and behind["rounds_committed"] == 3
+    other += [applied(1, "02", "train/1/0")]
+    summary = summarize([[*member(), assigned, loss], other], finished=True, dashboard_url=None)
+    expected = blake3(bytes.fromhex("bb" * 32) + bytes.fromhex("02" * 32)).hexdigest()
+    assert summary["ok"] is True and summary["state_hash"] == expected

@@ -35,12 +35,19 @@ class Crew(Swarm):
         """Whose log counts: the founder, and once it is destroyed, the next site."""
         return next(seat for seat in self.seats if seat not in self.gone)
 
-    def open(self, sites: int, voters: int = 0, **keys: Any) -> None:
+    def open(self, sites: int, **keys: Any) -> None:
         """Found a run of so many sites; the founder comes on top, votes and computes nothing."""
         self.stages = keys["stages"]
         self.found(start_peers=sites, config={"trains": False, "holds_state": False}, **keys)
-        for number in range(sites):
-            self.join({"votes": number < voters})
+        for _ in range(sites):
+            self.join({"votes": False})
+
+    def open_equal(self, sites: int, **keys: Any) -> None:
+        """Found a run of so many sites that all vote, drive and compute, the founder as well."""
+        self.stages = keys["stages"]
+        self.train(self.found(start_peers=sites, **keys))
+        for _ in range(sites - 1):
+            self.join()
 
     def join(self, config: Document | None = None) -> Seat:
         """One more site, with a trainer."""

@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from swarmtrain.training.data import Corpus
-from swarmtrain.training.stage_worker import RunOver, StageWorker, room_for_values
+from swarmtrain.training.stage_worker import (
+    HELD_OUT_BATCHES,
+    RunOver,
+    StageWorker,
+    room_for_values,
+)
 from swarmtrain.training.stages.runtime import StageRuntime
 from swarmtrain_peer import stage_link as sl
 from swarmtrain_peer.control import ControlClosed
+from swarmtrain_peer.stage_life import EVALUATION_BATCHES
+from swarmtrain_peer.stage_rebuild import CALIBRATION_FIRST
 from swarmtrain_protocols.codecs.boundary import decode_tokens
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.pipeline.rebuild import CALIBRATION_BATCHES
 
 KEYS = RunKeys(
     stages=2,
@@ -117,6 +125,13 @@ def test_tensors_of_a_stage_are_described(line: Line) -> None:
     assert found.depth == 2 and found.tensors == tuple(line.worker.runtime.layout(2))
     assert sum(int(np.prod(shape)) for _, shape in found.tensors) == line.hello.values[2]
     assert line.ask(sl.Describe(3))[0].code == "not_served"  # type: ignore[attr-defined]
+
+
+def test_candidates_are_scored_on_data_that_measure_nothing_else() -> None:
+    """Held-out batches: the first ones evaluate the run, others judge candidates, none is taken
+    twice."""
+    assert CALIBRATION_FIRST >= EVALUATION_BATCHES
+    assert CALIBRATION_FIRST + CALIBRATION_BATCHES <= HELD_OUT_BATCHES
 
 
 def test_what_cannot_be_done_is_answered_and_changes_nothing(line: Line) -> None:

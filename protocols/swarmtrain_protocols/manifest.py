@@ -263,6 +263,15 @@ _RULES: dict[str, _Rule] = {
 assert tuple(_RULES) == RunKeys.__struct_fields__
 
 
+def allowed_values(key: str) -> str:
+    """What run key ``key`` may be, in words.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    return _RULES[key][1]
+
+
 def _checked(key: str, value: object, wanted: Any) -> Any:
     """``value`` in the type of run key ``key``, or a ConfigError that names the key."""
     holds, allowed = _RULES[key]

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from swarmtrain_peer import host
+from swarmtrain_peer.caps import Cap, Queue
 from swarmtrain_peer.linkrate import LinkRate
-from swarmtrain_peer.pace import Pace, Queue
 from swarmtrain_peer.poller import Poller, make_poller
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
@@ -345,11 +345,9 @@ class BulkPool:
         self,
         threads: int,
         poller: Poller | None = None,
-        *,
-        up_bytes_per_s: int = 0,
-        down_bytes_per_s: int = 0,
+        caps_bytes_per_s: tuple[int, int] = (0, 0),
     ) -> None:
-        self.up, self.down = Pace(up_bytes_per_s), Pace(down_bytes_per_s)
+        self.up, self.down = map(Cap, caps_bytes_per_s)
         self.up_queue, self.down_queue = Queue(self.up), Queue(self.down)
         self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}

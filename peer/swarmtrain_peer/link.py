@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
-from swarmtrain_peer.pace import Pace
+from swarmtrain_peer.bulk import BulkPool
 from swarmtrain_peer.sockets import address_of
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId, short_id
@@ -58,11 +58,11 @@ class Link(asyncio.Protocol):
         session: SessionCore,
         on_event: Callable[[Link, SessionEvent], None],
         address: str,
-        paces: tuple[Pace, Pace],
+        pool: BulkPool,
     ) -> None:
         self.session = session
         self.address = address
-        self._up, self._down = paces
+        self._up, self._down = pool.up, pool.down
         self.remote: tuple[Any, ...] = ()
         self.outcome: asyncio.Future[PeerId] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()

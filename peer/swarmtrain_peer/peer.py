@@ -23,7 +23,8 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.keys import load_or_create_identity
 from swarmtrain_peer.loop import new_event_loop
 from swarmtrain_peer.quorum import QuorumChanged
-from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
+from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_protocols import codecs
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound, DhtStored
 from swarmtrain_protocols.errors import (

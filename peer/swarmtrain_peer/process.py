@@ -20,7 +20,8 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.loop import run
 from swarmtrain_peer.onlooker import Onlooker
-from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
+from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_peer.stage_life import StageLife

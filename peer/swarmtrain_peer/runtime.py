@@ -11,7 +11,6 @@ import contextlib
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from swarmtrain_peer.narrator import Narrator
 from swarmtrain_peer.quorum import QuorumWatch
 from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
+from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
@@ -37,7 +37,6 @@ from swarmtrain_protocols.errors import (
     NotAuthorised,
     SwarmError,
 )
-from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import Manifest, make_genesis, parse_manifest
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
@@ -55,35 +54,6 @@ MANIFEST_TRIES = 3
 CONNECT_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 60.0
 RECHECK_S = 0.5
-
-
-@dataclass(kw_only=True)
-class PeerSettings:
-    """What one peer needs to start. ``records`` and ``state`` None: nothing is kept on disk."""
-
-    keyring: Ed25519Keyring
-    run: bytes
-    name: str
-    listen: str = "127.0.0.1:0"
-    announce: tuple[str, ...] = ()
-    trains: bool = False
-    holds_state: bool = False
-    votes: bool = True
-    manifest: Manifest | None = None
-    founder: Ed25519Keyring | None = None
-    ticket: Ticket | None = None
-    records: Path | None = None
-    state: Path | None = None
-    events: Path | None = None
-    save_manifest: Callable[[bytes], object] | None = None
-    port: Path | None = None
-    """Remembers which port was free: others find a restarted site where the log says it is."""
-    checkpoints_kept: int = 2
-    fast_kernels: bool = False
-    """Compile (or load) numba kernels in the background; the same bits, and more memory."""
-    caps_bytes_per_s: tuple[int, int] = (0, 0)
-    """Up and down over all connections; 0: none."""
-    threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))
 
 
 class PeerRuntime:

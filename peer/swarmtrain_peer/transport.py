@@ -109,8 +109,7 @@ class Transport:
         self._admit = admit
         self._handler = handler
         self._provide = provide
-        self._threads = threads
-        self._caps = caps_bytes_per_s
+        self._threads, self._caps = threads, caps_bytes_per_s
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None
@@ -134,8 +133,7 @@ class Transport:
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
-        up, down = self._caps
-        self._pool = BulkPool(self._threads, up_bytes_per_s=up, down_bytes_per_s=down)
+        self._pool = BulkPool(self._threads, caps_bytes_per_s=self._caps)
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
@@ -331,8 +329,7 @@ class Transport:
             expect=expect,
             hold=True,
         )
-        paces = self._pool.up, self._pool.down
-        return Link(self._loop, session, self._on_event, address, paces)
+        return Link(self._loop, session, self._on_event, address, self._pool)
 
     async def _accept_loop(self) -> None:
         while True:

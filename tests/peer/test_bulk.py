@@ -181,7 +181,7 @@ def test_caps_hold_over_all_connections_and_the_end_comes_through() -> None:
     """Bytes never outrun the clock: an upper bound that a slow machine cannot break."""
     rate = 4_000_000
     begin_s = host.mono_s()
-    pool = BulkPool(2, up_bytes_per_s=rate, down_bytes_per_s=2 * rate)
+    pool = BulkPool(2, caps_bytes_per_s=(rate, 2 * rate))
     sink = Collector()
     pairs = [_pair(pool, sink) for _ in range(3)]
     data = os.urandom(300_000)
@@ -189,9 +189,9 @@ def test_caps_hold_over_all_connections_and_the_end_comes_through() -> None:
         a.send(_job(2 * number, data)[0])
         b.send(_job(2 * number + 1, data)[0])
     sink.wait(complete=6)
-    sent = sum(conn.sent_bytes for pair in pairs for conn in pair)
-    assert sent > 6 * len(data)
-    assert sent <= rate * (host.mono_s() - begin_s) + pool.up.burst_bytes
+    received = sum(conn.received_bytes for pair in pairs for conn in pair)
+    assert received > 6 * len(data)
+    assert received <= rate * (host.mono_s() - begin_s) + pool.up.burst_bytes
     assert all(chunk == data for chunk in sink.chunks.values())
     pairs[0][0].send(_job(9, data, data, data)[0])
     pairs[0][0].abandon()

@@ -14,7 +14,8 @@ from swarmtrain_peer import corpusfile, host
 from swarmtrain_peer.corpusfile import build_corpus, corpus_path
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.librarian import Librarian
-from swarmtrain_peer.runtime import PeerRuntime, PeerSettings
+from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_protocols.errors import DataUnavailable, DiskFull
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import RunKeys, make_manifest

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from swarmtrain_peer import pace
-from swarmtrain_peer.pace import BURST_S, QUANTUM_BYTES, Pace, Queue
+from swarmtrain_peer import caps
+from swarmtrain_peer.caps import BURST_S, QUANTUM_BYTES, Cap, Queue
 
 RATE = 1_000_000
 FRAME = 64 * 1024
@@ -21,12 +21,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     found = Clock()
-    monkeypatch.setattr(pace.host, "mono_s", lambda: found.now)
+    monkeypatch.setattr(caps.host, "mono_s", lambda: found.now)
     yield found
 
 
 def test_what_passes_in_a_minute_is_within_the_cap_and_uses_it(clock: Clock) -> None:
-    cap, passed = Pace(RATE), 0
+    cap, passed = Cap(RATE), 0
     while clock.now < 60.0:
         passed += cap.take(FRAME)
         clock.now += 0.013
@@ -34,7 +34,7 @@ def test_what_passes_in_a_minute_is_within_the_cap_and_uses_it(clock: Clock) -> 
 
 
 def test_a_pause_saves_up_no_more_than_a_burst(clock: Clock) -> None:
-    cap = Pace(RATE)
+    cap = Cap(RATE)
     clock.now = 3600.0
     passed = 0
     while granted := cap.take(FRAME):
@@ -43,7 +43,7 @@ def test_a_pause_saves_up_no_more_than_a_burst(clock: Clock) -> None:
 
 
 def test_little_bits_are_not_handed_out_but_to_those_who_want_no_more(clock: Clock) -> None:
-    cap = Pace(RATE)
+    cap = Cap(RATE)
     while cap.take(FRAME):
         pass
     left = cap.burst_bytes
@@ -56,7 +56,7 @@ def test_little_bits_are_not_handed_out_but_to_those_who_want_no_more(clock: Clo
 
 
 def test_control_passes_at_once_and_is_missing_for_bulk(clock: Clock) -> None:
-    cap = Pace(RATE)
+    cap = Cap(RATE)
     cap.charge(3 * RATE)
     assert cap.take(FRAME) == 0
     assert cap.wait_s() == pytest.approx(3.0 - BURST_S + QUANTUM_BYTES / RATE)
@@ -69,14 +69,14 @@ def test_control_passes_at_once_and_is_missing_for_bulk(clock: Clock) -> None:
 
 
 def test_no_cap_grants_all_and_waits_for_nothing() -> None:
-    cap = Pace(0)
+    cap = Cap(0)
     cap.charge(1 << 40)
     assert cap.take(1 << 30) == 1 << 30 and cap.wait_s() == 0.0
 
 
 def test_a_slow_cap_lets_a_whole_quantum_pass(clock: Clock) -> None:
     """At 1 kB/s a burst of 0.1 s is less than a quantum: it must come through all the same."""
-    cap, passed = Pace(1000), 0
+    cap, passed = Cap(1000), 0
     while clock.now < 600.0:
         passed += cap.take(FRAME)
         clock.now += 0.5
@@ -84,7 +84,7 @@ def test_a_slow_cap_lets_a_whole_quantum_pass(clock: Clock) -> None:
 
 
 def test_those_who_wait_are_called_in_their_order() -> None:
-    queue = Queue(Pace(50_000_000))
+    queue = Queue(Cap(50_000_000))
     called: list[int] = []
     last = threading.Event()
     for number in range(5):
@@ -95,7 +95,7 @@ def test_those_who_wait_are_called_in_their_order() -> None:
 
 
 def test_closing_calls_nobody_any_more() -> None:
-    starved = Pace(1)
+    starved = Cap(1)
     starved.charge(1_000_000)
     queue = Queue(starved)
     called: list[int] = []

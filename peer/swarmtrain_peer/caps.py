@@ -18,7 +18,7 @@ QUANTUM_BYTES = 16 * 1024
 """Less is not handed out unless nobody wants more: system calls for a few bytes are dear."""
 
 
-class Pace:
+class Cap:
     """One direction's cap; 0: none. Any thread."""
 
     def __init__(self, bytes_per_s: int) -> None:
@@ -61,13 +61,13 @@ class Pace:
 
 
 class Queue:
-    """Calls back those who wait for a pace, first come, first served, on a thread of its own.
+    """Calls back those who wait for a cap, first come, first served, on a thread of its own.
 
     The thread lives while somebody has ever waited: a site without caps has none.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+    def __init__(self, cap: Cap) -> None:
+        self._cap = cap
         self._waiting: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -77,7 +77,7 @@ class Queue:
         """Have ``call`` called when bytes may pass again."""
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pace", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="cap", daemon=True)
                 self._thread.start()
             self._waiting.append(call)
             self._changed.notify()
@@ -97,7 +97,7 @@ class Queue:
                     self._changed.wait()
                 if self._closed:
                     return
-                wait_s = self._pace.wait_s()
+                wait_s = self._cap.wait_s()
                 if wait_s > 0:
                     self._changed.wait(wait_s)
                     continue

@@ -210,6 +210,33 @@ def test_somebody_who_is_back_is_asked_for_what_it_computed() -> None:
     assert sent(seat.take(), m.RoundQuery) == [(A, m.RoundQuery(seat.key))]
 
 
+def test_results_that_nobody_has_announced_are_asked_for_less_and_less_often() -> None:
+    """This node may have been away when they were: its owners, and somebody else, are asked."""
+    seat = Seat(D)
+    seat.choose(0, 1)
+    seat.take()
+    times: list[float] = []
+    now = 1.0
+    for _ in range(6):
+        now = seat.attempt.deadline()
+        seat.attempt.step(now)
+        asked = [peer for peer, _ in sent(seat.take(), m.RoundQuery)]
+        assert asked[:2] == [A, B] and 2 <= len(asked) <= 4 and D not in asked
+        times.append(now)
+    assert times == [2.0, 4.0, 8.0, 16.0, 24.0, 32.0]
+
+
+def test_what_is_announced_or_computed_here_is_not_asked_for() -> None:
+    seat = Seat(A)
+    seat.choose(0)
+    seat.take()
+    seat.attempt.reducing.append(0)
+    seat.attempt.part_result(1.5, PeerId(B), seat.result(B, 1, hash_of("b")))
+    seat.take()
+    seat.attempt.step(2.0)
+    assert sent(seat.take(), m.RoundQuery) == []
+
+
 def test_what_is_in_place_is_relayed_to_whoever_asks() -> None:
     seat = Seat(A)
     (asked, *_) = of_kind(seat.take(), Fetch)

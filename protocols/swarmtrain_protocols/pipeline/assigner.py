@@ -36,6 +36,10 @@ SLOW_SHARE = 0.1
 """A worker below this share of the median speed is named in the events."""
 
 
+OLD_NEWS = ("stale_generation", "not_a_member")
+"""What an honest member may say whose news is older or newer than this node's."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Proposed:
     stages: tuple[int, ...]
@@ -95,6 +99,8 @@ class Assigner:
         if not self._works():
             return
         fault = self._census.reported(now, peer, message)
+        if fault in OLD_NEWS:
+            return  # it reports again
         if fault:
             fields: dict[str, object] = {"peer": peer.hex(), "fault": fault}
             self._out.append(Emit(fx.Notice("peer_fault", fields)))

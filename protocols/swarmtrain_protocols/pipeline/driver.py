@@ -204,7 +204,8 @@ class DriverCore:
         batch = self.batches.get(k)
         if batch is None:
             self._say(k, 0.0, abandoned=True)  # the leader must lease it as a whole
-        elif batch.passed(hop) and (k, (hop, True)) not in self._tasks:
+        elif batch.passed(hop) and hop not in batch.redone:
+            batch.redone[hop] = None  # it is asked for until all of them are done
             self._begin(now, batch, (hop, True), redo=True)
 
     def _replied(self, now: float, peer: PeerId, reply: HopReply) -> None:
@@ -212,8 +213,7 @@ class DriverCore:
         if issue is None:
             return  # of a step that is over
         if issue.peer != peer:
-            self._notice(peer, "unexpected")
-            return
+            return  # to a request of an earlier life of this driver, which numbered it alike
         batch, (hop, backward) = issue.task.batch, issue.task.hop
         empty = reply.output.nbytes == 0 and (hop != batch.path[0] or not backward)
         if empty or not math.isfinite(reply.loss):
@@ -451,6 +451,7 @@ class DriverCore:
     # -- messages to the leader ------------------------------------------------------------
 
     def _tell_done(self, batch: MicroBatch) -> None:
+        batch.redone.clear()
         self._say(batch.k, batch.loss, abandoned=False)
 
     def _say(self, k: int, loss: float, *, abandoned: bool) -> None:

@@ -35,6 +35,8 @@ class MicroBatch:
     """Whose answer was taken for each request."""
     issues: dict[Hop, int] = field(default_factory=dict)
     """How often each request was sent; numbers the next one."""
+    redone: dict[int, None] = field(default_factory=dict)
+    """Hops whose backward was asked for again since it was last said to be done."""
     nbytes: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ code forgets it.
 from __future__ import annotations
 
 import random
+import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ BAN_S = 5.0
 BANS_DOUBLED_MAX = 6
 TIMEOUT_S_MIN = 1.0
 TIMEOUT_FACTOR = 4.0
+TIMEOUT_MEDIANS = 8.0
+"""Requests that got lost are among the latest seconds: a few of them make no timeout long."""
 HEDGE_FACTOR = 2.0
 OBSERVATIONS_KEPT = 64
 OBSERVATIONS_FOR_HEDGE = 8
@@ -226,7 +229,8 @@ class Router:
         if kind not in self._elapsed:
             return limits.HOP_TIMEOUT_S_FIRST
         wanted = max(TIMEOUT_S_MIN, TIMEOUT_FACTOR * self.p95_s(kind))
-        return min(wanted, limits.HOP_TIMEOUT_S_MAX)
+        usual = TIMEOUT_MEDIANS * statistics.median_low(self._elapsed[kind])
+        return min(wanted, max(limits.HOP_TIMEOUT_S_FIRST, usual), limits.HOP_TIMEOUT_S_MAX)
 
     def hedge_s(self, kind: Kind) -> float | None:
         """Seconds after which a second, idle worker is asked as well; None: too little is known."""

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
@@ -20,6 +20,7 @@ from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.pipeline import StepKey
 from swarmtrain_protocols.pipeline import claims as cl
+from swarmtrain_protocols.pipeline.asking import ASK_AGAIN_S, Closing, Query
 from swarmtrain_protocols.pipeline.book import stage_channel, step_key
 from swarmtrain_protocols.pipeline.leases import Leases
 from swarmtrain_protocols.pipeline.step_policy import StepPolicy, clip_scale, step_policy_of
@@ -33,30 +34,6 @@ STEP_S_MIN = 10.0
 QUERIES_BITS = 20
 """Queries of one leadership are numbered from its log index shifted by so many bits."""
 NOWHERE = (-1, -1, -1)
-
-
-@dataclass(slots=True)
-class _Query:
-    """Workers are frozen and say what they have. ``standing`` by stage: (holders, state hash)."""
-
-    number: int
-    standing: list[tuple[tuple[bytes, ...], bytes]]
-    asked: list[PeerId]
-    deadline: float
-    answers: dict[PeerId, cl.Claims] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Closing:
-    """Owners take out what is not theirs and encode the rest. ``due`` by (stage, owner)."""
-
-    query: _Query
-    plan: m.StepPlan
-    digest: bytes
-    due: dict[tuple[int, PeerId], int]
-    deadline: float
-    ready: dict[tuple[int, PeerId], bytes] = field(default_factory=dict)
-    proposed: bool = False
 
 
 @dataclass(slots=True)
@@ -104,8 +81,8 @@ class StepLeader:
         self._began = now
         self._durations: deque[float] = deque(maxlen=STEPS_MEASURED)
         self._queries = max(0, self.ledger.index) << QUERIES_BITS
-        self._query: _Query | None = None
-        self._closing: _Closing | None = None
+        self._query: Query | None = None
+        self._closing: Closing | None = None
         self._failures = 0
         self._verdicts: dict[RoundKey, _Verdict] = {}
         self._reasons: dict[RoundKey, str] = {}
@@ -168,6 +145,9 @@ class StepLeader:
         if closing is not None and not closing.proposed and peer in closing.plan.members:
             self._again(now)
         self.step(now)
+
+    def _asking(self) -> Query | None:
+        return self._closing.query if self._closing is not None else self._query
 
     def _again(self, now: float) -> None:
         """The plan cannot be carried out: see what is there now."""
@@ -285,30 +265,33 @@ class StepLeader:
         asked = [PeerId(member) for member in people]
         self._queries += 1
         patience = self.policy.answer_timeout_s * 2 ** min(self._failures, 3)
-        self._query = _Query(self._queries, standing, asked, now + patience)
+        self._query = Query(self._queries, standing, asked, now + patience, now + ASK_AGAIN_S)
         for peer in asked:
             self._out.append(Send(peer, m.CloseQuery(self._key, self._queries)))
 
     def _answered(self, now: float, peer: PeerId, answer: m.CloseAnswer) -> None:
-        query = self._query or (self._closing.query if self._closing is not None else None)
+        query = self._asking()
+        if query is None and answer.key == self._key and self._runs():
+            self._out.append(Send(peer, m.Reopen(answer.key, answer.query)))  # it missed the word
         if query is None or (answer.key, answer.query) != (self._key, query.number):
             return
         if peer not in query.asked:
-            return
-        if self._closing is not None:
-            if not self._closing.proposed:
-                self._again(now)  # what the plan asks for is not there any more
             return
         believed = [s for s, (holders, _) in enumerate(query.standing) if peer in holders]
         claims = cl.decode_claims(answer.claims, believed, self._blocks, self.policy.micro_batches)
         if claims is None:
             self._fault(peer, "bad_claims")
-        query.answers[peer] = claims or {}
+        if self._closing is None:
+            query.answers[peer] = claims or {}
+        elif not self._closing.proposed and claims != query.answers.get(peer):
+            self._again(now)  # what the plan asks for is not there any more
 
-    def _settle(self, now: float, query: _Query) -> None:
+    def _settle(self, now: float, query: Query) -> None:
         present = self._present()
-        waiting = [p for p in query.asked if p in present and p not in query.answers]
+        waiting = query.waiting(present)
         if waiting and now < query.deadline:
+            for peer in query.overdue(now, present):
+                self._out.append(Send(peer, m.CloseQuery(self._key, query.number)))
             return
         for peer in waiting:
             fields: dict[str, object] = {"what": "claims", "why": "no answer", "using": peer.hex()}
@@ -328,7 +311,7 @@ class StepLeader:
 
     def _reopen(self) -> None:
         """Workers take backwards again."""
-        query = self._query or (self._closing.query if self._closing is not None else None)
+        query = self._asking()
         self._query = self._closing = None
         if query is not None:
             self._ask = self._ask or not self._runs()
@@ -339,7 +322,7 @@ class StepLeader:
         for driver in self._leases.redoers():
             self._lease(driver, [], self._leases.redo_of(driver))
 
-    def _plan(self, now: float, query: _Query, settled: cl.Settlement) -> None:
+    def _plan(self, now: float, query: Query, settled: cl.Settlement) -> None:
         plan = cl.plan_of(self._key, query.number, settled, self._blocks)
         due: dict[tuple[int, PeerId], int] = {}
         for member in plan.members:
@@ -348,7 +331,9 @@ class StepLeader:
                 due[stage, PeerId(member)] = sum(mask.bit_count() for mask in hops.values())
         patience = self.policy.answer_timeout_s * 2 ** min(self._failures, 3)
         self._query = None
-        self._closing = _Closing(query, plan, cl.plan_digest(plan), due, now + patience)
+        self._closing = Closing(
+            query, plan, cl.plan_digest(plan), due, now + patience, now + ASK_AGAIN_S
+        )
         for member in plan.members:
             self._out.append(Send(PeerId(member), plan))
 
@@ -361,7 +346,7 @@ class StepLeader:
             return
         closing.ready[ready.stage, peer] = ready.root
 
-    def _close(self, now: float, closing: _Closing) -> None:
+    def _close(self, now: float, closing: Closing) -> None:
         if closing.proposed:
             return
         present = self._present()
@@ -369,13 +354,15 @@ class StepLeader:
         if lost or now >= closing.deadline:
             self._again(now)
             return
-        if any(slot not in closing.ready for slot in closing.due):
+        if not closing.complete:
+            for peer in closing.overdue(now):
+                self._out.append(Send(peer, closing.plan))
             return
         body = self._closed(now, closing)
         if body is not None and self._propose(now, body):
             closing.proposed = True
 
-    def _closed(self, now: float, closing: _Closing) -> e.StepClosed | None:
+    def _closed(self, now: float, closing: Closing) -> e.StepClosed | None:
         """The entry that closes the step; None: a stage has nobody in step at the moment."""
         sums = []
         present = self._rounds.present()
@@ -476,10 +463,10 @@ class StepLeader:
             return math.inf
         times: list[float] = []
         if self._closing is not None and not self._closing.proposed:
-            everything = len(self._closing.ready) == len(self._closing.due)
-            times.append(self._now if everything else self._closing.deadline)
+            closing = self._closing
+            times.append(self._now if closing.complete else min(closing.deadline, closing.again_at))
         elif self._query is not None:
-            times.append(self._query.deadline)
+            times.append(min(self._query.deadline, self._query.again_at))
         elif self._closing is None:
             times.append(self._leases.deadline(self._now))
             done = self._leases.done()

@@ -26,6 +26,10 @@ from swarmtrain_protocols.rounds.member import Offer, RoundMember
 FROZEN_S_MAX = 300.0
 """A leader that closes a step says more within this time, or a new one asks again."""
 
+ANSWER_AGAIN_S = 5.0
+"""Frozen and told nothing, a worker says again what it has: its answer, or the word to go on, may
+be lost."""
+
 Ground = tuple[int, int, int]
 """(generation, step, era): what have-sets belong to."""
 NOWHERE: Ground = (-1, -1, -1)
@@ -96,6 +100,7 @@ class Sums:
         self._key = StepKey(0, 0, 0)
         self._frozen: int | None = None
         self._frozen_at = math.inf
+        self._again_at = math.inf
         self._owing = False
         self._early: m.CloseQuery | None = None
         self._plan: _Plan | None = None
@@ -208,14 +213,19 @@ class Sums:
     def thaw(self) -> None:
         """Backwards are taken again; what was planned is void."""
         self._frozen, self._frozen_at, self._owing = None, math.inf, False
+        self._again_at = math.inf
         self._plan = None
 
     def tick(self, now: float) -> None:
-        if self.deadline() <= now:
+        if self._frozen_at + FROZEN_S_MAX <= now:
             self.thaw()
+        elif self._again_at <= now:
+            self._again_at = now + ANSWER_AGAIN_S
+            self._owing = self._plan is None
+            self._answer()
 
     def deadline(self) -> float:
-        return self._frozen_at + FROZEN_S_MAX
+        return min(self._frozen_at + FROZEN_S_MAX, self._again_at)
 
     # -- the leader asks -------------------------------------------------------------------
 
@@ -238,10 +248,15 @@ class Sums:
         if self.ledger.pipeline.closed is not None:
             return
         if query.query != self._frozen:
-            self._frozen, self._frozen_at = query.query, now
-            self._plan = None
+            self._freeze(now, query.query)
+        elif self._plan is not None:
+            return  # said twice: the plan that was made of the answer is here
         self._owing = True
         self._answer()
+
+    def _freeze(self, now: float, query: int) -> None:
+        self._frozen, self._frozen_at, self._again_at = query, now, now + ANSWER_AGAIN_S
+        self._plan = None
 
     def _claims(self) -> cl.Claims:
         found: cl.Claims = {}
@@ -287,7 +302,7 @@ class Sums:
             return
         lacking = any(self.claim(h, k) is None for h in mine for k in cl.numbers_of(mine[h]))
         if plan.query != self._frozen or lacking or not self._quiet():
-            self._frozen, self._frozen_at = plan.query, now
+            self._freeze(now, plan.query)
             self._void()
             return
         self._plan = _Plan(plan.key, digest, cl.by_stage(mine, self._blocks))

@@ -160,8 +160,8 @@ class WorkerCore:
             self._refuse(peer, request, "not_ready", "not a member as far as is known here")
             return  # drivers without leases may know that they are before it is known here
         if peer not in self.ledger.members:
-            self._fault(peer, "not_a_member")
-            self._refuse(peer, request, "malformed", "not a member")
+            # A new member may know of its entry before this node does.
+            self._refuse(peer, request, "not_ready", "not a member here yet")
             return
         bad = malformed(request, self._blocks, self._micro_batches, self._sizes)
         if bad:

@@ -22,6 +22,11 @@ from swarmtrain_protocols.rounds.fetches import Fetches
 PART_DOMAIN = b"part"
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
+ASK_FIRST_S = 1.0
+ASK_DOUBLED_MAX = 3
+ASK_OWNERS_MAX = 8
+ASK_OTHERS = 2
+"""Receivers that are asked besides the owners: an owner may have died after it had told others."""
 
 
 def part_statement(run: bytes, key: RoundKey, part: int, root: bytes) -> bytes:
@@ -68,6 +73,9 @@ class Attempt:
     square_norm: float = 0.0
     refused: list[int] = field(default_factory=list)
     held_changed: list[int] = field(default_factory=list)
+    ask_at: float = math.inf
+    """When to ask for results that nobody has announced here."""
+    asked: int = 0
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -127,6 +135,7 @@ class Attempt:
     def choose(self, now: float, chosen: RoundSet) -> None:
         """The set is logged: parts whose members are all here are summed."""
         self.chosen = chosen
+        self.ask_at = now + ASK_FIRST_S
         self.step(now)
 
     # -- progress --------------------------------------------------------------------------
@@ -146,10 +155,32 @@ class Attempt:
                     self.out.append(fx.ReducePart(self.key, part, self.chosen))
         if len(self.in_place) == len(self.opened.parts) and not self.store_asked:
             self.store_asked = True
+            self.ask_at = math.inf
             self.out.append(fx.StoreResult(self.key))
+        if self.ask_at <= now:
+            self.asked += 1
+            self.ask_at = now + ASK_FIRST_S * 2 ** min(self.asked, ASK_DOUBLED_MAX)
+            self._ask()
 
     def deadline(self) -> float:
-        return min((w.next_try for w in self.wanted if w.ticket is None), default=math.inf)
+        fetches = min((w.next_try for w in self.wanted if w.ticket is None), default=math.inf)
+        return min(fetches, self.ask_at)
+
+    def _ask(self) -> None:
+        """What owners announced may have been lost, or said before this node was (back) here."""
+        coming = {w.purpose.part for w in self.wanted if isinstance(w.purpose, fx.ResultPart)}
+        silent = [
+            self.deputies.get(index, PeerId(part.owner))
+            for index, part in enumerate(self.opened.parts)
+            if index not in self.in_place and index not in self.reducing and index not in coming
+        ]
+        if not silent:
+            return
+        others = [p for p in self.receivers() if p != self.me]
+        some = self.rng.sample(others, min(len(others), ASK_OTHERS))
+        people = list(dict.fromkeys(p for p in silent if p != self.me))[:ASK_OWNERS_MAX]
+        for peer in dict.fromkeys([*people, *some]):
+            self.out.append(Send(peer, m.RoundQuery(self.key)))
 
     def _fetch(self, now: float, want: _Wanted) -> None:
         peer = want.sources[want.tries % len(want.sources)]

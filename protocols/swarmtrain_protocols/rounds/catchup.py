@@ -27,6 +27,8 @@ SNAPSHOT_RANGE_CHUNKS = 16
 RANGES_PER_DONOR = 2
 QUERY_INTERVAL_S = 1.0
 SOURCES_MAX = 8
+REPORT_AGAIN_S = 5.0
+"""In a pipeline a step waits for whoever is not known to be in step: a report may have got lost."""
 
 
 @dataclass(slots=True)
@@ -85,6 +87,7 @@ class CatchUp:
         self._connected = connected
         self._keys = keys
         self.chunk_values = chunk_values
+        self._report_at = 0.0
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
@@ -424,6 +427,12 @@ class CatchUp:
 
     def tick(self, now: float) -> None:
         self.reconcile(now)
+        if self._repeats() and now >= self._report_at:
+            self._report_at = now + REPORT_AGAIN_S
+            self.announce()
+
+    def _repeats(self) -> bool:
+        return bool(self.ledger.pipeline.stages) and self.leader is not None
 
     def _behind(self, track: Track) -> bool:
         known = track.channel in self.ledger.channels and self.follows(track.channel)
@@ -437,4 +446,5 @@ class CatchUp:
             for t in self.tracks.values()
             if not t.busy and t.download is None and t.next_query > 0.0 and self._behind(t)
         ]
-        return min(waiting, default=math.inf)
+        again = [self._report_at] if self._repeats() and self.tracks else []
+        return min([*waiting, *again], default=math.inf)

@@ -291,6 +291,7 @@ class RoundMember:
             self._settle(attempt, outcome)
         elif self._me in attempt.receivers():
             closing = _Closing(attempt, outcome, now + CLOSING_TIMEOUT_S, now + QUERY_INTERVAL_S)
+            attempt.ask_at = math.inf  # from now on everybody is asked, and often
             self._closing.append(closing)
         else:
             attempt.cancel()

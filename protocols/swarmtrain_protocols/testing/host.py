@@ -159,6 +159,11 @@ class Host:
         """Alive and not stopped at this moment."""
         return self.alive and self.paused_until <= self.world.now
 
+    @property
+    def quiet(self) -> bool:
+        """Everything that the node has asked for is carried out, or under way."""
+        return not self._queue
+
     # --- clock -----------------------------------------------------------------------------------
 
     def local_now(self) -> float:

@@ -2,7 +2,8 @@
 
 Prints every violation with its seed, its shrunk schedule and the last events, then the counters.
 Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
-``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores.
+``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores. ``--kind pipelines`` runs
+schedules of pipelines instead of rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain_protocols.testing.checkers import missing
 from swarmtrain_protocols.testing.faults import Fault, shrink, to_text
+from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
 from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
 
 SHRINK_RUNS_MAX = 80
@@ -38,11 +40,32 @@ SOMETIMES = (
 )
 """Points that must fire in at least one of a hundred schedules, or too little is tested."""
 
+PIPELINE_SOMETIMES = (
+    *("fault:crash", "fault:pause", "fault:cut", "fault:cut1", "fault:isolate", "fault:split"),
+    *("fault:slow", "fault:lossy", "fault:duplicate", "fault:slowdisk"),
+    *("fault:aim-crash", "fault:aim-cut", "fault:aim-pause", "trainer:killed"),
+    *("net:lost", "net:reset", "net:doubled", "net:dial-failed", "net:lost-in-cut"),
+    *("step:committed", "step:aborted", "step:partial", "pipeline:undo", "send:reopen"),
+    *("event:HopDone:timeout", "event:HopDone:closing", "event:HopDone:not_ready"),
+    *("event:HopDone:disconnected", "event:HopDone:failed", "event:HopDone:not_served"),
+    *("notice:fallback:deputy", "fetch:corrupt", "tensor:corrupt"),
+    *("aim:send:hop", "aim:do:Compute", "aim:do:Undo", "aim:do:HandOver", "aim:send:step-ready"),
+)
+"""The same for pipelines."""
+
+Run = Callable[..., Outcome]
+"""(seed, schedule or nothing) -> what came of it."""
+KINDS: dict[str, tuple[Run, Sequence[str]]] = {
+    "rounds": (run_swarm, SOMETIMES),
+    "pipelines": (run_pipeline, PIPELINE_SOMETIMES),
+}
+
 
 @dataclass
 class Report:
     """Sums over many schedules."""
 
+    sometimes: Sequence[str] = SOMETIMES
     schedules: int = 0
     committed: int = 0
     aborted: int = 0
@@ -62,7 +85,7 @@ class Report:
             self.failures.append(outcome)
 
     def missing(self) -> list[str]:
-        return missing(self.seen, SOMETIMES)
+        return missing(self.seen, self.sometimes)
 
     def counters(self) -> list[tuple[str, int]]:
         total: Counter[str] = Counter()
@@ -79,32 +102,38 @@ class Report:
 
 
 def run_many(
-    seeds: Iterable[int], tell: Callable[[str], None] = lambda text: None, *, shrunk: bool = False
+    seeds: Iterable[int],
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    shrunk: bool = False,
+    run: Run = run_swarm,
+    sometimes: Sequence[str] = SOMETIMES,
 ) -> Report:
     """Run the schedule of each seed; ``tell`` gets a line of text per violation."""
-    report = Report()
+    report = Report(sometimes)
     for seed in seeds:
-        outcome = run_swarm(seed)
+        outcome = run(seed)
         report.add(outcome)
         if outcome.violation:
-            tell(explain(outcome, shrunk=shrunk))
+            tell(explain(outcome, shrunk=shrunk, run=run))
     return report
 
 
-def explain(outcome: Outcome, *, shrunk: bool = False) -> str:
+def explain(outcome: Outcome, *, shrunk: bool = False, run: Run = run_swarm) -> str:
     """All that is needed to replay and to understand a violation."""
     schedule = outcome.schedule
     note = f"{len(schedule)} faults"
     if shrunk:
 
-        def run(faults: list[Fault]) -> str | None:
-            return run_swarm(outcome.seed, faults).violation or None
+        def fails(faults: list[Fault]) -> str | None:
+            return run(outcome.seed, faults).violation or None
 
-        schedule, runs = shrink(run, schedule, SHRINK_RUNS_MAX)
+        schedule, runs = shrink(fails, schedule, SHRINK_RUNS_MAX)
         note += f", shrunk to {len(schedule)} in {runs} runs"
     return (
         f"seed {outcome.seed}: {outcome.text}\n{note}; replay with\n"
-        f"run_swarm({outcome.seed}, {to_text(schedule)})\nlast events:\n" + "\n".join(outcome.tail)
+        f"{run.__name__}({outcome.seed}, {to_text(schedule)})\nlast events:\n"
+        + "\n".join(outcome.tail)
     )
 
 
@@ -115,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th seed, from the I-th")
     parser.add_argument("--shrink", action="store_true", help="shrink what fails")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="rounds")
     given = parser.parse_args(argv)
     index, count = (int(part) for part in given.shard.split("/"))
     seeds = range(given.seed + index, given.seed + given.schedules, count)
@@ -123,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    report = run_many(seeds, tell, shrunk=given.shrink)
+    run, sometimes = KINDS[given.kind]
+    report = run_many(seeds, tell, shrunk=given.shrink, run=run, sometimes=sometimes)
     for name, fired in report.counters():
         tell(f"{fired:7} {name}")
     rare = report.missing()

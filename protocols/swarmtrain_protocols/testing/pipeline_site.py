@@ -7,6 +7,7 @@ order, the trainer may die and come back without its accumulators, large tensors
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ class PipelineSite(Site):
         self.clearing = 0
         """Clears that the device has not come to yet: its sums are those of the past."""
         self._free_at = 0.0
+        self._device: deque[Callable[[float], None]] = deque()
         self._tensors: dict[bytes, bytes] = {}
         self._waiting: dict[int, tuple[PeerId, HopRequest | HopReply, Tensor]] = {}
         self._tickets = TICKETS_FROM
@@ -103,6 +105,7 @@ class PipelineSite(Site):
     def _attach(self, now: float) -> None:
         self.trainer += 1
         self._free_at = now
+        self._device.clear()
         self.core.pipeline.set_worker(now, self.spec.toy.values * self.spec.room)
         self._trainer_at = self._life(now)
 
@@ -125,10 +128,10 @@ class PipelineSite(Site):
         super().tick(now)
         if now >= self._trainer_at:
             self._trainer_at = math.inf
-            if self.computes:
-                self.kill_trainer(now)
-            else:
+            if not self.computes:
                 self._attach(now)
+            elif not self.truth.calm:
+                self.kill_trainer(now)
 
     def deadline(self) -> float:
         return min(super().deadline(), self._trainer_at)
@@ -174,11 +177,12 @@ class PipelineSite(Site):
 
     def receive(self, now: float, peer: PeerId, message: Message) -> None:
         """Some hops get lost or come twice; large tensors are fetched before the core hears."""
-        if isinstance(message, HopReply) and self._luck.chance(self.spec.lost):
+        calm = self.truth.calm
+        if not calm and isinstance(message, HopReply) and self._luck.chance(self.spec.lost):
             self.truth.seen["hop:lost"] += 1
             return
         self._resolve(now, peer, message)
-        if isinstance(message, HopRequest) and self._luck.chance(self.spec.doubled):
+        if not calm and isinstance(message, HopRequest) and self._luck.chance(self.spec.doubled):
             self.truth.seen["hop:doubled"] += 1
             self._resolve(now, peer, message)
 
@@ -264,10 +268,11 @@ class PipelineSite(Site):
             return []
         life = self.trainer
         self._free_at = max(now, self._free_at) + took_s
+        self._device.append(call)
 
         def done(at: float) -> None:
             if self.trainer == life:
-                call(at)
+                self._device.popleft()(at)  # in order, even if two are done at the same time
 
         return [(self._free_at - now, done)]
 

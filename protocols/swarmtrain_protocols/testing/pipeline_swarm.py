@@ -6,9 +6,8 @@ seed, let trouble happen, heal, and demand that steps go on.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
@@ -20,6 +19,7 @@ from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSite, PipelineSpec
 from swarmtrain_protocols.testing.pipeline_truth import PipelineTruth
+from swarmtrain_protocols.testing.swarm import Outcome
 from swarmtrain_protocols.testing.toystage import Toy
 from swarmtrain_protocols.testing.world import Violation, World
 from swarmtrain_protocols.tickets import Capability, sign_capability
@@ -42,22 +42,11 @@ TRIGGERS = (
 
 
 @dataclass
-class Outcome:
-    """What came of one schedule. ``violation`` is the class of the first violation, or ''."""
+class PipelineOutcome(Outcome):
+    """``micro_batches``: in all committed steps. ``compared``: accumulators with have-sets."""
 
-    seed: int
-    schedule: list[Fault]
-    violation: str = ""
-    text: str = ""
-    tail: list[str] = field(default_factory=list)
-    trace: str = ""
-    seen: Counter[str] = field(default_factory=Counter)
-    committed: int = 0
-    aborted: int = 0
     micro_batches: int = 0
     compared: int = 0
-    simulated_s: float = 0.0
-    recovery_s: float = 0.0
 
 
 @dataclass
@@ -132,6 +121,8 @@ def spec_of(seed: int) -> tuple[PipelineSpec, tuple[PipelinePart, ...]]:
         spec,
         work_s=(0.001, pick(0.005, 0.1)),
         hop_s=(0.002, pick(0.01, 0.05)),
+        lost=pick(0.0, 0.0, 0.05),
+        doubled=pick(0.0, 0.0, 0.05),
         by_root=pick(0.0, 0.0, 0.3),
         trainer_life_s=pick(0.0, 0.0, 12.0),
         room=2 + luck.integer(2),
@@ -195,20 +186,29 @@ def plan_of(seed: int) -> Plan:
     )
 
 
-def run_pipeline(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Checker) -> Outcome:
+def run_pipeline(
+    seed: int, schedule: Sequence[Fault] | None = None, *checkers: Checker
+) -> PipelineOutcome:
     """One schedule from beginning to end; the schedule is that of the seed unless given."""
     faults = list(schedule) if schedule is not None else generate(seed, plan_of(seed))
     return run_built(build(seed), seed, faults, *checkers)
 
 
-def run_built(swarm: Pipeline, seed: int, faults: Sequence[Fault], *checkers: Checker) -> Outcome:
+def run_built(
+    swarm: Pipeline,
+    seed: int,
+    faults: Sequence[Fault],
+    *checkers: Checker,
+    heal_at_s: float = HEAL_AT_S,
+) -> PipelineOutcome:
     """A schedule on a world that was built."""
-    outcome = Outcome(seed, list(faults))
+    outcome = PipelineOutcome(seed, list(faults))
     world = swarm.world
     world.watch(*checkers)
     world.plan(faults)
     try:
-        world.run(HEAL_AT_S)
+        world.run(heal_at_s)
+        swarm.truth.calm = True
         outcome.recovery_s = settle_within(
             world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
         )

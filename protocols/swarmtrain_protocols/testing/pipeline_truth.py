@@ -28,6 +28,9 @@ class PipelineTruth(Truth):
     candidates: dict[tuple[str, bytes], F32] = field(default_factory=dict)
     """Weights that somebody has tried for a lost stage, by (channel, state hash)."""
 
+    calm: bool = False
+    """Trouble is over: no trainer dies any more, no hop gets lost."""
+
     def handed_over(self, member: bytes, channel: str, blob: Blob, total: I64) -> None:
         """A site has encoded its accumulator and is about to announce it."""
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)

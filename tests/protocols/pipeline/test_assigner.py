@@ -10,7 +10,7 @@ import pytest
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId
-from swarmtrain_protocols.messages.pipeline import WorkerReport
+from swarmtrain_protocols.messages.pipeline import StageReport, WorkerReport
 from swarmtrain_protocols.pipeline.assigner import (
     DRAIN_S_MIN,
     LOOK_S_MIN,
@@ -145,12 +145,16 @@ def test_a_worker_that_fits_nowhere_is_named_once() -> None:
 
 def test_nonsense_is_an_event_with_the_peer_named() -> None:
     chair = Chair(A, B)
-    chair.assigner.receive(0.0, PeerId(C), WorkerReport(0, (), 100, 0))
+    chair.assigner.receive(0.0, PeerId(B), WorkerReport(0, (StageReport(7, 0, True, 0.0),), 100, 0))
     (notice,) = notices(chair.out)
-    assert (notice.name, notice.fields) == (
-        "peer_fault",
-        {"peer": C.hex(), "fault": "not_a_member"},
-    )
+    assert (notice.name, notice.fields) == ("peer_fault", {"peer": B.hex(), "fault": "bad_stage"})
+
+
+def test_nobody_is_accused_of_news_that_this_node_has_not_or_no_more() -> None:
+    chair = Chair(A, B)
+    chair.assigner.receive(0.0, PeerId(C), WorkerReport(0, (), 100, 0))
+    chair.assigner.receive(0.0, PeerId(B), WorkerReport(7, (), 100, 0))
+    assert notices(chair.out) == []
 
 
 def test_nothing_is_assigned_by_who_does_not_lead_nor_without_a_model_nor_at_the_end() -> None:

@@ -214,10 +214,36 @@ def test_a_worker_that_dies_after_it_answered_claims_nothing(podium: Podium) -> 
 def test_a_worker_that_never_answers_is_left_out_in_the_end(podium: Podium) -> None:
     podium.drive(*range(COUNT))
     podium.answer(SECOND, ALL)
-    due = podium.steps.deadline()
-    assert due == podium.now + 30.0
-    podium.tick(due)
+    number, asked_at = podium.query(), podium.now
+    for _ in range(5):
+        podium.take()
+        due = podium.steps.deadline()
+        podium.tick(due)
+        again = podium.sent(m.CloseQuery)
+        assert [(peer, query.query) for peer, query in again] == [(FIRST, number)]
+    podium.take()
+    assert podium.steps.deadline() == asked_at + 30.0
+    podium.tick(asked_at + 30.0)
     assert podium.plan().members == (SECOND,)
+
+
+def test_an_answer_that_comes_when_nobody_asks_is_told_to_go_on(podium: Podium) -> None:
+    """The word to go on was lost, and the worker takes no backwards until it hears it."""
+    podium.drive(*range(COUNT))
+    number = podium.query()
+    podium.answer_all({})
+    podium.take()
+    podium.answer(FIRST, {}, number=number)
+    key = step_key(podium.log.ledger)
+    assert podium.sent(m.Reopen) == [(FIRST, m.Reopen(key, number))]
+
+
+def test_an_answer_that_is_said_twice_does_not_void_the_plan(podium: Podium) -> None:
+    plan = planned(podium)
+    podium.answer(FIRST, {**ALL, 1: [0, 1]}, number=plan.query)
+    assert podium.plan() == plan
+    podium.answer(FIRST, {1: [0, 1]}, number=plan.query)
+    assert podium.query() > plan.query
 
 
 def test_a_link_that_breaks_and_returns_is_not_waited_for(podium: Podium) -> None:
@@ -260,9 +286,17 @@ def test_an_owner_that_lacks_what_was_planned_costs_a_query(podium: Podium) -> N
 
 
 def test_an_owner_that_says_nothing_costs_a_query_with_more_patience(podium: Podium) -> None:
-    planned(podium)
-    podium.tick(podium.steps.deadline())
-    assert podium.steps.deadline() == podium.now + 60.0
+    plan, planned_at = planned(podium), podium.now
+    podium.ready(FIRST)
+    podium.take()
+    podium.tick(planned_at + 5.0)
+    assert podium.sent(m.StepPlan) == [(SECOND, plan)]  # once more to who is not ready
+    podium.take()
+    podium.tick(planned_at + 30.0)
+    late_at, number = podium.now, podium.query()
+    assert number > plan.query
+    podium.tick(late_at + 59.9)
+    assert podium.query() == number
     podium.answer_all(dict.fromkeys(WORKERS, ALL))
     podium.ready_all()
     assert len(podium.proposed) == 1

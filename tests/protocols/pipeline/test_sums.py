@@ -13,7 +13,7 @@ from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel, step_key
-from swarmtrain_protocols.pipeline.sums import FROZEN_S_MAX
+from swarmtrain_protocols.pipeline.sums import ANSWER_AGAIN_S, FROZEN_S_MAX
 from swarmtrain_protocols.rounds import effects as fx
 from tests.protocols.pipeline.worker_kit import (
     BLOCKS,
@@ -26,7 +26,7 @@ from tests.protocols.pipeline.worker_kit import (
     Bench,
     jobs,
 )
-from tests.protocols.rounds_kit import B, events, faults, hash_of, of_kind
+from tests.protocols.rounds_kit import B, events, faults, hash_of, of_kind, sent
 
 
 @pytest.fixture
@@ -321,6 +321,31 @@ def test_a_new_leader_frees_what_the_old_one_froze(bench: Bench) -> None:
     bench.run("backward", 1, 1)
     bench.truth()
     assert bench.worker.have(1) == [0, 1]
+
+
+def test_who_is_frozen_and_told_nothing_says_again_what_it_has(bench: Bench) -> None:
+    bench.run("backward", 1, 0)
+    bench.query(4)
+    (answer,) = [x for _, x in sent(bench.take(), m.CloseAnswer)]
+    bench.worker.tick(ANSWER_AGAIN_S - 0.1)
+    assert sent(bench.take(), m.CloseAnswer) == []
+    bench.worker.tick(ANSWER_AGAIN_S)
+    assert [x for _, x in sent(bench.take(), m.CloseAnswer)] == [answer]
+    bench.say(m.Reopen(answer.key, 4))
+    bench.worker.tick(2 * ANSWER_AGAIN_S)
+    assert sent(bench.take(), m.CloseAnswer) == []
+
+
+def test_a_query_that_is_said_twice_does_not_void_the_plan(bench: Bench) -> None:
+    bench.run("backward", 1, 0)
+    bench.query()
+    bench.plan({1: [0]})
+    bench.take()
+    bench.query()
+    bench.worker.tick(ANSWER_AGAIN_S)
+    assert sent(bench.take(), m.CloseAnswer) == []
+    bench.work()
+    assert [ready.stage for ready in bench.readies()] == [1]
 
 
 def test_nobody_waits_for_ever_for_a_leader_that_says_no_more(bench: Bench) -> None:

@@ -143,9 +143,9 @@ def test_refusals(bench: Bench) -> None:
     bench.ask("forward", 1, 0)
     bench.away.add("train/0/0")
     bench.ask("forward", 0, 0)
-    codes = ["not_ready", "not_ready", "malformed", "malformed", "not_served", "not_ready"]
+    codes = ["not_ready", "not_ready", "malformed", "not_ready", "not_served", "not_ready"]
     assert [(x.code) for _, x in sent(bench.out, m.HopRefused)] == codes
-    assert faults(bench.out) == [("bad_hop", DRIVER), ("not_a_member", E)]
+    assert faults(bench.out) == [("bad_hop", DRIVER)]  # E may know of its entry before this node
     assert jobs(bench) == []
 
 

@@ -213,7 +213,10 @@ class DriverCore:
         if issue is None:
             return  # of a step that is over
         if issue.peer != peer:
-            return  # to a request of an earlier life of this driver, which numbered it alike
+            # It may answer a request of an earlier life of this driver, which numbered it alike.
+            fields: dict[str, object] = {"peer": peer.hex(), "reason": "unexpected"}
+            self._out.append(Emit(Notice("message_ignored", fields)))
+            return
         batch, (hop, backward) = issue.task.batch, issue.task.hop
         empty = reply.output.nbytes == 0 and (hop != batch.path[0] or not backward)
         if empty or not math.isfinite(reply.loss):

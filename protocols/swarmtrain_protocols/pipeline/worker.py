@@ -161,6 +161,8 @@ class WorkerCore:
             return  # drivers without leases may know that they are before it is known here
         if peer not in self.ledger.members:
             # A new member may know of its entry before this node does.
+            fields: dict[str, object] = {"peer": peer.hex(), "reason": "not_a_member"}
+            self._out.append(Emit(fx.Notice("message_ignored", fields)))
             self._refuse(peer, request, "not_ready", "not a member here yet")
             return
         bad = malformed(request, self._blocks, self._micro_batches, self._sizes)

@@ -171,7 +171,14 @@ class Line:
     # -- what came of it -------------------------------------------------------------------
 
     def faults(self) -> set[tuple[str, str]]:
-        return {(str(n.fields["fault"]), str(n.fields["peer"])) for n in self.notices}
+        return self._told("peer_fault", "fault")
+
+    def ignored(self) -> set[tuple[str, str]]:
+        return self._told("message_ignored", "reason")
+
+    def _told(self, name: str, field: str) -> set[tuple[str, str]]:
+        mine = [n.fields for n in self.notices if n.name == name]
+        return {(str(fields[field]), str(fields["peer"])) for fields in mine}
 
     def check_whole(self) -> None:
         """Every micro-batch is done, none given up, and no gradient was added twice anywhere."""
@@ -274,13 +281,14 @@ def test_a_worker_that_answers_for_a_hop_that_was_asked_of_another_is_named() ->
     line = Line(meddle)
     line.train()
     line.check_whole()
-    assert line.faults() == {("unexpected", BAD.hex())}
+    assert line.faults() == set() and line.ignored() == {("unexpected", BAD.hex())}
     wrong = [r for _, r in line.requests if b"bad" in (r.inputs.data, r.gradient.data)]
     assert not wrong, "nothing was built on it"
     assert {one.loss for one in line.done} == {2.5}
 
 
-def test_an_answer_of_another_than_was_asked_is_a_fault() -> None:
+def test_an_answer_of_another_than_was_asked_is_named_and_counts_for_nothing() -> None:
+    """It is no fault: it may be late, for an earlier life of this driver that asked the same."""
     line = Line()
     line.driver.receive(0.0, PeerId(LEADER), m.Lease(0, 0, (0,), 30.0))
     need = next(x for x in line.outs[SELF] if isinstance(x, px.NeedTokens))
@@ -290,7 +298,7 @@ def test_an_answer_of_another_than_was_asked_is_a_fault() -> None:
     line.outs[SELF].clear()
     line.driver.receive(0.0, PeerId(other), m.HopReply(request.id, inline_tensor(b"bad"), 0, 0, 0))
     line.settle()
-    assert line.faults() == {("unexpected", other.hex())}
+    assert line.faults() == set() and line.ignored() == {("unexpected", other.hex())}
     assert not line.requests, "nothing followed from it"
 
 
@@ -376,9 +384,9 @@ def test_strangers_are_refused_and_named() -> None:
     bench.ask("backward", 1, 0, peer=E)
     notices = [x.event for x in bench.out if isinstance(x, Emit)]
     assert [x.fields for x in notices if isinstance(x, Notice)] == [
-        {"peer": E.hex(), "fault": "not_a_member"}
+        {"peer": E.hex(), "reason": "not_a_member"}  # no fault: it may be about to be one
     ]
-    assert bench.refusals() == ["malformed"]
+    assert bench.refusals() == ["not_ready"]
 
 
 @pytest.mark.parametrize(("stages", "layers"), [(3, 4), (5, 4), (0, 4)])

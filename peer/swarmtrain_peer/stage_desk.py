@@ -51,6 +51,7 @@ class StageDesk:
         self._defining: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.busy_s = 0.0
+        self._parting = False
         self.attached_at_s = math.nan
         self.worked: Callable[[float, int, int, str, float], None] = lambda *unused: None
         self._port = StagePort(path, self._attached, self._lost)
@@ -155,6 +156,7 @@ class StageDesk:
     async def end(self, reason: str) -> None:
         """Tell the trainer that there is nothing more to do."""
         if self._hello is not None:
+            self._parting = True
             await self._ask(sl.End(reason))
 
     def _lost(self, why: str) -> None:
@@ -163,7 +165,9 @@ class StageDesk:
         if self._defining is not None:
             self._defining.cancel()
         runtime = self._runtime
-        runtime.events.emit("trainer_lost", reason=why)
+        if not self._parting:
+            runtime.events.emit("trainer_lost", reason=why)
+        self._parting = False
         self._run(self._pipeline.set_driver, False)
         self._run(self._pipeline.set_worker, 0)
 

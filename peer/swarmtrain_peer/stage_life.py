@@ -31,7 +31,8 @@ from swarmtrain_protocols.rounds import effects as fx
 EVALUATION_BATCHES = 8
 EVALUATE_EVERY_STEPS = 20
 ERRAND_TIMEOUT_S = 30.0
-EVALUATION_TRIES = 3
+EVALUATION_TRIES = 8
+"""Until all batches were scored at one version: a short step is over before they are."""
 END_TIMEOUT_S = 60.0
 TENSOR_BYTES_MAX = 4 << 30
 BEAT_S = 0.5

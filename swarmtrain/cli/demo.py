@@ -19,7 +19,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -27,10 +26,12 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from swarmtrain.cli.demo_options import INNER_STEPS, INNER_STEPS_STAGES, STEPS, DemoOptions
 from swarmtrain.cli.options import Json
 from swarmtrain.cli.output import EXIT_SIGINT, Output
 from swarmtrain.cli.session import TrainerCommand, preset_trainer
 from swarmtrain.cli.summary import summarize, summary_lines
+from swarmtrain.cli.telling import Teller
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.control import ControlClient, error_to_dict
@@ -48,20 +49,15 @@ from swarmtrain_peer.spawn import (
 )
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import QuorumLost, SwarmError
-from swarmtrain_protocols.manifest import RunKeys, Ticket
+from swarmtrain_protocols.manifest import Ticket
 
-INNER_STEPS = 20
 VOTERS = 3
 POLL_S = 0.1
 STALL_S = 120.0
 """Without a commit for this long (and the time of the first), the demo gives up."""
 END_S = 60.0
 """How long trainers may take to end after the run has."""
-STEPS = 400
 STEPS_STAGES = 60
-MICRO_BATCHES = 8
-INNER_STEPS_STAGES = 10
-"""Local steps in a round, where stages step by themselves."""
 STEPS_CHAOS = 2000
 """More, because a killed process needs seconds to come back."""
 LEAVE_S = 15.0
@@ -71,79 +67,6 @@ WARM_KERNELS = "from swarmtrain_protocols.codecs import kernels; kernels.use_num
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DemoOptions:
-    """``steps``: inner steps per trainer; a round is INNER_STEPS of them.
-
-    With ``stages`` the model is cut into that many and the peers serve them together; ``steps`` are
-    those of the whole pipeline, each agreed in the log. In ``pipeline_mode`` "diloco" each member
-    steps its stages by itself, and a stage's members meet every INNER_STEPS_STAGES of them.
-    """
-
-    peers: int = 3
-    steps: int = STEPS
-    overlap: str = "auto"
-    codec: str = "int8"
-    chaos: bool = False
-    dashboard: bool = True
-    seed: int = 1234
-    stages: int = 0
-    pipeline_mode: str = "sync"
-
-    @property
-    def stepwise(self) -> bool:
-        """All stages step together: what is committed is steps."""
-        return self.stages > 0 and self.pipeline_mode == "sync"
-
-    @property
-    def inner_steps(self) -> int:
-        """Local steps in a round."""
-        return INNER_STEPS_STAGES if self.stages else INNER_STEPS
-
-    @property
-    def rounds(self) -> int:
-        """What the run commits: rounds, or steps of a pipeline; every stage has its own rounds."""
-        return self.steps if self.stepwise else max(1, self.steps // self.inner_steps)
-
-    @property
-    def commits(self) -> int:
-        """Entries of the log that commit something."""
-        return self.rounds * (self.stages + 1) if self.stages and not self.stepwise else self.rounds
-
-    def run_keys(self) -> RunKeys:
-        """The run: it begins with all members, and goes on with those that are there."""
-        if self.stages:
-            return RunKeys(
-                name="demo",
-                seed=self.seed,
-                model={"layers": self.stages},
-                stages=self.stages,
-                micro_batches=MICRO_BATCHES,
-                pipeline_mode=self.pipeline_mode,
-                inner_steps=self.inner_steps,
-                replicas_min=2 if self.peers >= 2 * self.stages else 1,
-                total_steps=self.steps,
-                inner_warmup_steps=min(50, self.steps // 5),
-                max_rounds=self.rounds,
-                start_peers=self.peers,
-                overlap="off",
-                codec_scatter=self.codec,
-                codec_gather=self.codec,
-            )
-        return RunKeys(
-            name="demo",
-            seed=self.seed,
-            inner_steps=INNER_STEPS,
-            total_steps=self.rounds * INNER_STEPS,
-            inner_warmup_steps=min(50, self.steps // 5),
-            max_rounds=self.rounds,
-            start_peers=self.peers,
-            overlap=self.overlap,
-            codec_scatter=self.codec,
-            codec_gather=self.codec,
-        )
 
 
 class Interrupted(Exception):
@@ -166,6 +89,8 @@ class Demo:
         self._clients: dict[int, ControlClient] = {}
         self._records: queue.SimpleQueue[tuple[int, Record]] = queue.SimpleQueue()
         self._commits: set[tuple[Any, ...]] = set()
+        self._names: dict[str, str] = {}
+        self._teller = Teller(self._names)
         self._end_by_s: float | None = None
         self.error: SwarmError | None = None
         self._last_progress_s = host.mono_s()
@@ -196,6 +121,10 @@ class Demo:
         if self._viewer is not None:
             stop_process(self._viewer)
         self._supervisor.stop(STOP_S if self.error is None else STOP_FAILED_S)
+
+    def _tell(self, line: str | None) -> None:
+        if line is not None:
+            self._progress(line)
 
     def _progress(self, line: str) -> None:
         self.output.progress(f"demo: {line}")
@@ -286,6 +215,7 @@ class Demo:
             self._viewer = None
 
     def _follow(self, number: int) -> None:
+        self._names[self.sites[number].identity().peer_id.hex()] = f"peer-{number}"
         client = self.sites[number].connect()
         client.subscribe(lambda push: self._on_push(number, push))
         client.call("events", {"follow": True, "since_seq": 0, "last": 1})
@@ -320,15 +250,18 @@ class Demo:
             key = (record["generation"], *at)
             if key not in self._commits:
                 self._commits.add(key)
-                self._last_progress_s = host.mono_s()
-                what, total = "step" if steps else "round", self.options.commits
-                self._progress(f"{what} {len(self._commits)} of {total} committed")
+                self._last_progress_s = now = host.mono_s()
+                count, total = len(self._commits), self.options.commits
+                self._tell(self._teller.coverage())
+                self._tell(self._teller.committed(record, count, total, now))
+        elif name == "stage_assigned":
+            self._teller.assigned(record)
         elif name == "run_ended":
             self._end_by_s = self._end_by_s or host.mono_s() + END_S
         elif name == "evaluated":
-            self._progress(f"loss {record['loss']:.3f} after round {record['round']}")
+            self._tell(self._teller.evaluated(record, steps=self.options.stepwise))
         elif record["severity"] != "info" and not self.output.as_json:
-            self.output.progress(f"peer-{number}: {name} {record.get('reason') or ''}")
+            self._tell(self._teller.trouble(f"peer-{number}", record))
 
     def _watch(self) -> None:
         """Until every trainer has ended: they do when the run has."""
@@ -489,7 +422,8 @@ def demo(
     if one.error is not None:
         Output().error(one.error)
         summary["error"] = error_to_dict(one.error)
-    output.result(summary, summary_lines(summary, host.mono_s() - started_s))
+    what = "steps" if options.stepwise else "rounds"
+    output.result(summary, summary_lines(summary, host.mono_s() - started_s, what))
     if not summary["ok"]:
         raise typer.Exit(one.error.exit_code if one.error is not None else 1)
     output.text("your own swarm: `swarmtrain up`, then `swarmtrain join TICKET` elsewhere")

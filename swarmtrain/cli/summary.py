@@ -153,15 +153,15 @@ def summarize(
     }
 
 
-def summary_lines(summary: Mapping[str, Any], seconds: float) -> list[str]:
-    """The summary for people."""
+def summary_lines(summary: Mapping[str, Any], seconds: float, what: str = "rounds") -> list[str]:
+    """The summary for people. ``what`` is committed: rounds, or steps of a pipeline."""
 
     def number(value: float | None, digits: int = 3) -> str:
         return "not measured" if value is None else f"{value:.{digits}f}"
 
     used = summary["compute_utilization"]
     share = "?" if used is None else f"{100 * used:.1f}"
-    rounds = f"{summary['rounds_committed']} rounds committed, {summary['rounds_aborted']} aborted"
+    rounds = f"{summary['rounds_committed']} {what} committed, {summary['rounds_aborted']} aborted"
     state = str(summary["state_hash"])[:16]
     return [
         f"{summary['peers']} peers, {rounds}, {seconds:.0f} s",

@@ -20,6 +20,7 @@ from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import child_environment, output_tail
 from swarmtrain_protocols.manifest import RunKeys
 from tests.swarm.harness import WAIT_S, Document, Seat, Swarm, poll_until
+from tests.swarm.text import check_rounds, listen
 
 MIB = 1 << 20
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -175,6 +176,10 @@ def test_a_trainer_without_the_text_trains(swarm: Founded) -> None:
     trainers = [_trainer(founder.site)]
     try:
         founder.wait_event("trainer_attached", timeout_s=2 * WAIT_S)
+        # The round waits for the second trainer: until then the model is θ⁰. Who has no trainer
+        # asks another one's.
+        joiner.wait_event("state_applied", timeout_s=WAIT_S)
+        check_rounds(founder.site.manifest().keys, listen(joiner, b"import ", 12), [founder])
         folder.rename(folder.with_name("hidden"))  # both are on one machine: take it away
         trainers.append(_trainer(joiner.site))
         joiner.wait_event("corpus_ready", timeout_s=2 * WAIT_S)

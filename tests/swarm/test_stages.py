@@ -10,6 +10,7 @@ import pytest
 
 from swarmtrain_peer.spawn import start_process, stop_process
 from tests.swarm.harness import WAIT_S, Seat, Swarm
+from tests.swarm.text import listen
 
 STAGES, STEPS, BATCHES = 2, 12, 4
 KEYS = {
@@ -39,6 +40,8 @@ def test_stages_train_through_the_death_of_a_trainer(tmp_path: Path) -> None:
         processes = {seat.name: trainer(seat) for seat in seats}
         try:
             founder.wait_event("step_committed", lambda r: r["step"] >= 2, timeout_s=3 * WAIT_S)
+            text = listen(seats[2], b"def ", 6)
+            assert min(text.versions) >= 2 and sorted(text.versions) == text.versions
             victim = seats[1]
             processes[victim.name].kill()
             processes[victim.name].wait(WAIT_S)

@@ -227,7 +227,10 @@ class StageOutcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutcome(msgspec.Struct, frozen=True, tag="step-done"):
-    """Commits all stages of a step or, with no ``stages``, none. ``scale``: fp32, clips once."""
+    """Commits all stages of a step or, with no ``stages``, none. ``scale``: fp32, clips once.
+
+    ``skip``: the block stage that the first micro-batches of the next step leave out, 0: none.
+    """
 
     generation: Count
     step: Count
@@ -235,6 +238,7 @@ class StepOutcome(msgspec.Struct, frozen=True, tag="step-done"):
     stages: Annotated[tuple[StageOutcome, ...], Meta(max_length=limits.HOPS_MAX)]
     scale: float
     reason: Reason
+    skip: Count = 0
 
 
 class StageLost(msgspec.Struct, frozen=True, tag="stage-lost"):

@@ -21,6 +21,8 @@ LOSS_MAX = 0.05
 """A worker stops to serve a stage in addition if that costs no more than this."""
 PERIODS_IN_PLACE = 2
 """Periods that a worker stays where it came to, so that nobody moves back and forth."""
+OVERLOADED_GAIN = 1.5
+"""A stage is overloaded if without it the others could do so many times as much."""
 MOVES_PLANNED_MAX = 8
 """Moves that are looked ahead: stages that are equally slow gain only when each has gained."""
 
@@ -153,6 +155,23 @@ class Table:
         since = worker.since if math.isnan(now) else now
         workers = {**self.workers, member: replace(worker, stages=kept, ready=ready, since=since)}
         return Table(self.stages.values(), workers.values())
+
+
+def overloaded(table: Table) -> int:
+    """The block stage without which the swarm would be much faster; 0: none stands out."""
+    served = table.served_now()
+    rate, tight = served.capacity()
+    best, stage = OVERLOADED_GAIN * rate, ENDS
+    for number in (n for n in tight if n != ENDS):
+        others = [s for s in served.stages.values() if s.number != number]
+        workers = [
+            replace(w, stages=tuple(s for s in w.stages if s != number))
+            for w in served.workers.values()
+        ]
+        without, _ = Table(others, workers).capacity()
+        if rate > 0.0 and without > best:
+            best, stage = without, number
+    return stage
 
 
 # --- joining --------------------------------------------------------------------------------------

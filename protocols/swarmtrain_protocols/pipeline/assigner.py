@@ -126,6 +126,11 @@ class Assigner:
         serving = self._ledger.pipeline.serving(stage)
         return [PeerId(k) for k in serving if self._census.at_work(k)]
 
+    def overloaded(self) -> int:
+        """The block stage that holds all others up; 0: none, or nothing is known about it."""
+        known = self._works() and math.isfinite(self._last_look)
+        return assign.overloaded(self.table(self._last_look)) if known else 0
+
     def disconnected(self, now: float, peer: PeerId) -> None:
         self._next_look = min(self._next_look, now)
 

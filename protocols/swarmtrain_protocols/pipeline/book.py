@@ -51,6 +51,8 @@ class PipelineState(msgspec.Struct):
     """Counts stages lost. What was computed for a step in another era counts for nothing."""
     assigned: dict[bytes, tuple[int, ...]] = {}
     closed: e.StepClosed | None = None
+    skip: int = 0
+    """The block stage that some micro-batches of this step leave out (``paths``), 0: none."""
     loss: float = -1.0
     """Mean over the micro-batches of the latest committed step; below 0: nobody has said it."""
     micro_batches: int = 0
@@ -118,7 +120,7 @@ def rewound(ledger: Ledger) -> None:
     state = ledger.pipeline
     if not state.stages:
         return
-    state.attempt, state.closed = 0, None
+    state.attempt, state.closed, state.skip = 0, None, 0
     if state.mode == "sync":
         state.step = ledger.channels[stage_channel(0)].round
     for stage in state.stages:
@@ -206,7 +208,7 @@ def _outcome(ledger: Ledger, index: int, body: e.StepOutcome) -> bool:
     norms = [item.square_norm for item in body.stages]
     if not all(0.0 <= value < math.inf for value in norms):
         return False
-    if not 0.0 < body.scale <= 1.0 or body.scale != _fp32(body.scale):
+    if not 0.0 < body.scale <= 1.0 or body.scale != _fp32(body.scale) or body.skip > state.blocks:
         return False
     for item in body.stages:
         channel = ledger.channels[stage_channel(item.stage)]
@@ -216,6 +218,7 @@ def _outcome(ledger: Ledger, index: int, body: e.StepOutcome) -> bool:
         stage.square_norm = known + (item.square_norm - known) / NORM_STEPS
     state.loss, state.micro_batches = closed.loss, closed.micro_batches
     state.step, state.attempt, state.closed = state.step + 1, 0, None
+    state.skip = body.skip
     ledger.rounds_committed += 1
     return True
 

@@ -64,11 +64,17 @@ def encode_claims(claims: Claims) -> tuple[HopClaims, ...]:
 
 
 def decode_claims(
-    claims: Iterable[HopClaims], stages: Iterable[int], blocks: int, micro_batches: int
+    claims: Iterable[HopClaims],
+    stages: Iterable[int],
+    blocks: int,
+    micro_batches: int,
+    skip: int = 0,
+    skips: int = 0,
 ) -> Claims | None:
     """Claims of a worker for the ``stages`` it is believed about; those of others are dropped.
 
-    None: it speaks of hops or micro-batches that do not exist, or twice of the same.
+    None: it speaks of hops or micro-batches that do not exist, twice of the same, or of paths that
+    are not legal. The first ``skips`` micro-batches leave out ``skip``, the others nothing.
     """
     believed = list(stages)
     found: Claims = {}
@@ -78,6 +84,10 @@ def decode_claims(
         if item.hop > blocks + 1 or item.skipped > blocks or mask >> micro_batches:
             return None
         if slot in found or item.hop == item.skipped != 0:
+            return None
+        first = (1 << skips) - 1 if skip else 0
+        legal = {0: ~first, skip: first} if skip else {0: -1}
+        if mask & ~legal.get(item.skipped, 0):
             return None
         found[slot] = mask
     return {slot: m for slot, m in found.items() if stage_of(slot[0], blocks) in believed}

@@ -25,9 +25,10 @@ from swarmtrain_protocols.pipeline.freedriver import FreeDriver
 from swarmtrain_protocols.pipeline.healing import Healing
 from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.localsteps import LocalPolicy
-from swarmtrain_protocols.pipeline.paths import PathPlan
+from swarmtrain_protocols.pipeline.paths import PathPlan, path_rule_of
 from swarmtrain_protocols.pipeline.step_policy import step_policy_of
 from swarmtrain_protocols.pipeline.steps import StepLeader
+from swarmtrain_protocols.pipeline.valve import Valve
 from swarmtrain_protocols.pipeline.whole import PATH, WholeModel
 from swarmtrain_protocols.pipeline.worker import WorkerCore
 from swarmtrain_protocols.rounds.catchup import CatchUp
@@ -75,6 +76,7 @@ class PipelineCore:
         self._serving: dict[int, tuple[PeerId, ...]] = {}
         self._asked: dict[PeerId, float] = {}
         self._closed: e.StepClosed | None = None
+        self._paths = path_rule_of(keys)
         self._catchup = catchup
         self._local = LocalPolicy.of(keys)
         self.worker = WorkerCore(
@@ -87,29 +89,39 @@ class PipelineCore:
             micro_batches=ERRANDS_FROM if self._local else keys.micro_batches,
             scatter_codec=keys.codec_scatter,
             samples=keys.batch_size,
+            paths=self._paths,
             generate_share=keys.generate_share,
             local=self._local,
         )
         self._make_driver(keys, rng)
         self._make_whole(keys, catchup)
-        self.steps = StepLeader(
-            me=me,
-            ledger=ledger,
-            out=out,
-            policy=step_policy_of(keys),
-            propose=propose,
-            connected=connected,
-            rounds=rounds,
-        )
+        self._make_leading(keys, rounds, propose)
+        self._make_healing(keys, catchup, rounds, propose)
+
+    def _make_leading(
+        self,
+        keys: RunKeys,
+        rounds: RoundLeader,
+        propose: Callable[[float, e.EntryBody], bool],
+    ) -> None:
         self.assigner = Assigner(
-            me=me,
-            ledger=ledger,
-            out=out,
+            me=self._me,
+            ledger=self._ledger,
+            out=self._out,
             policy=AssignPolicy(keys.replicas_min, keys.ends_replicas, keys.start_peers),
             propose=propose,
-            connected=connected,
+            connected=self._connected,
         )
-        self._make_healing(keys, catchup, rounds, propose)
+        self.steps = StepLeader(
+            me=self._me,
+            ledger=self._ledger,
+            out=self._out,
+            policy=step_policy_of(keys),
+            propose=propose,
+            connected=self._connected,
+            rounds=rounds,
+            valve=Valve(self._out, self._paths.skips, self.assigner.overloaded),
+        )
 
     def _make_whole(self, keys: RunKeys, catchup: CatchUp) -> None:
         self.whole = WholeModel(
@@ -130,7 +142,7 @@ class PipelineCore:
             view=self._view,
             workers=self.workers,
             version=self.version,
-            paths=PathPlan(keys.stages, swapped=keys.swapped, skip_fraction=keys.skip_fraction),
+            paths=PathPlan(keys.stages, rule=self._paths, skip_fraction=keys.skip_fraction),
         )
         self.errands = Errands(
             ledger=self._ledger,
@@ -191,7 +203,7 @@ class PipelineCore:
             return None
         if self._local is not None and self._me not in ledger.members:
             return None  # nobody hands out leases: a driver begins once it is a member
-        return View(ledger.generation, state.step, state.era)
+        return View(ledger.generation, state.step, state.era, state.skip)
 
     def version(self, stage: int) -> int:
         """Optimizer steps (or rounds) that the log has committed for ``stage``."""

@@ -193,7 +193,7 @@ class DriverCore:
         for k in lease.micro_batches:
             batch = self.batches.get(k)
             if batch is None:
-                self.batches[k] = MicroBatch(k, self._paths.path(k, self._load))
+                self.batches[k] = MicroBatch(k, self._paths.rule.of_step(k, view.skip))
             elif batch.done:
                 self._tell_done(batch)
         for hop, k in lease.redo:

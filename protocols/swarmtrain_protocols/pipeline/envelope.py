@@ -19,6 +19,8 @@ class View:
     generation: int
     step: int
     era: int
+    skip: int = 0
+    """The hop that some micro-batches leave out (``paths``), 0: none."""
 
 
 def hop_request(

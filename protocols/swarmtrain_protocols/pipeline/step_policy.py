@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.manifest import RunKeys
+from swarmtrain_protocols.pipeline.paths import path_rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,13 @@ class StepPolicy:
     """After it a step may close without stragglers; 0: three times the median of past steps."""
     answer_timeout_s: float = 30.0
     """For answers to a query, and at least for a plan."""
+    skips: int = 0
+    """So many micro-batches of a step may leave out a stage."""
 
     @property
     def least(self) -> int:
-        """Micro-batches without which no step is closed."""
-        return max(1, math.ceil(self.close_fraction * self.micro_batches))
+        """Micro-batches without which no step is closed; one of them leaves out no stage."""
+        return max(self.skips + 1, math.ceil(self.close_fraction * self.micro_batches))
 
 
 def step_policy_of(keys: RunKeys) -> StepPolicy:
@@ -52,6 +55,7 @@ def step_policy_of(keys: RunKeys) -> StepPolicy:
         scatter_codec=keys.codec_scatter,
         gather_codec=keys.codec_gather,
         step_timeout_s=keys.round_timeout_s,
+        skips=path_rule_of(keys).skips,
     )
 
 

@@ -23,7 +23,7 @@ from swarmtrain_protocols.pipeline import claims as cl
 from swarmtrain_protocols.pipeline.asking import ASK_AGAIN_S, Closing, Query
 from swarmtrain_protocols.pipeline.book import stage_channel, step_key
 from swarmtrain_protocols.pipeline.leases import Leases
-from swarmtrain_protocols.pipeline.step_policy import StepPolicy, clip_scale, step_policy_of
+from swarmtrain_protocols.pipeline.step_policy import StepPolicy, clip_scale
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
 
@@ -48,6 +48,7 @@ class StepLeader:
 
     Args:
         rounds: knows who is in step with each stage; this object becomes its ``decider``.
+        valve: the hop that the next step leaves out, 0: none.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class StepLeader:
         propose: Callable[[float, e.EntryBody], bool],
         connected: Callable[[], list[PeerId]],
         rounds: RoundLeader,
+        valve: Callable[[], int] = lambda: 0,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -69,6 +71,7 @@ class StepLeader:
         self._propose = propose
         self._connected = connected
         self._rounds = rounds
+        self._valve = valve
         rounds.decider = self
         self._reset(0.0)
 
@@ -278,7 +281,8 @@ class StepLeader:
         if peer not in query.asked:
             return
         believed = [s for s, (holders, _) in enumerate(query.standing) if peer in holders]
-        claims = cl.decode_claims(answer.claims, believed, self._blocks, self.policy.micro_batches)
+        count, legal = self.policy.micro_batches, (self.ledger.pipeline.skip, self.policy.skips)
+        claims = cl.decode_claims(answer.claims, believed, self._blocks, count, *legal)
         if claims is None:
             self._fault(peer, "bad_claims")
         if self._closing is None:
@@ -430,7 +434,7 @@ class StepLeader:
             return
         if self._reasons:
             key, reason = next(iter(self._reasons.items()))
-            body = self._outcome(closed, (), 1.0, f"{key.channel}: {reason}"[:256])
+            body = self._outcome(closed, (), 1.0, f"{key.channel}: {reason}"[:256], 0)
             if self._propose(now, body):
                 self._decided = "aborted"
             return
@@ -442,14 +446,15 @@ class StepLeader:
             verdict = by_channel[stage_channel(item.stage)]
             stages.append(e.StageOutcome(item.stage, verdict.root, verdict.norm, verdict.held_by))
         scale = clip_scale([item.square_norm for item in stages], self.policy.clip)
-        if self._propose(now, self._outcome(closed, tuple(stages), scale, "")):
+        if self._propose(now, self._outcome(closed, tuple(stages), scale, "", self._valve())):
             self._decided = "committed"
 
     @staticmethod
     def _outcome(
-        closed: e.StepClosed, stages: tuple[e.StageOutcome, ...], scale: float, reason: str
+        closed: e.StepClosed, stages: tuple[e.StageOutcome, ...], scale: float, why: str, skip: int
     ) -> e.StepOutcome:
-        return e.StepOutcome(closed.generation, closed.step, closed.attempt, stages, scale, reason)
+        c = closed
+        return e.StepOutcome(c.generation, c.step, c.attempt, stages, scale, why, skip)
 
     # -- time ------------------------------------------------------------------------------
 
@@ -479,6 +484,3 @@ class StepLeader:
 
     def _complete(self) -> bool:
         return len(self._verdicts) == len(self.ledger.pipeline.stages)
-
-
-__all__ = ["StepLeader", "StepPolicy", "step_policy_of"]

@@ -20,6 +20,7 @@ from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.localsteps import LocalPolicy, LocalSteps
+from swarmtrain_protocols.pipeline.paths import PathRule
 from swarmtrain_protocols.pipeline.requests import (
     ANY_SIZE,
     TRAINING,
@@ -60,6 +61,7 @@ class WorkerCore:
         samples: in one micro-batch.
         suppress_duplicates: off only to show that tests notice what it is for.
         slots: computations that the shell is asked for at once.
+        paths: legal ones for micro-batches of steps; None: any.
         local: in mode ``diloco``, how stages step by themselves.
     """
 
@@ -79,6 +81,7 @@ class WorkerCore:
         generate_share: float = 0.1,
         suppress_duplicates: bool = True,
         slots: int = 2,
+        paths: PathRule | None = None,
         local: LocalPolicy | None = None,
     ) -> None:
         self.values_max = 0
@@ -89,6 +92,7 @@ class WorkerCore:
         self._micro_batches = micro_batches
         self._samples = samples
         self._sizes = sizes
+        self._paths = paths
         self._suppress = suppress_duplicates
         self._slots = slots
         self._jobs = 0
@@ -171,6 +175,9 @@ class WorkerCore:
             self._refuse(peer, request, "malformed", bad)
             return
         refused = self._trouble(request)
+        if refused is None and not self._is_legal(request):
+            self._fault(peer, "bad_path")
+            refused = "malformed", "another path than that of the micro-batch"
         if refused is not None:
             pass
         elif self._suppress and (self._queue.has(peer, request) or self._runs(peer, request)):
@@ -182,6 +189,13 @@ class WorkerCore:
 
     def _deferred(self, peer: PeerId, share: float) -> None:
         self._out.append(Emit(fx.Notice("generate_deferred", {"peer": peer.hex(), "share": share})))
+
+    def _is_legal(self, request: HopRequest) -> bool:
+        """The request's path is the one that everybody takes with this micro-batch."""
+        if self._paths is None or request.kind not in TRAINING:
+            return True
+        k, skip = request.id.micro_batch, self.ledger.pipeline.skip
+        return self._paths.is_legal(k, request.path, skip)
 
     def _runs(self, peer: PeerId, request: HopRequest) -> bool:
         """It is being computed, or waits for another one that computes the same."""

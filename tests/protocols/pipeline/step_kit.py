@@ -18,7 +18,8 @@ from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.pipeline import claims as cl
 from swarmtrain_protocols.pipeline.book import stage_channel, step_key
-from swarmtrain_protocols.pipeline.steps import StepLeader, StepPolicy
+from swarmtrain_protocols.pipeline.step_policy import StepPolicy
+from swarmtrain_protocols.pipeline.steps import StepLeader
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 from tests.protocols.pipeline.stage_kit import StageLog, state_hash
@@ -39,7 +40,7 @@ POLICY = StepPolicy(COUNT, 0.5, 1.0, lease_ttl_s=TTL_S, step_timeout_s=LATE_S)
 class Podium:
     """The leader of a pipeline of two block stages."""
 
-    def __init__(self, *, policy: StepPolicy = POLICY, ready: bool = True) -> None:
+    def __init__(self, *, policy: StepPolicy = POLICY, ready: bool = True, skip: int = 0) -> None:
         self.log = StageLog(A, B, C, D, blocks=BLOCKS)
         for worker in WORKERS:
             self.log.assign(worker, 0, 1, 2)
@@ -64,6 +65,7 @@ class Podium:
             propose=self.propose,
             connected=lambda: self.links,
             rounds=self.rounds,
+            valve=lambda: skip,
         )
         self.now = 0.0
         self.rounds.activate(0.0, True)

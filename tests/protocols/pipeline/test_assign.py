@@ -17,6 +17,7 @@ from swarmtrain_protocols.pipeline.assign import (
     Worker,
     cover,
     may_go,
+    overloaded,
     place,
     protect,
     rebalance,
@@ -322,3 +323,19 @@ def test_a_leaving_worker_does_not_count_and_goes_when_others_are_in_step() -> N
     assert not may_go(coming, ident(1)), "the other one is still fetching"
     there = Table(stages(2), [leaver, worker(2, 1), worker(3, 2)])
     assert may_go(there, ident(1))
+
+
+def test_a_stage_that_holds_the_others_up_is_overloaded() -> None:
+    assert overloaded(Table(stages(3), crowd(4, 1, 4))) == 2
+    assert overloaded(Table(stages(3), crowd(4, 3, 4))) == 0, "4 / 3 is not enough"
+    assert overloaded(Table(stages(3), crowd(4, 1, 1))) == 0, "without either the other holds up"
+    assert overloaded(Table(stages(3), crowd(4, 0, 4))) == 0, "what nobody serves is lost"
+    slow = [replace(w, speed=0.2) if 3 in w.stages else w for w in crowd(2, 2, 2)]
+    assert overloaded(Table(stages(3), slow)) == 3
+    fetching = [replace(w, ready=()) if 3 in w.stages and w.id != ident(5) else w for w in slow]
+    assert overloaded(Table(stages(3), fetching)) == 3
+
+
+def test_the_ends_cannot_be_left_out() -> None:
+    blocks = [replace(w, speed=9.0) for w in crowd(2, 2)]
+    assert overloaded(Table(stages(2, ends=1), [*blocks, worker(9, 0, speed=0.01)])) == 0

@@ -99,6 +99,21 @@ def test_diloco_stages_have_ordinary_rounds_and_no_steps() -> None:
     log.ok(opening(log.ledger, [A], channel=NAMES[1]))
 
 
+def test_an_outcome_names_the_stage_that_the_next_step_leaves_out() -> None:
+    log = StageLog(A, B)
+    log.ok(log.closing(A, B))
+    assert not log.add(log.outcome(skip=3)), "there are two"
+    log.ok(log.outcome(skip=2))
+    state = log.ledger.pipeline
+    assert state.skip == 2
+    log.ok(log.closing(A, B))
+    log.ok(log.abort())
+    assert state.skip == 2, "it is the same step"
+    log.ok(log.closing(A, B))
+    log.ok(log.outcome())
+    assert state.skip == 0
+
+
 def test_an_outcome_commits_all_stages() -> None:
     log = StageLog(A, B)
     log.ok(log.closing(A, B, micro_batches=8))

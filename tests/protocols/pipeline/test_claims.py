@@ -152,11 +152,11 @@ def test_a_malformed_plan_owns_nothing(change: str) -> None:
 
 
 def test_claims_travel_and_what_has_no_room_is_not_claimed() -> None:
-    claims = {(0, 0): 0b101, (1, 2): 1 << 20, (2, 0): 0}
+    claims = {(0, 0): 1 << 20, (1, 2): 0b101, (2, 0): 0}
     listed = c.encode_claims(claims)
-    assert listed == (HopClaims(0, b"\x05", 0), HopClaims(1, b"\x00\x00\x10", 2))
-    assert c.decode_claims(listed, [0, 1], 2, 21) == {(0, 0): 0b101, (1, 2): 1 << 20}
-    assert c.decode_claims(listed, [1], 2, 21) == {(1, 2): 1 << 20}, "not believed about stage 0"
+    assert listed == (HopClaims(0, b"\x00\x00\x10", 0), HopClaims(1, b"\x05", 2))
+    assert c.decode_claims(listed, [0, 1], 2, 21, 2, 3) == {(0, 0): 1 << 20, (1, 2): 0b101}
+    assert c.decode_claims(listed, [1], 2, 21, 2, 3) == {(1, 2): 0b101}, "not believed of stage 0"
     many = {(hop, s): (1 << 4096) - 1 for hop in range(17) for s in range(20)}
     answer = CloseAnswer(KEY, 1, c.encode_claims(many))
     assert 0 < len(answer.claims) < len(many)
@@ -170,6 +170,16 @@ def test_claims_travel_and_what_has_no_room_is_not_claimed() -> None:
 )
 def test_claims_of_what_does_not_exist(item: HopClaims) -> None:
     good = HopClaims(1, b"\x01", 2)
-    assert c.decode_claims([good], [0, 1, 2], 2, 4) == {(1, 2): 1}
-    assert c.decode_claims([good, item], [0, 1, 2], 2, 4) is None
-    assert c.decode_claims([good, good], [0, 1, 2], 2, 4) is None
+    assert c.decode_claims([good], [0, 1, 2], 2, 4, 2, 1) == {(1, 2): 1}
+    assert c.decode_claims([good, item], [0, 1, 2], 2, 4, 2, 1) is None
+    assert c.decode_claims([good, good], [0, 1, 2], 2, 4, 2, 1) is None
+
+
+def test_claims_of_other_paths_than_everybody_takes() -> None:
+    whole, short = HopClaims(1, b"\x0c", 0), HopClaims(1, b"\x03", 2)
+    assert c.decode_claims([whole, short], [1], 2, 4, 2, 2) == {(1, 0): 0b1100, (1, 2): 0b11}
+    assert c.decode_claims([whole, short], [1], 2, 4) is None, "nothing is left out"
+    assert c.decode_claims([whole], [1], 2, 4) == {(1, 0): 0b1100}
+    assert c.decode_claims([HopClaims(1, b"\x04", 2)], [1], 2, 4, 2, 2) is None, "2 skips nothing"
+    assert c.decode_claims([HopClaims(1, b"\x02", 0)], [1], 2, 4, 2, 2) is None, "1 skips stage 2"
+    assert c.decode_claims([HopClaims(2, b"\x01", 1)], [2], 2, 4, 2, 2) is None, "not stage 1"

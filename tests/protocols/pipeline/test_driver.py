@@ -18,7 +18,7 @@ from swarmtrain_protocols.messages.pipeline import (
 )
 from swarmtrain_protocols.pipeline.driver import LEASE_POLL_S
 from swarmtrain_protocols.pipeline.envelope import View
-from swarmtrain_protocols.pipeline.paths import PathPlan
+from swarmtrain_protocols.pipeline.paths import PathPlan, PathRule
 from swarmtrain_protocols.pipeline.routing import OBSERVATIONS_FOR_HEDGE
 from swarmtrain_protocols.rounds.effects import Notice
 from tests.protocols.pipeline.driver_kit import (
@@ -356,13 +356,28 @@ def test_sticky_falls_back_to_another_worker_and_counts_it() -> None:
 
 
 def test_odd_micro_batches_take_the_swapped_path_if_the_run_says_so() -> None:
-    rig = Rig(stages=4, paths=PathPlan(4, swapped=True))
+    rig = Rig(stages=4, paths=PathPlan(4, rule=PathRule(4, swapped=True)))
     rig.lease(0.0, 2, 3)
     for _ in range(6):
         for peer, request in rig.requests():
             wanted = (0, 2, 1, 4, 3, 5) if request.id.micro_batch == 3 else (0, 1, 2, 3, 4, 5)
             assert request.path == wanted
             rig.reply(0.1, peer, request)
+
+
+def test_the_first_micro_batches_leave_out_the_stage_that_the_log_names() -> None:
+    rig = Rig(stages=4, paths=PathPlan(4, rule=PathRule(4, skips=1)))
+    rig.view = View(0, 5, 3, skip=2)
+    rig.core.reconcile(0.0)
+    rig.lease(0.0, 0, 1)
+    seen = set()
+    for _ in range(4):
+        for peer, request in rig.requests():
+            wanted = (0, 1, 2, 3, 4, 5) if request.id.micro_batch else (0, 1, 3, 4, 5)
+            assert request.path == wanted
+            seen.add((request.id.micro_batch, request.id.hop))
+            rig.reply(0.1, peer, request)
+    assert (0, 3) in seen and (0, 2) not in seen and (1, 2) in seen
 
 
 def test_tensors_that_do_not_fit_beside_each_other_go_by_root() -> None:

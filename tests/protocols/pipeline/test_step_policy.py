@@ -24,6 +24,13 @@ def test_the_least_that_closes_a_step(count: int, fraction: float, least: int) -
     assert StepPolicy(count, fraction).least == least
 
 
+def test_with_skips_one_more_than_those_that_may_leave_out_a_stage() -> None:
+    keys = RunKeys(stages=2, micro_batches=8, close_fraction=0.25, skip_fraction=0.5)
+    assert (step_policy_of(keys).skips, step_policy_of(keys).least) == (4, 5)
+    alone = RunKeys(stages=2, micro_batches=1, skip_fraction=0.5)
+    assert (step_policy_of(alone).skips, step_policy_of(alone).least) == (0, 1)
+
+
 def test_a_plan_that_fits_in_no_message_is_a_wrong_key() -> None:
     with pytest.raises(ConfigError, match="micro_batches"):
         step_policy_of(RunKeys(stages=100, micro_batches=4096))

@@ -12,7 +12,7 @@ from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.messages import rounds as rm
 from swarmtrain_protocols.pipeline import claims as cl
 from swarmtrain_protocols.pipeline.book import step_key
-from swarmtrain_protocols.pipeline.steps import StepPolicy
+from swarmtrain_protocols.pipeline.step_policy import StepPolicy
 from tests.protocols.pipeline.stage_kit import state_hash
 from tests.protocols.pipeline.step_kit import (
     BLOCKS,
@@ -372,6 +372,24 @@ def test_an_outcome_waits_for_every_stage(podium: Podium) -> None:
     podium.hold(SECOND, 1)
     podium.tick(podium.now + 1)
     assert len(podium.proposed) == 1, "said once"
+
+
+def test_an_outcome_says_what_the_next_step_leaves_out_and_claims_must_agree() -> None:
+    policy = StepPolicy(COUNT, 0.5, lease_ttl_s=TTL_S, step_timeout_s=LATE_S, skips=1)
+    podium = Podium(policy=policy, skip=2)
+    podium.close()
+    for stage in range(BLOCKS + 1):
+        for worker in WORKERS:
+            podium.hold(worker, stage)
+    (body,) = podium.proposed
+    assert isinstance(body, e.StepOutcome) and body.skip == 2
+    podium.commit()
+    assert podium.log.ledger.pipeline.skip == 2
+    podium.in_step(*WORKERS)
+    podium.drive(*range(COUNT))
+    number = podium.query()
+    podium.answer(FIRST, {1: range(COUNT)}, number=number)
+    assert faults(podium.out) == [("bad_claims", FIRST)], "0 does not visit stage 2"
 
 
 def test_a_contributor_lost_before_it_delivered_ends_the_attempt_at_once(podium: Podium) -> None:

@@ -11,8 +11,10 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.pipeline import effects as px
+from swarmtrain_protocols.pipeline.paths import PathRule
 from swarmtrain_protocols.pipeline.requests import inline_tensor
 from tests.protocols.pipeline.worker_kit import (
+    BLOCKS,
     DRIVER,
     HEAD,
     LEADER,
@@ -147,6 +149,21 @@ def test_refusals(bench: Bench) -> None:
     assert [(x.code) for _, x in sent(bench.out, m.HopRefused)] == codes
     assert faults(bench.out) == [("bad_hop", DRIVER)]  # E may know of its entry before this node
     assert jobs(bench) == []
+
+
+def test_hops_on_other_paths_than_that_of_the_micro_batch_are_refused() -> None:
+    bench = Bench(paths=PathRule(BLOCKS, skips=2))
+    bench.ask("forward", 1, 0, skip=2)
+    bench.log.ledger.pipeline.skip = 2
+    bench.ask("forward", 1, 0)
+    bench.ask("forward", 1, 2, skip=2)
+    assert [x.code for _, x in sent(bench.out, m.HopRefused)] == ["malformed"] * 3
+    assert faults(bench.out) == [("bad_path", DRIVER)] * 3
+    bench.out.clear()
+    bench.ask("forward", 1, 0, skip=2)
+    bench.ask("evaluate", 1, 0)
+    bench.ask("forward", 1, 2)
+    assert sent(bench.out, m.HopRefused) == []
 
 
 def test_a_full_queue_is_busy(bench: Bench) -> None:

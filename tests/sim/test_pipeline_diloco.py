@@ -16,6 +16,7 @@ from swarmtrain_protocols.testing.local_site import LocalSite
 from swarmtrain_protocols.testing.local_swarm import (
     LocalSwarm,
     build,
+    describe,
     local_spec,
     run_built,
     run_local,
@@ -102,6 +103,28 @@ def test_a_member_that_is_killed_costs_the_others_nothing() -> None:
     outcome = run_built(swarm, 4, [Fault(9.0, "crash", "d", "", 5.0)])
     assert not outcome.violation, outcome.text
     assert all(kept(swarm, name) for name in "abcef") or outcome.seen["decided:excluded"]
+
+
+def test_a_stage_that_nobody_holds_comes_back_and_the_others_keep_theirs() -> None:
+    spec = replace(local_spec(1, Toy(1, 3, 2), ends_replicas=3), hop_s=(0.004, 0.008))
+    parts = [PipelinePart("a", trains=False, drives=True)]
+    parts += [PipelinePart(name, votes=False) for name in "bcdefg"]
+    swarm = build(1, spec, parts, model=NetworkModel())
+    world, lost = swarm.world, 2
+    world.run(10.0)
+    steward = swarm.site("a")
+    assert steward is not None
+    before = swarm.committed()
+    for member in steward.core.ledger.pipeline.serving(lost):
+        world.crash(swarm.truth.names[member], restart_s=None)
+    more = {name: rounds + 4 for name, rounds in before.items()}
+
+    def on_they_go() -> bool:
+        return all(swarm.committed()[name] >= rounds for name, rounds in more.items())
+
+    assert world.run(world.now + 120.0, on_they_go), describe(swarm)
+    assert world.seen["entry:StageLost"] == world.seen["entry:StageRecovered"] == 1
+    assert steward.core.ledger.pipeline.stages[lost].generation == 1
 
 
 class Careless(LocalSite):

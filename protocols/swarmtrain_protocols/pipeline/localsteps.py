@@ -184,14 +184,13 @@ class LocalSteps:
         ground, place = self._adding.pop(job)
         stage = stage_of(place[0], self._blocks)
         phase, stepped = self._phases.get(stage), self._stepped.get(job)
-        if ground != self._ground or phase is None:
-            self._stepped.pop(job, None)
-            return  # what it was added to is gone
-        self._remember(place, Done(_tensors(request), output, loss))
         if stepped is not None:
             stepped.pairs += 1
             self._arrived(stage, job)
-        else:
+        if ground != self._ground or phase is None:
+            return  # what it was added to is gone
+        self._remember(place, Done(_tensors(request), output, loss))
+        if stepped is None:
             phase.held[place] = None
             self._progress(stage, phase)
 
@@ -289,11 +288,14 @@ class LocalSteps:
         return moved
 
     def _clear(self) -> None:
-        stages = tuple(stage for stage, phase in self._phases.items() if phase.held)
+        """What is accumulated may descend from weights that are no more; steps taken stay."""
+        hops = [hop for _, (hop, _) in self._adding.values()]
+        under_way = {stage_of(hop, self._blocks) for hop in hops}
+        stages = tuple(s for s in sorted(self._phases) if self._phases[s].held or s in under_way)
         if stages:
             self._out.append(px.ClearGradients(stages))
-        self._forget()
-        self._stepped.clear()
+        for phase in self._phases.values():
+            phase.held.clear()
         self._done.clear()
         self._cached = 0
 

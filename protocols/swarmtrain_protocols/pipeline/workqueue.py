@@ -1,8 +1,10 @@
 """What waits for a worker's device, and what goes next.
 
 Backward before forward, because it frees memory and closes steps; then the older step, the lower
-attempt, and who came first. Generation shares the device by a token bucket: it goes before all else
-while it has not used its share, and waits otherwise, unless there is nothing else to do.
+attempt, and who came first; but an evaluation that has waited for long goes before all of them,
+for where drivers never pause nothing else would let it through. Generation shares the device by a
+token bucket: it goes before all else while it has not used its share, and waits otherwise, unless
+there is nothing else to do.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from swarmtrain_protocols.messages.pipeline import HopRequest
 _RANK = {"backward": 0, "forward": 1, "evaluate": 2, "generate": 3}
 BURST_S = 2.0
 """Seconds of the device that generation may save up."""
+EVALUATE_S = 0.5
+"""How long an ``evaluate`` lets others go first."""
 IDLE_S = 1.0
 """Without other work for so long, generation has the device to itself."""
 WAIT_S_MAX = 1.0
@@ -33,11 +37,16 @@ class Job:
     peer: PeerId
     request: HopRequest
     order: int
+    since: float = 0.0
 
     @property
     def rank(self) -> tuple[int, int, int, int]:
         identity = self.request.id
         return _RANK[self.request.kind], identity.step, identity.attempt, self.order
+
+    def patient(self, now: float) -> bool:
+        """It lets others go first."""
+        return self.request.kind != "evaluate" or now < self.since + EVALUATE_S
 
 
 class WorkQueue:
@@ -101,7 +110,7 @@ class WorkQueue:
         if len(self._jobs) >= self._room or mine >= max(1, self._room // 2):
             return False
         self._orders += 1
-        self._jobs.append(Job(peer, request, self._orders))
+        self._jobs.append(Job(peer, request, self._orders, now))
         if request.kind != "generate":
             self._busy_until = now + IDLE_S
         return True
@@ -128,7 +137,8 @@ class WorkQueue:
         self._count(now)
         best: Job | None = None
         for job in self._jobs:
-            if job.request.kind != "generate" and (best is None or job.rank < best.rank):
+            before = best is None or (job.patient(now), job.rank) < (best.patient(now), best.rank)
+            if job.request.kind != "generate" and before:
                 best = job
         if best is None or self._saved_s > 0:
             waiting = [job for job in self._jobs if job.request.kind == "generate"]

@@ -22,7 +22,8 @@ from swarmtrain_protocols.testing.keyring import peer_id_of
 from swarmtrain_protocols.testing.local_site import LocalSite, LocalTruth
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSpec
-from swarmtrain_protocols.testing.pipeline_swarm import Outcome, make_spec
+from swarmtrain_protocols.testing.pipeline_swarm import make_spec
+from swarmtrain_protocols.testing.swarm import Outcome
 from swarmtrain_protocols.testing.toystage import Toy
 from swarmtrain_protocols.testing.world import Violation, World
 

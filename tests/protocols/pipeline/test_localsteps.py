@@ -230,14 +230,21 @@ def test_what_a_dead_trainer_was_asked_for_is_void() -> None:
     assert bench.announced() == [] and of_kind(bench.out, fx.ReleaseContribution)
 
 
-def test_when_a_stage_is_lost_everything_begins_anew() -> None:
-    bench = Bench(1)
-    bench.train(1, 0)
-    bench.apply(e.StageLost(3, 0, OTHER, "nobody"))
+def test_when_another_stage_is_lost_steps_stay_and_sums_go() -> None:
+    bench = Bench(3, policy=short(inner_steps=4))  # three steps before the first exchange
+    bench.train(3, 0, 1, 2)
+    bench.ask("backward", 3, 3)
+    bench.apply(e.StageLost(1, 0, OTHER, "nobody"))
     bench.work()
-    assert bench.sums == {} and bench.worker.have(1) == []
-    bench.train(1, 1)
+    assert bench.sums == {} and bench.worker.have(3) == [], "also what was under way"
+    bench.train(3, 4)
     assert bench.codes() == ["not_ready"]
+    bench.apply(e.StageRecovered(1, 0, OTHER, ("fresh",), (1.0,), 0, (), hash_of("new")))
+    bench.train(3, 5, 6, 7, 8)
+    assert [pairs for _, _, pairs in bench.stepped[1:]] == [[(3, 5), (3, 6)], [(3, 7), (3, 8)]]
+    bench.hand()
+    (ready,) = bench.announced()
+    assert ready.samples == 18.0, "three steps of two micro-batches, one of them before the loss"
 
 
 def test_the_last_round_is_the_last() -> None:

@@ -9,7 +9,13 @@ import pytest
 
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import pipeline as m
-from swarmtrain_protocols.pipeline.workqueue import BURST_S, IDLE_S, TOLD_EVERY_S, WorkQueue
+from swarmtrain_protocols.pipeline.workqueue import (
+    BURST_S,
+    EVALUATE_S,
+    IDLE_S,
+    TOLD_EVERY_S,
+    WorkQueue,
+)
 
 P, Q = PeerId(b"p" * 32), PeerId(b"q" * 32)
 
@@ -148,3 +154,15 @@ def test_others_are_refused_only_for_want_of_room() -> None:
     queue = WorkQueue(0.1, 2)
     assert queue.admit(0.0, P, request("forward", 1)) is None
     assert queue.admit(0.0, P, request("forward", 2)) == ("busy", "1 requests wait")
+
+
+def test_an_evaluation_is_let_through_in_the_end() -> None:
+    """Where drivers never pause there is always a backward that waits."""
+    queue = WorkQueue(0.1, 100)
+    assert queue.add(0.0, P, request("evaluate", 1)) and queue.add(0.4, P, request("evaluate", 2))
+    for k in (3, 4):
+        assert queue.add(0.4, P, request("backward", k))
+    for now, expected in ((0.49, ("backward", 3)), (EVALUATE_S, ("evaluate", 1))):
+        job = queue.take(now)
+        assert job is not None and (job.request.kind, job.request.id.micro_batch) == expected
+    assert drained(queue, 0.6) == [("backward", 4), ("evaluate", 2)]

@@ -114,7 +114,7 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     skip_fraction: float = 0.0
     """Share of micro-batches that may leave out an overloaded inner stage."""
     generate_share: float = 0.1
-    """Share of a worker's time that ``generate`` may take; of a trainer's, in a run without stages."""
+    """Share of a worker's time that ``generate`` may take, in runs without stages, too."""
 
     def __post_init__(self) -> None:
         for info in msgspec.structs.fields(type(self)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.is_terminal = sys.stderr.isatty()
+        self._told: deque[str] = deque(maxlen=ROUTINE_KEPT)
 
     def text(self, line: str) -> None:
         """A line of the result for people; nothing with ``--json``."""
@@ -55,12 +57,15 @@ class Output:
         if self.as_json:
             print(json.dumps(record), flush=True)
             return
+        line = news_line(record)
         if record.get("name") in ROUTINE_TROUBLE:
-            self.progress(event_line(record))
+            if line not in self._told:  # whoever has left is looked for several times
+                self.progress(line)
+            self._told.append(line)
         elif record.get("severity") != "info":
-            self.note(event_line(record))
+            self.note(line)
         elif record.get("name") in NEWS:
-            self.progress(news_line(record))
+            self.progress(line)
 
     def error(self, error: SwarmError) -> None:
         """Three lines on stderr, and with ``--json`` an object on stdout."""
@@ -94,6 +99,8 @@ NEWS = (
 )
 ROUTINE_TROUBLE = ("link_refused", "peer_unreachable", "trainer_lost")
 """Warnings that come with every leaver; they are in the log, and on a terminal."""
+ROUTINE_KEPT = 16
+"""Of those, so many different ones are told once."""
 _HIDDEN = ("v", "seq", "wall_s", "mono_s", "site", "name", "severity", "code", "suppressed")
 
 
@@ -120,7 +127,10 @@ SENTENCES: dict[str, str] = {
     "model_defined": "the model has {values} values",
     "trainer_attached": "a trainer is at work on {device}",
     "round_committed": "round {round} committed",
-    "stage_assigned": "{peer} serves stages {stages}",
+    "stage_assigned": "{peer} serves {stages}",
+    "stage_lost": "stage {stage} is lost before step {step}: {host} rebuilds it",
+    "stage_recovered": "stage {stage} is back: {choice} was the best of {candidates}",
+    "step_aborted": "step {step} was not taken: {reason}; it is closed again",
     "step_committed": "step {step} committed: {micro_batches} micro-batches, loss {loss}",
     "evaluated": "loss {loss} after round {round}",
     "checkpoint_saved": "checkpoint of round {round} saved",
@@ -136,10 +146,25 @@ def news_line(record: Record) -> str:
     if sentence is None:
         return event_line(record)
     fields = {key: "nobody" if value is None else _short(value) for key, value in record.items()}
+    fields |= _of_stages(record)
+    mark = {"warning": "! ", "error": "!! "}.get(str(record.get("severity")), "")
     try:
-        return sentence.format_map(fields)
+        return mark + sentence.format_map(fields)
     except KeyError:
         return event_line(record)
+
+
+def _of_stages(record: Record) -> dict[str, str]:
+    """Lists of a pipeline's events, in words."""
+    found = {}
+    if "stages" in record:
+        stages = [f"stage {one}" if one else "the ends" for one in record["stages"]]
+        found["stages"] = ", ".join(stages) or "no stage any more"
+    if "losses" in record and "candidates" in record:
+        scores = zip(record["candidates"], record["losses"], strict=False)
+        told = [f"{name} {loss:.3f}" for name, loss in scores]
+        found["candidates"] = escape_text(", ".join(told), 200)
+    return found
 
 
 def _short(value: object) -> str:

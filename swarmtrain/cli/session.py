@@ -7,6 +7,7 @@ SIGTERM is a polite leave with a deadline (``PeerConfig.leave_grace_s``), as spo
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from swarmtrain_protocols.errors import SwarmError
 
 POLL_S = 0.1
 INBOX_MAX = 4096
+STEP_LINES_S = 2.0
+"""Steps of a pipeline are told at most so often."""
 TRAINER_END_S = 15.0
 """How long a trainer may take to end after its peer process has."""
 GOODBYE_S = 10.0
@@ -82,6 +85,8 @@ class MemberSession:
         self._now_at_s: float | None = None
         self._exit_code = 0
         self._commit: dict[str, Any] | None = None
+        self._next_step_s = -math.inf
+        self._checkpoint: int | None = None
 
     @property
     def client(self) -> ControlClient:
@@ -142,13 +147,25 @@ class MemberSession:
     def _tell(self, record: dict[str, Any]) -> None:
         """Show an event; of many commits that wait, as after joining an old run, only the last."""
         self._last_seq = max(self._last_seq, int(record.get("seq", 0)))
-        if not self._output.as_json and record.get("name") == "round_committed":
-            self._commit = record
-        else:
-            self._output.event(record)
-        if self._commit is not None and self._inbox.empty():
+        name = record.get("name")
+        if name == "run_ended" and self._commit is not None:
             self._output.event(self._commit)
             self._commit = None
+        if not self._output.as_json and name in ("round_committed", "step_committed"):
+            self._commit = record
+        elif self._output.as_json or name != "checkpoint_saved" or self._is_first(record):
+            self._output.event(record)
+        if self._commit is not None and self._inbox.empty():
+            if self._commit["name"] == "step_committed" and host.mono_s() < self._next_step_s:
+                return  # steps may take less time than reading a line
+            self._next_step_s = host.mono_s() + STEP_LINES_S
+            self._output.event(self._commit)
+            self._commit = None
+
+    def _is_first(self, record: dict[str, Any]) -> bool:
+        """Every stage has a checkpoint of its own; one line tells of all of a round."""
+        before, self._checkpoint = self._checkpoint, record.get("round")
+        return before != self._checkpoint
 
     def _ended(self) -> bool:
         peer = self._supervisor.processes["peer"]

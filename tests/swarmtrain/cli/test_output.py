@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from swarmtrain.cli.output import Output, event_line, human_bytes, table, wants_json
+from swarmtrain.cli.output import Output, event_line, human_bytes, news_line, table, wants_json
 from swarmtrain_protocols.errors import DiskFull, SwarmError
 
 
@@ -83,3 +83,42 @@ def test_tables_are_aligned() -> None:
 def test_json_is_looked_for_among_own_arguments_only() -> None:
     assert wants_json(["join", "--json", "T", "--", "python"])
     assert not wants_json(["join", "T", "--", "python", "t.py", "--json"])
+
+
+def test_events_of_stages_are_sentences() -> None:
+    assigned = {
+        "name": "stage_assigned",
+        "severity": "info",
+        "peer": "ab" * 32,
+        "stages": [0, 2, 3, 5],
+    }
+    assert news_line(assigned) == "abababab serves the ends, stage 2, stage 3, stage 5"
+    assert news_line(assigned | {"stages": []}) == "abababab serves no stage any more"
+    back = {
+        "name": "stage_recovered",
+        "severity": "warning",
+        "stage": 2,
+        "step": 40,
+        "host": "ab" * 32,
+        "candidates": ["average", "copy-left"],
+        "losses": [2.51, 2.498],
+        "choice": "copy-left",
+    }
+    assert news_line(back) == (
+        "! stage 2 is back: copy-left was the best of average 2.510, copy-left 2.498"
+    )
+    lost = {"name": "stage_lost", "severity": "error", "stage": 2, "step": 40, "host": "ab" * 32}
+    assert news_line(lost) == "!! stage 2 is lost before step 40: abababab rebuilds it"
+
+
+def test_who_is_gone_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Output()
+    monkeypatch.setattr(output, "is_terminal", True)
+    for reason in ("no route", "no route", "refused", "no route"):
+        output.event({"name": "link_refused", "severity": "warning", "reason": reason})
+    assert [line.split("reason=")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "no route",
+        "refused",
+    ]

@@ -18,6 +18,7 @@ from swarmtrain.cli import session as sessions
 from swarmtrain.cli.output import Output
 from swarmtrain.cli.session import MemberSession, TrainerCommand, preset_trainer
 from swarmtrain_peer.config import PeerConfig
+from swarmtrain_peer.events import Record
 from swarmtrain_peer.site import Site, found_site
 from swarmtrain_peer.spawn import start_process, wait_ready
 from swarmtrain_protocols.manifest import RunKeys
@@ -225,3 +226,37 @@ def test_the_preset_trainer_has_no_secret_in_its_arguments(site: Site) -> None:
         "cpu",
     ]
     assert not command.script
+
+
+def test_steps_and_checkpoints_of_stages_are_told_now_and_then(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Output):
+        """Remembers what it was given to show."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.records: list[tuple[str, int]] = []
+
+        def event(self, record: Record) -> None:
+            self.records.append((record["name"], record.get("step", record.get("round"))))
+
+    now = [100.0]
+    monkeypatch.setattr(sessions.host, "mono_s", lambda: now[0])
+    output = Told()
+    session = MemberSession(site, output, None)
+    for number in range(6):
+        session._tell({"name": "step_committed", "severity": "info", "step": number})
+        now[0] += 0.7
+    for _ in range(4):
+        session._tell({"name": "checkpoint_saved", "severity": "info", "round": 6})
+    session._tell({"name": "step_committed", "severity": "info", "step": 6})
+    session._tell({"name": "run_ended", "severity": "info", "reason": "max_rounds"})
+    assert output.records == [
+        ("step_committed", 0),
+        ("step_committed", 3),
+        ("checkpoint_saved", 6),
+        ("step_committed", 5),
+        ("step_committed", 6),
+        ("run_ended", None),
+    ]

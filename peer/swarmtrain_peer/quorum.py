@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swarmtrain_peer import host
 from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.patience import Patience
 from swarmtrain_protocols.node import NodeCore
 
 LOOK_S = 0.25
@@ -31,12 +32,14 @@ class QuorumWatch:
         node: NodeCore,
         events: EventLog,
         tell: Callable[[QuorumChanged], None],
+        patience: Patience | None = None,
         *,
         mono_s: Callable[[], float] = host.mono_s,
     ) -> None:
         self._node = node
         self._events = events
         self._tell = tell
+        self._patience = patience
         self._mono_s = mono_s
         self._looked_s = self._since_s = mono_s()
         self.lost = False
@@ -54,9 +57,11 @@ class QuorumWatch:
 
     def look(self) -> None:
         now = self._mono_s()
-        if now - self._looked_s > ASLEEP_S:
+        took_s, self._looked_s = now - self._looked_s, now
+        if took_s > ASLEEP_S:
             self._since_s = now
-        self._looked_s = now
+        elif self._patience is not None:
+            self._patience.look(now, max(0.0, took_s - LOOK_S))
         silent_s = self._node.log.silent_s(now)
         if self.lost and silent_s < self.patience_s:
             self.lost = False

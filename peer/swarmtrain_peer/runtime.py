@@ -17,10 +17,12 @@ from typing import Any
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.driver import Driver
+from swarmtrain_peer.enquiry import CONNECT_TIMEOUT_S, Enquiry
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.halting import halting
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
+from swarmtrain_peer.patience import Patience
 from swarmtrain_peer.quorum import QuorumWatch
 from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
@@ -37,7 +39,7 @@ from swarmtrain_protocols.errors import (
     NotAuthorised,
     SwarmError,
 )
-from swarmtrain_protocols.manifest import Manifest, make_genesis, parse_manifest
+from swarmtrain_protocols.manifest import Manifest, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
@@ -49,9 +51,6 @@ from swarmtrain_protocols.schedule import OuterStep, outer_at
 from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
 
-MANIFEST_TIMEOUT_S = 15.0
-MANIFEST_TRIES = 3
-CONNECT_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 60.0
 RECHECK_S = 0.5
 
@@ -80,7 +79,6 @@ class PeerRuntime:
         self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
         self._addresses: tuple[str, ...] = ()
-        self._manifest_reply: asyncio.Future[bytes] | None = None
         self._tasks: list[asyncio.Future[None]] = []
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
@@ -110,10 +108,11 @@ class PeerRuntime:
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
+        self._enquiry = Enquiry(self.transport, s.run)
         bound = await self._listen()
         if bound:
             self._addresses = s.announce or host.announced(bound)
-        manifest = s.manifest or await self._fetch_manifest()
+        manifest = s.manifest or await self._enquiry.manifest(s.ticket, s.save_manifest)
         self.manifest = manifest
         self._make_node(manifest)
         self.on_node()
@@ -127,7 +126,8 @@ class PeerRuntime:
         if s.ticket is not None and s.manifest is not None:
             self._dial_ticket(s.ticket)
         self.driver.run(self.node.tick)
-        self.quorum = QuorumWatch(self.node, self.events, self._on_event)
+        patience = Patience(self.node, self.transport, self.driver.run)
+        self.quorum = QuorumWatch(self.node, self.events, self._on_event, patience)
         self._tasks.append(asyncio.ensure_future(self.quorum.watch()))
         self.events.emit("peer_started", listen=",".join(self._addresses), version="0.1.0")
 
@@ -218,37 +218,6 @@ class PeerRuntime:
             )
         return b""
 
-    async def _fetch_manifest(self) -> Manifest:
-        s = self.settings
-        if s.ticket is None:
-            raise NoPeerReachable("no address is known", "no ticket was given", "pass a ticket")
-        last: SwarmError = NoPeerReachable("no address answers", "", "ask for a new ticket")
-        for number in range(MANIFEST_TRIES):
-            if number:
-                await asyncio.sleep(RECHECK_S)  # they may be busy, or just restarting
-            for address in s.ticket.addresses:
-                try:
-                    data = await self._manifest_from(address)
-                except SwarmError as error:
-                    last = error
-                    continue
-                if s.save_manifest is not None:
-                    s.save_manifest(data)
-                return parse_manifest(data, s.run)
-            if not isinstance(last, NoPeerReachable):
-                break  # a refusal: asking again changes nothing
-        raise last
-
-    async def _manifest_from(self, address: str) -> bytes:
-        self._manifest_reply = asyncio.get_running_loop().create_future()
-        peer = await self.transport.connect_address(address, CONNECT_TIMEOUT_S)
-        self.transport.send(peer, mm.ManifestRequest(self.settings.run))
-        try:
-            async with asyncio.timeout(MANIFEST_TIMEOUT_S):
-                return await self._manifest_reply
-        except TimeoutError:
-            raise NoPeerReachable(f"{address} does not answer", "no manifest came", "") from None
-
     def _dial_ticket(self, ticket: Ticket) -> None:
         """A restarted member dials the ticket's addresses besides those the log knows."""
 
@@ -324,8 +293,7 @@ class PeerRuntime:
 
     def message(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, mm.ManifestReply):
-            if self._manifest_reply is not None and not self._manifest_reply.done():
-                self._manifest_reply.set_result(message.manifest)
+            self._enquiry.heard(message)
             return
         if isinstance(message, mm.Metrics):
             if peer == message.member:

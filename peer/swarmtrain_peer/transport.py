@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from swarmtrain_peer.bulk import BulkConnection, BulkPool
 from swarmtrain_peer.bulklinks import BulkLinks
 from swarmtrain_peer.dialler import Dialler
+from swarmtrain_peer.handler import TransportHandler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
@@ -44,32 +45,6 @@ from swarmtrain_protocols.session_events import (
 
 _FOR_FETCHES = (fetch.FetchAccepted, fetch.FetchRefused, fetch.FetchChunk)
 _FOR_SERVING = (fetch.FetchRequest, fetch.FetchCancel)
-
-
-class TransportHandler(Protocol):
-    """What the layer above hears; called on the loop thread."""
-
-    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None: ...
-
-    def disconnected(self, peer: PeerId, code: str, reason: str) -> None: ...
-
-    def message(self, peer: PeerId, message: Message) -> None:
-        """Everything except session and fetch messages."""
-
-    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
-        """A dial of this site failed or was refused, by either side."""
-
-    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
-        """Somebody who dialled this site was refused."""
-
-    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None: ...
-
-    def fetched(self, ticket: int) -> None: ...
-
-    def fetch_failed(self, ticket: int, reason: str) -> None:
-        """``reason``: refused:<code>, timeout, disconnected or corrupt."""
-
-    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None: ...
 
 
 class Transport:
@@ -197,6 +172,17 @@ class Transport:
         """Shortest measured round trip of the link, seconds."""
         link = self._table.links.get(peer)
         return link.session.rtt_s if link else None
+
+    def recent_rtt_s(self, peer: PeerId) -> float | None:
+        """The newest measured round trip of the link, seconds, waiting in queues included."""
+        link = self._table.links.get(peer)
+        return link.session.recent_rtt_s if link else None
+
+    def measure(self, peer: PeerId) -> None:
+        """Measure the round trip again, if there is a link."""
+        if link := self._table.links.get(peer):
+            link.session.probe(self._loop.time())
+            link.wake()
 
     # Fetches ----------------------------------------------------------------------------------
 

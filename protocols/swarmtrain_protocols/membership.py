@@ -216,9 +216,19 @@ class Shepherd:
         )
         self._leaving.pop(peer, None)
         self._finished.pop(peer, None)
+        if self._is_known(body):
+            return  # the request was sent again before the log's answer arrived
         if self._asked_index.get(peer) != self.ledger.index:
             self._propose(now, body)
             self._asked_index[peer] = self.ledger.index
+
+    def _is_known(self, body: e.MemberJoined) -> bool:
+        known = self.ledger.members.get(body.member)
+        return known is not None and (
+            (known.name, known.addresses, known.trains, known.holds_state, known.reachable)
+            == (body.name, body.addresses, body.trains, body.holds_state, body.reachable)
+            and (known.may_vote or not body.may_vote)
+        )
 
     def _refuse(self, peer: PeerId, code: str, reason: str) -> None:
         self._out.append(Send(peer, mm.JoinRefused(code, reason[:256])))

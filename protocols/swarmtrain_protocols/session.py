@@ -100,6 +100,7 @@ class SessionCore:
         self.remote_hello: Hello | None = None
         self.bulk_secret: bytes | None = None
         self.rtt_s: float | None = None  # the shortest so far: of the path, not of our load
+        self.recent_rtt_s: float | None = None
         self._keyring = keyring
         self._keys = (static_key, ephemeral_key)
         self._hello = hello
@@ -458,7 +459,7 @@ class SessionCore:
             case Pong(nonce=nonce):
                 sent_at = self._pings.pop(nonce, None)
                 if sent_at is not None:  # else older than those we remember
-                    rtt_s = self._now - sent_at
+                    self.recent_rtt_s = rtt_s = self._now - sent_at
                     self.rtt_s = rtt_s if self.rtt_s is None else min(rtt_s, self.rtt_s)
                     self._events.append(Ponged(nonce, rtt_s))
             case Credit(nbytes=nbytes):

@@ -18,6 +18,8 @@ def test_patience_scales_and_keeps_its_order() -> None:
     for t in (usual, slow):
         order = [t.heartbeat_s, t.feed_s, t.silence_s, t.stale_s, t.lease_s]
         assert order == sorted(order) and t.silence_s > 2 * t.feed_s
+    # Whoever feeds a patient subscriber may be at its usual pace: it must not forget it.
+    assert slow.renew_s == usual.renew_s < usual.lease_s / 2
 
 
 def _certificate(index: int, chain_hash: bytes) -> Certificate:

@@ -102,6 +102,8 @@ class Plan:
     rounds_max: int = 0
     seq_max: int = 0
     """Hand over nothing with a higher number; θ⁰ has the first. 0: no end."""
+    decision_s: float = DECISION_S
+    """How long an answer or a decision may take."""
     say: bool = False
     """Print a line at every stage of a hand-over, for whoever wants to kill in between."""
 
@@ -172,7 +174,7 @@ class Trainer:
             "again": bool(self.attachments),
             "in_flight": {},
         }
-        answer = client.call("attach", args, DECISION_S)
+        answer = client.call("attach", args, self.plan.decision_s)
         side = TrainerSide.open(Path(answer["shm"]), SCHEMA_HASH)
         self.attachments.append(answer)
         if answer["need_theta0"]:
@@ -200,7 +202,7 @@ class Trainer:
         ((_, slot),) = side.begin(CHANNEL, seq)
         slot[:] = theta0(self.plan.values)
         side.commit(CHANNEL, HandoverInfo(seq, 0, 0.0, 0))
-        client.call("define", {"seqs": {CHANNEL: seq}}, DECISION_S)
+        client.call("define", {"seqs": {CHANNEL: seq}}, self.plan.decision_s)
 
     def _hand_over(self, client: ControlClient, side: TrainerSide, base_round: int) -> None:
         plan = self.plan
@@ -227,7 +229,7 @@ class Trainer:
             "blocked_s": 0.0,
         }
         try:
-            client.call("handover", args, DECISION_S)
+            client.call("handover", args, self.plan.decision_s)
         except (ControlClosed, ControlTimeout):
             raise
         except SwarmError as error:
@@ -243,7 +245,7 @@ class Trainer:
             self._say(f"told {seq} {decision.outcome}")
 
     def _wait_decision(self, client: ControlClient, side: TrainerSide, seq: int) -> Decision | None:
-        deadline_s = time.monotonic() + DECISION_S
+        deadline_s = time.monotonic() + self.plan.decision_s
         while not self.stopped.is_set() and side.should_stop() is None:
             found = side.decision(CHANNEL)
             if found is not None and found.seq == seq:

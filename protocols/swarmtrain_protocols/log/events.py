@@ -96,10 +96,12 @@ class LogTimeouts:
 
     election_s: float = limits.ELECTION_TIMEOUT_S
     heartbeat_s: float = limits.HEARTBEAT_INTERVAL_S
+    factor: float = 1.0
+    """By how much they are longer than everybody's."""
 
     def scaled(self, factor: float) -> LogTimeouts:
         """The same patience on links and machines that are ``factor`` times slower."""
-        return LogTimeouts(self.election_s * factor, self.heartbeat_s * factor)
+        return LogTimeouts(self.election_s * factor, self.heartbeat_s * factor, factor)
 
     @property
     def feed_s(self) -> float:
@@ -120,3 +122,8 @@ class LogTimeouts:
     def lease_s(self) -> float:
         """A subscription that is not renewed for this long is forgotten."""
         return 10 * self.election_s
+
+    @property
+    def renew_s(self) -> float:
+        """A subscription is renewed this often: whoever feeds it may have the shortest lease."""
+        return self.lease_s / self.factor / 3

@@ -157,7 +157,7 @@ class Follower:
         if self._pending_from != peer:
             self._forget_pending()
         self._asked_at = s.now
-        self._renew_at = s.now + s.timeouts.lease_s / 3
+        self._renew_at = s.now + s.timeouts.renew_s
         verified = s.log.commit + 1
         s.send(peer, Subscribe(s.log.generation, verified + len(self._align()), verified))
 

@@ -1,0 +1,35 @@
+"""What the layer above the transport hears."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.session import Hello
+
+
+class TransportHandler(Protocol):
+    """``transport.Transport`` calls it, on the loop thread."""
+
+    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None: ...
+
+    def disconnected(self, peer: PeerId, code: str, reason: str) -> None: ...
+
+    def message(self, peer: PeerId, message: Message) -> None:
+        """Everything except session and fetch messages."""
+
+    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        """A dial of this site failed or was refused, by either side."""
+
+    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
+        """Somebody who dialled this site was refused."""
+
+    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None: ...
+
+    def fetched(self, ticket: int) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None:
+        """``reason``: refused:<code>, timeout, disconnected or corrupt."""
+
+    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None: ...

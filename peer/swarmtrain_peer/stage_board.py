@@ -179,11 +179,21 @@ class StageBoard:
             "hops_refused": self._refused,
             "boundary_codec": keys.boundary_codec,
             "coverage": coverage,
-            "trouble": [text for one in coverage if (text := self._sentence(one))],
+            "trouble": self._trouble(coverage),
         }
 
-    @staticmethod
-    def _phase(ledger: Ledger) -> str:
+    def _gathering(self) -> bool:
+        """Stages are given out once there are enough workers; nobody has had one yet."""
+        state = self._runtime.node.ledger.pipeline
+        return not (state.assigned or state.step or state.era)
+
+    def _trouble(self, coverage: list[Document]) -> list[str]:
+        if not self._gathering() or self._runtime.node.ledger.ended:
+            return [text for one in coverage if (text := self._sentence(one))]
+        wanted, ready = self._runtime.manifest.keys.start_peers, len(self._heard)
+        return [f"waiting for workers: {ready} of {wanted} so far, then stages are given out"]
+
+    def _phase(self, ledger: Ledger) -> str:
         state = ledger.pipeline
         if ledger.ended:
             return "ended"
@@ -193,6 +203,8 @@ class StageBoard:
             return "paused"
         if stage_channel(0) not in ledger.channels:
             return "no model yet"
+        if self._gathering():
+            return "gathering"
         return "exchange" if state.closed is not None else "computing"
 
     def _stage(self, stage: int) -> Document:
@@ -214,6 +226,8 @@ class StageBoard:
         standing = "ok"
         if item.host:
             standing = "lost"
+        elif self._gathering():
+            standing = "waiting"
         elif not present_count:
             standing = "unserved"
         elif present_count < keys.replicas_min:

@@ -19,7 +19,7 @@ def stage_health(pipeline: Document) -> tuple[str, str]:
     why = "; ".join(pipeline.get("trouble") or [])
     if "lost" in states or "unserved" in states:
         return "stalled", why
-    return ("degraded", why) if "endangered" in states else ("", "")
+    return ("degraded", why) if why else ("", "")
 
 
 def status_fields(pipeline: Document) -> dict[str, str]:

@@ -147,8 +147,15 @@ def test_times_of_hops_are_those_that_this_site_saw(kit: Board) -> None:
 def test_before_there_is_a_model_nothing_is_covered(kit: Board) -> None:
     kit.log.ledger.channels.clear()
     document = kit.board.document()
-    assert (document["phase"], document["coverage"], document["trouble"]) == (
-        "no model yet",
-        [],
-        [],
-    )
+    assert (document["phase"], document["coverage"]) == ("no model yet", [])
+
+
+def test_before_there_are_enough_workers_it_says_so(kit: Board) -> None:
+    kit.log.ledger.pipeline.assigned.clear()
+    kit.hear(B, StageRow(0))
+    document = kit.board.document()
+    assert document["phase"] == "gathering"
+    assert {one["state"] for one in document["coverage"]} == {"waiting"}
+    assert document["trouble"] == ["waiting for workers: 1 of 1 so far, then stages are given out"]
+    kit.log.step(A, B)
+    assert kit.stage(0)["state"] == "unserved", "they had been given out"

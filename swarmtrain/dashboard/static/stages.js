@@ -84,7 +84,8 @@ function drawStages() {
   $("stages-hint").textContent = `${rate}step ${pipeline.step}, ${pipeline.phase} · ${pipeline.boundary_codec} between stages · colour: busy in the last 10 s`;
   $("bottleneck").textContent = bottleneck(coverage);
   if (!coverage.length) return placeholder(box, "no trainer has defined the model yet");
-  const workers = state.peers.filter((p) => (p.stages || []).length || p.drives);
+  const workers = state.peers.filter((p) => (p.stages || []).length || p.drives)
+    .sort((a, b) => nameOf(who, a.id).localeCompare(nameOf(who, b.id), undefined, { numeric: true }));
   const wide = workers.length <= COLUMNS_MAX;
   box.className = wide ? "stage-grid" : "stage-grid chips";
   box.style.setProperty("--members", String(Math.max(1, workers.length)));

@@ -406,6 +406,11 @@ def demo(
     options = DemoOptions(
         peers, steps, overlap, codec, chaos, dashboard, seed, stages, pipeline_mode
     )
+    _run(options, output, keep=keep)
+
+
+def _run(options: DemoOptions, output: Output, *, keep: bool) -> None:
+    """One demo in a temporary folder, and its summary; its exit code if it went wrong."""
     folder = Path(tempfile.mkdtemp(prefix="swarmtrain-demo-"))
     started_s = host.mono_s()
     try:

@@ -56,7 +56,8 @@ RUN_TEXTS = {
     "and the keys below mean nothing. It must divide the number of layers.",
     "pipeline.micro_batches": "Micro-batches of `train.batch_size` sequences in one step.",
     "pipeline.mode": "`sync`: all stages step together, with one outcome in the log. `diloco`: "
-    "replicas of a stage meet every `train.inner_steps`.",
+    "each member steps its stages by itself and meets the others every `train.inner_steps`; needs "
+    "`overlap` `off` or `auto`.",
     "pipeline.codec": "Of activations and their gradients between stages.",
     "pipeline.replicas_min": "Members below which a stage counts as endangered; joiners go there "
     "first, and nobody is moved away below it.",

@@ -11,6 +11,7 @@ from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.orders import give_order
+from swarmtrain_peer.progress import is_behind
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
@@ -142,7 +143,7 @@ class Backend:
             "members": len(ledger.members),
             "connected": len(node.linked()),
             "channels": {c.name: self._channel(c) for c in ledger.channels.values()},
-            "syncing": any(not node.catchup.in_step(name) for name in followed)
+            "syncing": any(is_behind(node, name) for name in followed)
             if runtime.settings.holds_state
             else False,
             "loss": desk.figures.loss(),

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from swarmtrain_peer import host
+from swarmtrain_peer.progress import is_behind
 from swarmtrain_peer.roundclock import SPANS_TOLD, merge
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.stage_work import StageRow, StagesBody, WorkLog
@@ -87,7 +88,7 @@ class StageBoard:
             StageRow(
                 item.stage,
                 item.version,
-                item.ready,
+                not is_behind(self._runtime.node, stage_channel(item.stage)),
                 round(busy, 4),
                 round(rate, 4),
                 round(item.seconds_per_sample, 6),

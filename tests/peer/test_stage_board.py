@@ -40,7 +40,9 @@ class Runtime:
             ledger=self.log.ledger,
             linked=lambda: [PeerId(one) for one in self.links],
             pipeline=SimpleNamespace(worker=worker, driver=driver),
-            catchup=SimpleNamespace(tracks={}),
+            catchup=SimpleNamespace(
+                tracks={"train/1/0": SimpleNamespace(round=0, state_hash=hash_of("state"))}
+            ),
         )
 
     def send_metrics(self, body: bytes, only: PeerId | None = None) -> None:

@@ -22,7 +22,7 @@ from tests.swarm.harness import (
     poll_until,
     wait_same_stand,
 )
-from tests.swarm.synthetic import Plan, Trainer
+from tests.swarm.synthetic import SCHEMA_HASH, VALUES, Plan, Trainer
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -231,13 +231,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_bad_tickets_end_with_their_exit_codes_and_change_nothing(tmp_path: Path) -> None:
-    """Another run, an expired right, a forged one, another version of the protocol."""
+    """Another model, another run, an expired right, a forged one, another protocol version."""
     with Swarm(tmp_path) as swarm:
         founder = swarm.found()
         with closing_all(train(founder, 1, seq_max=4)):
             founder.wait_applied(3)
         founder.wait_event("trainer_lost")
         before = founder.status()
+        for schema, values in ((bytes(32), VALUES), (SCHEMA_HASH, VALUES + 1)):
+            model = {"schema_hash": schema.hex(), "layout": [[CHANNEL, values]]}
+            with pytest.raises(RunMismatch, match="not the run's model"):
+                founder.call("attach", model)
         good = founder.ticket()
         key = founder.site.founder()
         assert key is not None

@@ -21,9 +21,11 @@ import swarmtrain as st
 from swarmtrain_peer.quorum import QuorumChanged
 from swarmtrain_peer.spawn import child_environment
 from swarmtrain_protocols.errors import ConfigError, GroupLost, LocalProtocolError, RoundFailed
+from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import log as lm
+from swarmtrain_protocols.rounds.member import Offer
 from tests.protocols import reference_numbers as reference
 from tests.swarm.harness import poll_until
 
@@ -303,6 +305,42 @@ def test_a_member_that_breaks_the_protocol_is_named_and_ends_nobody(trio: list[s
     assert not victim.failure.done(), "one member's fault is not the end of another"
     found = reduce_all(trio, [np.ones(3, np.float32)] * 3, [1.0] * 3, group="after a lie")
     assert all(reduced.weight == 3.0 for reduced in found)
+
+
+def test_values_that_are_not_numbers_are_refused_by_name_and_the_others_get_their_sum(
+    trio: list[st.Peer],
+) -> None:
+    """A member that serves NaN under a root of its own, past its own checks; it owns no part."""
+    with st.Peer.start(ticket=trio[0].ticket, listen="", name="liar") as liar:
+        serve_nan(liar, "group/finite sum", expect=4)
+        arrays = [np.full(4, value, np.float32) for value in (2.0, 4.0, 6.0)]
+        calls = [
+            lambda peer=peer, array=array: peer.all_reduce(  # type: ignore[misc]
+                array, group="finite sum", expect=4, timeout=WAIT_S
+            )
+            for peer, array in zip(trio, arrays, strict=True)
+        ]
+        for reduced in at_once(calls):
+            assert reduced.values.tolist() == pytest.approx([4.0] * 4)
+            assert liar.id not in reduced.contributors and len(reduced.contributors) == 3
+        told = [r for peer in trio for r in peer._runtime.events.query(name="peer_fault")]
+        named = [r for r in told if r["fault"] == "invalid_contribution"]
+        assert named and {r["peer"] for r in named} == {liar.id}
+
+
+def serve_nan(liar: st.Peer, channel: str, expect: int) -> None:
+    """Have ``liar`` offer f32[4] with a NaN in it."""
+    runtime = liar._runtime
+    bad = np.array([1.0, np.nan, 2.0, 3.0], np.float32).tobytes()
+
+    def lie() -> None:
+        blob = Blob.of([bad])
+        runtime.data.register(blob)
+        offer = Offer(channel, blob.root, 4, "fp32", 1.0, 0, expect)
+        runtime.driver.run(runtime.node.contribute, offer)
+
+    assert liar._loop is not None
+    liar._loop.call_soon_threadsafe(lie)
 
 
 def test_a_peer_killed_in_mid_call_is_left_behind(trio: list[st.Peer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -198,3 +199,70 @@ def test_the_member_without_training_in_the_readme_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "[1. 1. 1." in done.stdout
+
+
+# --- what tests/README.md says of the tests ---
+
+NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`")
+SWARMS_MAX = 12
+ONE_SITE = frozenset(
+    {
+        "test_bad_tickets_end_with_their_exit_codes_and_change_nothing",
+        "test_a_dead_peer_process_is_started_again_and_its_trainer_goes_on",
+    }
+)
+
+
+def named_tests(heading: str) -> list[tuple[str, str]]:
+    """(file, test or "") of every row below a heading of tests/README.md."""
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `") or " | `" in line]
+    return [found for row in rows for found in NAMED.findall(row)]
+
+
+def quick_tests(path: Path) -> list[str]:
+    """Test functions of a file that are not marked slow, neither alone nor with the file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    marks = [
+        ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    if any("mark.slow" in mark for mark in marks):
+        return []
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and "pytest.mark.slow" not in [ast.unparse(mark) for mark in node.decorator_list]
+    ]
+
+
+def test_every_test_that_the_readme_of_tests_names_exists() -> None:
+    wrong = []
+    for heading in ("Real swarms of `make test`", "Bad input"):
+        listed = named_tests(heading)
+        assert len(listed) > 9
+        for file, name in listed:
+            path = ROOT / file
+            if not path.is_file() or (name and f"def {name}(" not in path.read_text()):
+                wrong.append(f"{file}::{name}")
+    assert not wrong, wrong
+
+
+def test_make_test_starts_at_most_a_dozen_real_swarms() -> None:
+    listed = named_tests("Real swarms of `make test`")
+    assert len(listed) <= SWARMS_MAX
+    whole = {file for file, name in listed if not name}
+    for file, name in listed:
+        assert not name or name in quick_tests(ROOT / file), f"{name} is slow"
+    unlisted = [
+        f"{path.name}::{name}"
+        for path in sorted((ROOT / "tests" / "swarm").glob("test_*.py"))
+        if f"tests/swarm/{path.name}" not in whole
+        for name in quick_tests(path)
+        if (f"tests/swarm/{path.name}", name) not in listed and name not in ONE_SITE
+    ]
+    assert not unlisted, f"mark them slow, or list them in tests/README.md: {unlisted}"

@@ -124,6 +124,7 @@ def test_a_member_without_the_text_fetches_it_and_serves_it(swarm: Founded) -> N
     assert second.wait_event("corpus_ready")["donors"] == 2
 
 
+@pytest.mark.slow
 def test_wrong_bytes_are_refused_and_another_donor_is_taken(swarm: Founded) -> None:
     """The founder has only the hash; the first holder lies about two chunks of twelve."""
     corpus = write_text(swarm.folder / "text")
@@ -145,6 +146,7 @@ def test_wrong_bytes_are_refused_and_another_donor_is_taken(swarm: Founded) -> N
     assert honest.id not in {f["peer"] for f in joiner.events("peer_fault")}
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_was(swarm: Founded) -> None:
     corpus = write_text(swarm.folder / "text")
     pinned = build_corpus(corpus, swarm.folder / "made").hash
@@ -167,6 +169,7 @@ def test_a_killed_download_goes_on_where_it_was(swarm: Founded) -> None:
     assert joiner.wait_event("corpus_ready")["bytes"] == 12 * MIB
 
 
+@pytest.mark.slow
 def test_a_trainer_without_the_text_trains(swarm: Founded) -> None:
     """Founder with a folder of its own; the joiner lacks it and trains on what it fetched."""
     corpus = write_text(swarm.folder / "text", files=3)

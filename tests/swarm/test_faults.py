@@ -166,6 +166,7 @@ def test_everything_killed_right_after_a_commit_is_never_older_afterwards(tmp_pa
         assert all(trainer.failure is None for trainer in trainers)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_checkpoint_is_refused_and_the_one_before_is_used(
     tmp_path: Path,
 ) -> None:
@@ -201,6 +202,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_an_outgoing_only_member_trains_with_two_others(tmp_path: Path) -> None:
     with Swarm(tmp_path) as swarm:
         founder = swarm.found(start_peers=3)

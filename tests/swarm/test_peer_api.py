@@ -360,6 +360,7 @@ def test_a_peer_killed_in_mid_call_is_left_behind(trio: list[st.Peer]) -> None:
     assert len({reduced.root_hash for reduced in found}) == 1
 
 
+@pytest.mark.slow
 def test_four_processes_agree_on_four_bytes_forty_times() -> None:
     """One round after the other; how long one takes is for ``benchmarks/allreduce.py``."""
     with st.Peer.start() as first:

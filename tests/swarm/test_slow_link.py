@@ -118,6 +118,7 @@ def test_a_slow_link_raises_neither_step_time_nor_hook_time(
         swarm.check_hashes()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_auto_goes_eager_where_the_exchange_is_slow_at_every_member_alike(tmp_path: Path) -> None:
     """Run keys as they are by default, phases of half a second, a link of 40 ms."""

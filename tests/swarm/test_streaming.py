@@ -74,6 +74,7 @@ def loss_of(theta: dict[str, torch.Tensor] | None) -> float:
         return (model(x) - y).square().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_fragments_are_shared_in_turn_by_three_peers_one_of_whom_comes_late(tmp_path: Path) -> None:
     with Swarm(tmp_path) as swarm:

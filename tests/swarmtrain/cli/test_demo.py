@@ -253,6 +253,7 @@ def check_figures(logs: list[list[dict[str, Any]]]) -> None:
                 assert total >= record.get(f"{phase}_s", 0.0) - 0.001 * (1 + len(spans))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_member_that_dies_ends_the_demo_at_once(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()

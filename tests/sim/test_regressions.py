@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.nightly import explain
 from swarmtrain_protocols.testing.swarm import run_swarm
 
@@ -23,3 +24,11 @@ FOUND = {
 def test_a_schedule_that_found_a_defect_stays_quiet(seed: int) -> None:
     outcome = run_swarm(seed)
     assert outcome.violation == "", f"{FOUND[seed]} again?\n{explain(outcome)}"
+
+
+def test_who_holds_a_ticket_of_which_every_address_is_gone_is_not_waited_for() -> None:
+    """Seed 260 of a night: cut off at its start, and then the only site that it knew vanished."""
+    faults = [Fault(5.44, "isolate", "b", "", 1.274), Fault(7.966, "vanish", "a", "", 0.082)]
+    outcome = run_swarm(260, faults)
+    assert outcome.violation == "", explain(outcome)
+    assert outcome.seen["stranded"] == 1

@@ -11,7 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain_protocols.entries import Genesis, ModelDefined, RoundCommitted, StewardsChanged
+from swarmtrain_protocols.entries import (
+    Genesis,
+    MemberJoined,
+    ModelDefined,
+    RoundCommitted,
+    StewardsChanged,
+)
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
 from swarmtrain_protocols.testing.checkers import Checker, settle_within
@@ -212,13 +218,36 @@ def excused(swarm: Swarm) -> bool:
     return excuse
 
 
+def stranded(swarm: Swarm) -> tuple[str, ...]:
+    """Sites that were never let in and whose tickets name nobody who could do it any more.
+
+    One address of a live member is enough to join; of these sites nothing is promised.
+    """
+    hosts = swarm.world.hosts
+    bodies = swarm.rounds.bodies.values()
+    joined = [body.member for body in bodies if isinstance(body, MemberJoined)]
+    joined += [body.steward for body in bodies if isinstance(body, Genesis)]
+    doors = [
+        name
+        for name in swarm.truth.ticket_sites
+        if not hosts[name].vanished and hosts[name].peer in joined
+    ]
+    found = tuple(
+        name
+        for name, host in hosts.items()
+        if not host.vanished and host.peer not in joined and not any(d != name for d in doors)
+    )
+    swarm.world.seen["stranded"] += len(found)
+    return found
+
+
 def _count(people: Sequence[bytes], lost: Sequence[bytes]) -> int:
     return sum(peer in lost for peer in people)
 
 
 class _Recovered:
     """Everybody alive is a member, holds the state of a round committed after healing, and, if it
-    trains, has contributed to one since: nobody is left behind.
+    trains, has contributed to one since: nobody is left behind but the ``stranded``.
     """
 
     def __init__(self, swarm: Swarm) -> None:
@@ -228,10 +257,11 @@ class _Recovered:
             done = [r for c, r in swarm.rounds.committed if c == channel]
             self.target[channel] = max(done, default=-1) + 1 + ROUNDS_AFTER_HEALING
         self.served = dict(swarm.rounds.served)
+        self.stranded = stranded(swarm)
 
     def __call__(self) -> bool:
         for name, host in self.swarm.world.hosts.items():
-            if host.vanished:
+            if host.vanished or name in self.stranded:
                 continue
             site = self.swarm.site(name)
             if site is None or not site.core.joiner.is_member:

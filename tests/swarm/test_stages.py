@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from swarmtrain_peer.spawn import start_process, stop_process
-from tests.swarm.harness import WAIT_S, Seat, Swarm
+from tests.swarm.harness import WAIT_S, Seat, Swarm, poll_until
 from tests.swarm.text import listen
 
-STAGES, STEPS, BATCHES = 2, 12, 4
+STAGES, STEPS, BATCHES = 2, 24, 4
 KEYS = {
     "seed": 7,
     "stages": STAGES,
@@ -31,6 +32,28 @@ def trainer(seat: Seat) -> subprocess.Popen[bytes]:
     return start_process([*arguments, "--device", "cpu", "--wait-s", "60"], output, nice=5)
 
 
+def check_product(seat: Seat, ids: set[str]) -> None:
+    """What a member shows of the pipeline is what goes on, also at the others."""
+
+    def told() -> Any:
+        pipeline = seat.status()["pipeline"]
+        stages = pipeline["coverage"]
+        at_work = all(one["ready"] and one["busy"] and one["state"] == "ok" for one in stages)
+        return pipeline if at_work and set(pipeline["drivers"]) == ids else None
+
+    pipeline = poll_until(told, "every stage is served, busy and told of")
+    assert (pipeline["mode"], pipeline["stages"], pipeline["trouble"]) == ("sync", STAGES, [])
+    assert pipeline["micro_batches_per_s"] > 0
+    peers = seat.call("peers")["peers"]
+    served = {one["stage"] for peer in peers for one in peer["stages"]}
+    assert served == set(range(STAGES + 1))
+    steps = [one for one in seat.call("rounds")["rounds"] if one["outcome"] == "committed"]
+    assert {one["channel"] for one in steps} == {"steps"}
+    assert all(len(one["stages"]) == STAGES + 1 for one in steps)
+    pairs = [sum(c["samples"] for c in one["contributors"]) for one in steps]
+    assert set(pairs) == {float(BATCHES * (STAGES + 2))}, "every hop of every micro-batch once"
+
+
 @pytest.mark.timeout(118)
 def test_stages_train_through_the_death_of_a_trainer(tmp_path: Path) -> None:
     """Every step commits all micro-batches, replicas agree, and the loss falls."""
@@ -42,6 +65,7 @@ def test_stages_train_through_the_death_of_a_trainer(tmp_path: Path) -> None:
             founder.wait_event("step_committed", lambda r: r["step"] >= 2, timeout_s=3 * WAIT_S)
             text = listen(seats[2], b"def ", 6)
             assert min(text.versions) >= 2 and sorted(text.versions) == text.versions
+            check_product(seats[2], {seat.id for seat in seats})
             victim = seats[1]
             processes[victim.name].kill()
             processes[victim.name].wait(WAIT_S)

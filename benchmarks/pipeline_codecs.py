@@ -8,7 +8,8 @@ product's. Runs of one seed begin from the same weights and see the same text in
 Prints the validation loss (nats per byte, through the same codec) beside that of fp32 boundaries.
 Bytes are those of whole tensors as sent, headers and scales included. The control rounds to 15
 levels, which is known to cost, and shows that the comparison would see it; nobody can choose it.
-``repeat`` is fp32 from weights that differ by a hundredth, and shows what chance alone does.
+``repeat`` is fp32 from weights that differ by a hundredth, and shows what chance alone does. Where
+fp32 got to, the codecs are also compared at equal weights: loss and gradient, without chance.
 Exits with 1 unless int8 and fp8 stay within 0.5 % of fp32 in the mean over the seeds and send at
 most 0.27 of its bytes. Writes JSON into ``results/``.
 """
@@ -28,7 +29,8 @@ from local_training import Trainer, single_thread, write_result
 from torch import Tensor
 
 from swarmtrain.training.data import Corpus, load_corpus
-from swarmtrain.training.stages.boundary import PlainBoundary
+from swarmtrain.training.stages.boundary import BoundaryCodec, PlainBoundary, device_codec
+from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.manifest import RunKeys
 
 SIZES = {"d_model": 96, "layers": 4, "heads": 4, "context": 64}
@@ -39,6 +41,7 @@ REPEAT_CHANGE = 1e-2
 LOSS_RATIO_MAX = 1.005
 BYTES_RATIO_MAX = 0.27
 EVALUATION_BATCHES = 64
+GRADIENT_BATCHES = 16
 
 
 class Control(PlainBoundary):
@@ -65,10 +68,7 @@ def run(
         total_steps=steps,
     )
     trainer = Trainer(keys, corpus)
-    if codec == CONTROL:
-        plain = trainer.runtime.boundary
-        assert isinstance(plain, PlainBoundary)
-        trainer.runtime.boundary = Control(plain.oracle, plain.bounds, plain.device, plain.dtype)
+    trainer.runtime.boundary = boundary(trainer, codec)
     if codec == REPEAT:
         noise = np.random.default_rng(seed)
         for theta in trainer.theta.values():
@@ -79,7 +79,7 @@ def run(
     first = trainer.loss(held_out)
     for _ in range(steps):
         trainer.step()
-    return {
+    found = {
         "codec": codec,
         "seed": seed,
         "loss_first": first,
@@ -87,6 +87,47 @@ def run(
         "boundary_bytes_per_step": trainer.pipeline.sent_nbytes / steps,
         "seconds": round(time.perf_counter() - began_s, 1),
     }
+    if codec == BASE:
+        found["equal_weights"] = at_equal_weights(trainer, found["loss_last"])
+    return found
+
+
+def boundary(trainer: Trainer, codec: str) -> BoundaryCodec:
+    """A codec for the tensors of a trainer."""
+    plain = trainer.runtime.boundary
+    assert isinstance(plain, PlainBoundary)
+    about = plain.bounds, plain.device, plain.dtype
+    if codec == CONTROL:
+        return Control(plain.oracle, *about)
+    return device_codec(BASE if codec == REPEAT else codec, *about)
+
+
+def at_equal_weights(trainer: Trainer, loss: float) -> dict[str, dict[str, float]]:
+    """What the other codecs change where fp32 got to, in which chance has no part.
+
+    ``loss_ratio``: of the validation loss through the codec; ``gradient_error``: norm of the change
+    of the gradient of some micro-batches, as a share of the gradient's norm.
+    """
+    held_out = trainer.held_out(EVALUATION_BATCHES)
+    expected = gradient(trainer)
+    found = {}
+    for codec in (*GATED, CONTROL):
+        trainer.runtime.boundary = boundary(trainer, codec)
+        change = gradient(trainer) - expected
+        error = float(np.linalg.norm(change) / np.linalg.norm(expected))
+        ratio = trainer.loss(held_out) / loss
+        found[codec] = {"loss_ratio": ratio, "gradient_error": error}
+    return found
+
+
+def gradient(trainer: Trainer) -> F32:
+    """Of all stages over micro-batches that no step has seen, [n]."""
+    first = trainer.number * trainer.keys.micro_batches
+    for k in range(first, first + GRADIENT_BATCHES):
+        trainer.pipeline.micro_batch(k, trainer.windows(k))
+    found = np.concatenate([trainer.runtime.accumulator(s) for s in trainer.theta])
+    trainer.runtime.clear(list(trainer.theta))
+    return found
 
 
 def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> int:
@@ -109,11 +150,13 @@ def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> i
             print(json.dumps(runs[-1]), flush=True)
     summary = summarised(runs)
     print_table(summary)
+    equal = equal_weights(runs)
     document = {
         "what": "validation loss (nats per byte) and bytes between stages, by boundary codec",
         "model": sizes,
         "steps": options.steps,
         "summary": summary,
+        "equal_weights": equal,
         "runs": runs,
     }
     write_result("pipeline-codecs", document, options.output)
@@ -155,6 +198,18 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
             f"{codec:10}{row['loss']:9.4f}{row['loss_spread']:9.4f}{row['loss_ratio'] - 1:+9.2%}"
             f"{row['loss_ratio_error']:9.2%}{row['bytes_ratio']:9.4f}"
         )
+
+
+def equal_weights(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the seeds of ``at_equal_weights``; prints them."""
+    print(f"\n{'at equal weights':18}{'loss':>9}{'gradient':>10}")
+    own = [r["equal_weights"] for r in runs if "equal_weights" in r]
+    found = {}
+    for codec in own[0]:
+        row = {name: statistics.mean(e[codec][name] for e in own) for name in own[0][codec]}
+        print(f"{codec:18}{row['loss_ratio'] - 1:+9.3%}{row['gradient_error']:10.2%}")
+        found[codec] = row
+    return found
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ loading checkpoints, copies and neighbours is free for everybody.
 Exits with 1 unless (1) whatever the product chose is, on held-out text that did not choose it, at
 most 0.02 nat worse than the best alternative at hand, each time, and (2) the final loss of ``best``
 is within 1 % of ``none`` in the mean over the seeds. Exits with 2 if leaving out the stage costs
-``none`` less than 0.1 nat at the time of any loss: then nothing was lost that matters. Writes JSON
-into ``results/``.
+``none`` less than 0.1 nat at more than one of the three losses of any seed: then nothing was lost
+that matters. Writes JSON into ``results/``.
 """
 
 from __future__ import annotations
@@ -279,10 +279,18 @@ def finals(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def verdict(least: float, chosen: list[dict[str, Any]], final: dict[str, dict[str, float]]) -> int:
-    """The exit code, with a line for each bar. ``least``: what leaving out a stage cost."""
-    print(f"leaving out the stage costs {least:.3f} nat or more (at least {BYPASS_NATS_MIN})")
-    if least < BYPASS_NATS_MIN:
+def verdict(
+    bypasses: list[list[float]], chosen: list[dict[str, Any]], final: dict[str, dict[str, float]]
+) -> int:
+    """The exit code, with a line for each bar.
+
+    Args:
+        bypasses: by seed, what leaving out the stage cost at the time of each loss.
+    """
+    for each in bypasses:
+        costs = ", ".join(f"{nats:.3f}" for nats in each)
+        print(f"leaving out the stages costs {costs} nat (at least {BYPASS_NATS_MIN}, but for one)")
+    if any(sum(nats < BYPASS_NATS_MIN for nats in each) > 1 for each in bypasses):
         return 2
     worst = max(each["excess_nats"] for each in chosen)
     print(f"a choice is at worst {worst:+.4f} nat above the best other (bar {INSTALL_NATS_MAX})")
@@ -311,8 +319,7 @@ def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> i
             f"{way:14}{row['steps']:7.0f}{row['loss']:9.4f}{row['ratio'] - 1:+9.2%}"
             f"{row['ratio_worst_seed'] - 1:+9.2%}{row['jump_mean_nats']:+9.3f}"
         )
-    least = min(min(run["bypass_nats"]) for run in runs if run["way"] == "none")
-    code = verdict(least, chosen, final)
+    code = verdict([r["bypass_nats"] for r in runs if r["way"] == "none"], chosen, final)
     document = {
         "what": "an inner stage lost three times: ways to go on, in the same time",
         "model": sizes,

@@ -24,6 +24,7 @@ def codecs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     text = np.frombuffer(b"for each in range(10): print(each)\n" * 200, np.uint8)
     monkeypatch.setattr(module, "load_corpus", lambda name: Corpus(text[:5000], text[5000:]))
     monkeypatch.setattr(module, "EVALUATION_BATCHES", 2)
+    monkeypatch.setattr(module, "GRADIENT_BATCHES", 1)
     return module
 
 
@@ -43,6 +44,11 @@ def test_a_small_run_writes_losses_and_exact_bytes(codecs: ModuleType, tmp_path:
     losses = {run["codec"]: (run["loss_first"], run["loss_last"]) for run in document["runs"]}
     assert all(last < first for first, last in losses.values())
     assert losses["repeat"] != losses["fp32"] == pytest.approx(losses["repeat"], abs=0.1)
+    equal = document["equal_weights"]
+    assert 0 < equal["int8"]["gradient_error"] < equal["fp8"]["gradient_error"] < 0.1
+    assert equal["fp8"]["gradient_error"] < equal["control"]["gradient_error"]
+    assert equal["int8"]["loss_ratio"] == pytest.approx(1, abs=1e-3)
+    assert equal["int8"]["loss_ratio"] != 1
     assert abs(losses["control"][0] - losses["fp32"][0]) > 1e-5
 
 

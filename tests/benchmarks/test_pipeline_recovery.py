@@ -80,13 +80,13 @@ def test_rollback_pays_for_the_steps_it_repeats(recovery: ModuleType) -> None:
 
 
 def test_bars(recovery: ModuleType) -> None:
-    def verdict(bypass: float, excess: float, ratio: float) -> int:
+    def verdict(bypass: list[float], excess: float, ratio: float) -> int:
         chosen = [{"excess_nats": -1.0}, {"excess_nats": excess}]
         final = {"best": {"ratio": ratio}, "best, no copy": {"ratio": 2.0}}
-        found: int = recovery.verdict(bypass, chosen, final)
+        found: int = recovery.verdict([[1.0, 1.0, 1.0], bypass], chosen, final)
         return found
 
-    assert verdict(0.1, 0.02, 1.01) == 0
-    assert verdict(0.09, 0.02, 1.01) == 2
-    assert verdict(0.1, 0.021, 1.01) == 1
-    assert verdict(0.1, 0.02, 1.011) == 1
+    assert verdict([0.1, 0.1, 0.09], 0.02, 1.01) == 0
+    assert verdict([0.1, 0.09, 0.09], 0.02, 1.01) == 2
+    assert verdict([0.1, 0.1, 0.1], 0.021, 1.01) == 1
+    assert verdict([0.1, 0.1, 0.1], 0.02, 1.011) == 1

@@ -229,6 +229,7 @@ class DriverCore:
             self.router.late(now, peer)
         else:
             seconds = self.router.replied(now, issue.ticket)
+            self._hasten(now, issue.task.hop)
         self._out.append(Emit(px.HopDone(peer, hop, backward, seconds, "ok")))
         task = issue.task
         if self._tasks.get((batch.k, task.hop)) is not task:
@@ -244,6 +245,13 @@ class DriverCore:
         elif following is None and not any(k == batch.k for k, _ in self._tasks):
             self._tell_done(batch)  # again, if hops had to be done again
             self._ask_at = now
+
+    def _hasten(self, now: float, hop: Hop) -> None:
+        """Whoever was asked when less was known of such a hop gets no more time for it."""
+        due = now + self.router.timeout_s(hop)
+        for issue in self._issues.values():
+            if issue.task.hop == hop:
+                issue.due = min(issue.due, due)
 
     def _refused(self, now: float, peer: PeerId, refusal: HopRefused) -> None:
         issue = self._issues.get(refusal.id)

@@ -11,6 +11,7 @@ code forgets it.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections import deque
@@ -26,6 +27,8 @@ BAN_S = 5.0
 BANS_DOUBLED_MAX = 6
 TIMEOUT_S_MIN = 1.0
 TIMEOUT_FACTOR = 4.0
+UNKNOWN_FACTOR = 16.0
+"""A kind of hop that was never measured gets so many times the slowest of the others."""
 TIMEOUT_MEDIANS = 8.0
 """Requests that got lost are among the latest seconds: a few of them make no timeout long."""
 HEDGE_FACTOR = 2.0
@@ -227,7 +230,9 @@ class Router:
     def timeout_s(self, kind: Kind) -> float:
         """Seconds after which a request is sent elsewhere."""
         if kind not in self._elapsed:
-            return limits.HOP_TIMEOUT_S_FIRST
+            slowest = max((self.p95_s(known) for known in self._elapsed), default=math.inf)
+            guess = max(TIMEOUT_S_MIN, UNKNOWN_FACTOR * slowest)
+            return min(guess, limits.HOP_TIMEOUT_S_FIRST)
         wanted = max(TIMEOUT_S_MIN, TIMEOUT_FACTOR * self.p95_s(kind))
         usual = TIMEOUT_MEDIANS * statistics.median_low(self._elapsed[kind])
         return min(wanted, max(limits.HOP_TIMEOUT_S_FIRST, usual), limits.HOP_TIMEOUT_S_MAX)

@@ -88,6 +88,7 @@ class CatchUp:
         self._keys = keys
         self.chunk_values = chunk_values
         self._report_at = 0.0
+        self._told: dict[str, tuple[int, bytes | None]] = {}
 
     def restore(self, channel: str, round_number: int, state_hash: bytes) -> None:
         """The shell loaded (or made) a state: the one before ``round_number``."""
@@ -126,6 +127,7 @@ class CatchUp:
                 track = self.tracks.setdefault(channel.name, Track(channel.name))
                 self._verify(channel, track)
                 self._advance(now, channel, track)
+                self._tell(track)
             elif channel.name in self.tracks:
                 self._part_with(channel, self.tracks[channel.name])
 
@@ -416,7 +418,14 @@ class CatchUp:
             self.in_step(channel),
             self.training,
         )
+        self._told[channel] = (track.round, track.state_hash if message.ready else None)
         self._out.append(Send(self.leader, message))
+
+    def _tell(self, track: Track) -> None:
+        """In a pipeline a step waits for it: a log that catches up makes a state the newest."""
+        name, state = track.channel, (track.round, track.state_hash)
+        if self._repeats() and self.in_step(name) and self._told.get(name) != state:
+            self.report(name)
 
     def announce(self) -> None:
         for name in self.tracks:

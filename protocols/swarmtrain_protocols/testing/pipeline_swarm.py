@@ -200,14 +200,15 @@ def run_built(
     faults: Sequence[Fault],
     *checkers: Checker,
     heal_at_s: float = HEAL_AT_S,
+    healthy: Callable[[], bool] | None = None,
 ) -> PipelineOutcome:
-    """A schedule on a world that was built."""
+    """A schedule on a world that was built; trouble ends at a time, or when ``healthy`` says so."""
     outcome = PipelineOutcome(seed, list(faults))
     world = swarm.world
     world.watch(*checkers)
     world.plan(faults)
     try:
-        world.run(heal_at_s)
+        world.run(heal_at_s, healthy)
         swarm.truth.calm = True
         outcome.recovery_s = settle_within(
             world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)

@@ -69,7 +69,7 @@ def test_a_timeout_sends_the_same_bytes_elsewhere_and_a_late_answer_still_counts
     rig.lease(0.0, 1)
     through(rig, 0.1, 1)
     slow, first = rig.asked()
-    due = 0.1 + limits.HOP_TIMEOUT_S_FIRST
+    due = 0.1 + rig.core.router.timeout_s((1, False))
     rig.core.tick(due - 0.01)
     assert not rig.requests()
     rig.core.tick(due)
@@ -184,6 +184,18 @@ def test_redo_replays_only_that_hop_from_what_was_kept() -> None:
     assert rig.core.figures() == {"active": 0, "parked": 0, "done": 1, "redo": 0}
     rig.lease(2.0, redo=((2, 3),))
     assert rig.asked()[1].id.attempt == 2  # and lost again
+
+
+def test_the_first_answer_of_a_kind_of_hop_ends_the_patience_with_the_others() -> None:
+    """Nothing is known at first, and everybody gets long; then the next timeout is like any."""
+    rig = Rig(stages=2)
+    rig.lease(0.0, 1, 2)
+    (one, first), (two, _) = rig.requests()
+    assert one != two
+    rig.reply(0.1, one, first)
+    rig.requests()
+    rig.core.tick(0.1 + 1.01)
+    assert [(m.id.micro_batch, m.id.hop, m.id.attempt) for _, m in rig.requests()] == [(2, 0, 1)]
 
 
 def test_a_hop_is_sent_again_once_until_all_that_is_missing_is_there() -> None:

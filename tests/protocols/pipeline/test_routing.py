@@ -190,6 +190,9 @@ def test_timeout_is_four_times_p95_within_bounds() -> None:
     assert router.timeout_s(FORWARD) == limits.HOP_TIMEOUT_S_FIRST
     measured(router, worker, 0.01, 1)
     assert router.timeout_s(FORWARD) == 1.0
+    assert router.timeout_s(BACKWARD) == 1.0  # what is not known is guessed from the others
+    measured(router, worker, 0.2, 900)
+    assert router.timeout_s(BACKWARD) == pytest.approx(3.2)
     for ticket in range(2, 22):
         measured(router, worker, 2.0, ticket)
     assert router.p95_s(FORWARD) == pytest.approx(2.0)

@@ -14,6 +14,7 @@ import msgspec
 
 from swarmtrain_peer import host
 from swarmtrain_peer.progress import is_behind
+from swarmtrain_peer.recoveries import Recoveries
 from swarmtrain_peer.roundclock import SPANS_TOLD, merge
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.stage_work import StageRow, StagesBody, WorkLog
@@ -46,6 +47,7 @@ class StageBoard:
         self._refused = 0
         self.work = WorkLog(host.mono_s())
         self.steps = StepBook()
+        self.recoveries = Recoveries()
         runtime.listeners.append(self._on_core_event)
 
     # -- what is heard -------------------------------------------------------------------------
@@ -60,6 +62,7 @@ class StageBoard:
 
     def _on_core_event(self, event: object) -> None:
         self.steps.watch(event)
+        self.recoveries.watch(event)
         if isinstance(event, px.HopDone) and event.outcome == "ok":
             stage = stage_of(event.hop, self._runtime.manifest.keys.stages)
             self._delays.append((stage, event.seconds))
@@ -181,6 +184,7 @@ class StageBoard:
             "boundary_codec": keys.boundary_codec,
             "coverage": coverage,
             "trouble": self._trouble(coverage),
+            "recoveries": self.recoveries.documents(),
         }
 
     def _gathering(self) -> bool:

@@ -22,6 +22,7 @@ from swarmtrain.cli.stages import (
     STEPS,
     coverage_table,
     peers_table,
+    recovery_lines,
     stage_health,
     status_fields,
     steps_table,
@@ -100,7 +101,9 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         share = "" if used is None else f", computing {100 * used:.1f} % of the time"
         lines.append(f"trainer  step {trainer.get('step')}{share}")
     if pipeline:
-        return [*(escape_text(line) for line in lines), "", *coverage_table(pipeline)]
+        back = [escape_text(line) for line in recovery_lines(pipeline)]
+        parts = [escape_text(line) for line in lines], coverage_table(pipeline), back
+        return [line for part in parts if part for line in (*part, "")][:-1]
     for name, channel in sorted((answer.get("channels") or {}).items()):
         lines.append(
             f"channel  {name} round {channel.get('round')} {channel.get('phase')}"

@@ -79,6 +79,21 @@ def coverage_table(pipeline: Document) -> list[str]:
     return table(header, rows)
 
 
+def recovery_lines(pipeline: Document) -> list[str]:
+    """How lost stages came back."""
+    lines = []
+    for one in pipeline.get("recoveries") or []:
+        if one["choice"] is None:
+            continue
+        others = [f"{c['name']} {c['loss']:.3f}" for c in one["candidates"]]
+        took = span(one["lost_wall_s"], one["back_wall_s"])
+        lines.append(
+            f"stage {one['stage']} was rebuilt before step {one['step']} in {took} from "
+            f"{one['choice']} ({', '.join(others)})"
+        )
+    return lines
+
+
 def peer_does(peer: Document) -> str:
     """What a member does in a pipeline, such as ``ends, 2``."""
     stages = [one["stage"] for one in peer["stages"]]

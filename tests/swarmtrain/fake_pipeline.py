@@ -126,6 +126,22 @@ class FakePipeline(FakeRun):
                 "boundary_codec": "int8",
                 "coverage": self.coverage(),
                 "trouble": self.trouble(),
+                "recoveries": [
+                    {
+                        "stage": 2,
+                        "step": 9,
+                        "host": IDS[3],
+                        "lost_wall_s": self.opened_s(9),
+                        "back_wall_s": self.opened_s(9) + 4.5,
+                        "choice": "average",
+                        "loss": 3.204,
+                        "candidates": [
+                            {"name": "average", "loss": 3.204},
+                            {"name": "copy-left", "loss": 3.391},
+                            {"name": "near-identity-0.1", "loss": 3.266},
+                        ],
+                    }
+                ],
             },
         }
 

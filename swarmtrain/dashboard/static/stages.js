@@ -74,6 +74,23 @@ function headCell(peer, who) {
   return out;
 }
 
+// How lost stages came back: what was installed, and what else was tried.
+function drawRecoveries(pipeline, who) {
+  $("recoveries").replaceChildren(...(pipeline.recoveries || []).slice(-4).reverse().map((one) => {
+    const item = node("li");
+    if (!one.choice) {
+      item.append(node("b", "", `stage ${one.stage} was lost before step ${one.step}`), node("span", "", `${nameOf(who, one.host)} rebuilds it`));
+      return item;
+    }
+    const tried = one.candidates.map((c) => `${c.name} ${Number.isFinite(c.loss) ? c.loss.toFixed(3) : "–"}`).join(", ");
+    item.append(
+      node("b", "", `stage ${one.stage} was rebuilt before step ${one.step}`),
+      node("span", "", `by ${nameOf(who, one.host)} in ${seconds(one.back_wall_s - one.lost_wall_s)} from ${one.choice}; loss of those tried: ${tried}`),
+    );
+    return item;
+  }));
+}
+
 function drawStages() {
   const pipeline = pipelineOf(), panel = $("stages-panel");
   panel.hidden = !pipeline;
@@ -83,6 +100,7 @@ function drawStages() {
   const rate = Number.isFinite(pipeline.micro_batches_per_s) ? `${pipeline.micro_batches_per_s.toFixed(1)} micro-batches/s · ` : "";
   $("stages-hint").textContent = `${rate}step ${pipeline.step}, ${pipeline.phase} · ${pipeline.boundary_codec} between stages · colour: busy in the last 10 s`;
   $("bottleneck").textContent = bottleneck(coverage);
+  drawRecoveries(pipeline, who);
   if (!coverage.length) return placeholder(box, "no trainer has defined the model yet");
   const workers = state.peers.filter((p) => (p.stages || []).length || p.drives)
     .sort((a, b) => nameOf(who, a.id).localeCompare(nameOf(who, b.id), undefined, { numeric: true }));

@@ -35,6 +35,10 @@ def test_status_shows_every_stage_and_who_serves_it(tmp_path: Path) -> None:
     assert ends.split()[:5] == ["ends", "ok", "3", "of", "2+"]
     assert ends.endswith("anna-laptop, cloud-spot-7, emil-a6000")
     assert not any(line.startswith("overlap") for line in lines), "it means nothing here"
+    assert lines[-1] == (
+        "stage 2 was rebuilt before step 9 in 4.50 s from average "
+        "(average 3.204, copy-left 3.391, near-identity-0.1 3.266)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def keys(steps: int, seed: int) -> Found:
 def lose(crew: Crew, number: int, count: int, steps: int) -> Found:
     """Kill everybody who serves a stage when it is time, and wait until the run goes on."""
     witness = crew.witness
-    crew.wait_step((number + 1) * steps // (count + 1))
+    when = (number + 1) * steps // (count + 1)
+    witness.wait_event("step_committed", lambda r: r["step"] >= when, timeout_s=RUN_S)
     stage, victims = crew.only_stage(*LOSE[number % len(LOSE)])
     crew.copied(stage_channel(stage))
     seq = witness.last_seq

@@ -109,6 +109,12 @@ class Loss:
         names = self.swarm.truth.names
         return [names[k] for k in self.ledger().pipeline.serving(stage)]
 
+    def copied(self, stage: int) -> bool:
+        """Somebody who does not serve the stage offers a state of it."""
+        others = [name for name in WORKERS if name not in self.serving(stage)]
+        cores = [site.core for name in others if (site := self.swarm.site(name)) is not None]
+        return any(core.catchup.snapshots.get(stage_channel(stage)) for core in cores)
+
     def kill(self, *names: str, restart_s: float | None = None) -> None:
         for name in names:
             self.world.crash(name, restart_s=restart_s)
@@ -136,6 +142,7 @@ class Loss:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_whose_workers_are_gone_comes_back_as_the_best_candidate(stage: int) -> None:
     loss = Loss(5 + stage)
+    loss.until(15.0, lambda: loss.copied(stage))
     victims, before = loss.serving(stage), loss.steps
     loss.kill(*victims)
     loss.goes_on()

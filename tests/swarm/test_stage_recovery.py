@@ -66,6 +66,29 @@ def test_a_stage_whose_sites_are_gone_for_good_is_rebuilt(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_two_stages_beside_each_other_are_lost_at_once(tmp_path: Path) -> None:
+    """Each is rebuilt from what is left; while one is missing the other is scored without it."""
+    with Crew(tmp_path) as crew:
+        crew.open(6, replicas_min=1, **KEYS)
+        crew.wait_step(20)
+        victims = {seat.name: seat for stage in (2, 3) for seat in crew.assigned(stage)}
+        crew.destroy(*victims.values())
+        for stage in (2, 3):
+            crew.witness.wait_event(
+                "stage_recovered", lambda r, stage=stage: r["stage"] == stage, timeout_s=LONG_S
+            )
+        crew.witness.wait_event("run_ended", timeout_s=LONG_S)
+        crew.check_steps(STEPS, BATCHES)
+        back = {r["stage"]: r for r in crew.witness.events("stage_recovered")}
+        assert set(back) == {2, 3}
+        for record in back.values():
+            scores = dict(zip(record["candidates"], record["losses"], strict=True))
+            assert scores[record["choice"]] == min(scores.values()) > 0.0, record
+        crew.check_replicas({stage: record["step"] for stage, record in back.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_sites_that_are_back_in_time_have_kept_their_stage(tmp_path: Path) -> None:
     with Crew(tmp_path) as crew:
         crew.open(6, replicas_min=2, **KEYS)

@@ -101,9 +101,10 @@ class RecoveryLeader:
         for stage in [s for s, (host, _) in self._proposed.items() if state.stages[s].host == host]:
             del self._proposed[stage]
         lost = state.lost()
+        for stage in lost:  # a host may be done before anybody looks: its report takes a moment
+            self._since.pop(stage, None)
         for stage in [s for s in self._hosts if s not in lost]:
             del self._hosts[stage]
-            self._since.pop(stage, None)
         if state.step != self._step:
             self._step = state.step
             self._watch_loss()

@@ -104,6 +104,17 @@ def test_a_stage_is_lost_when_nobody_comes_back_and_a_worker_of_it_is_the_host()
     assert chair.run(40.0, 100.0) == []
 
 
+def test_a_stage_that_was_rebuilt_at_once_is_not_lost_again_before_its_host_reports() -> None:
+    chair = Chair()
+    chair.here = [A, D]
+    chair.log.assign(D, 1)
+    assert chair.run(0.0, 30.0) == [lost(D)]
+    chair.commit(30.1, lost(D))
+    back = e.StageRecovered(1, 3, D, ("fresh",), (5.0,), 0, (), hash_of("new"))
+    chair.commit(30.5, back)  # between two looks
+    assert chair.run(31.0, 55.0) == [], "the state is on its way to the disk"
+
+
 def test_if_nobody_is_expected_back_it_is_sooner() -> None:
     chair = Chair()
     chair.here = [A, D]

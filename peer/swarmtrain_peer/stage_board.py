@@ -174,7 +174,7 @@ class StageBoard:
             "loss": state.loss if state.loss >= 0 else None,
             "micro_batches": keys.micro_batches,
             "step_s": round(pace[0], 4) if pace is not None else None,
-            "micro_batches_per_s": round(pace[1], 4) if pace is not None else None,
+            "micro_batches_per_s": self._rate(coverage),
             "drivers": [
                 member.hex()
                 for member in sorted(ledger.members)
@@ -186,6 +186,16 @@ class StageBoard:
             "trouble": self._trouble(coverage),
             "recoveries": self.recoveries.documents(),
         }
+
+    def _rate(self, coverage: list[Document]) -> float | None:
+        """By the newest steps or, where stages step by themselves, of the slowest stage."""
+        pace = self.steps.pace()
+        if pace is not None:
+            return round(pace[1], 4)
+        if self._runtime.node.ledger.pipeline.mode == "sync" or not coverage:
+            return None
+        rate: float = min(one["micro_batches_per_s"] for one in coverage)
+        return rate
 
     def _gathering(self) -> bool:
         """Stages are given out once there are enough workers; nobody has had one yet."""

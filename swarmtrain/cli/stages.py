@@ -25,10 +25,16 @@ def stage_health(pipeline: Document) -> tuple[str, str]:
 def status_fields(pipeline: Document) -> dict[str, str]:
     """Lines of ``status`` about all stages together."""
     pace, rate = pipeline.get("step_s"), pipeline.get("micro_batches_per_s")
+    together = pipeline["mode"] == "sync"
     steps = f"{pipeline['steps_committed']} committed, {pipeline['steps_aborted']} aborted"
-    if pace is not None and rate is not None:
-        steps += f", one every {seconds(pace)}, {rate:.1f} micro-batches/s"
-    mode = "one step together" if pipeline["mode"] == "sync" else "their own steps, DiLoCo rounds"
+    if pace is not None:
+        steps += f", one every {seconds(pace)}"
+    if rate is not None:
+        steps += f", {rate:.1f} micro-batches/s"
+    mode = "one step together" if together else "steps of their own, then rounds (DiLoCo)"
+    now = f", step {pipeline['step']}" if together else ""
+    if pipeline["attempt"]:
+        now += f", attempt {pipeline['attempt']}"
     names = {
         member["id"]: member["name"] for one in pipeline["coverage"] for member in one["members"]
     }
@@ -36,9 +42,8 @@ def status_fields(pipeline: Document) -> dict[str, str]:
     return {
         "stages": f"{pipeline['stages']} and the ends, {mode}, "
         f"{pipeline['boundary_codec']} between them",
-        "steps": steps,
-        "now": f"{pipeline['phase']}, step {pipeline['step']}"
-        + (f", attempt {pipeline['attempt']}" if pipeline["attempt"] else ""),
+        "steps" if together else "rounds": steps if together else f"of all stages: {steps}",
+        "now": f"{pipeline['phase']}{now}",
         "drivers": ", ".join(drivers) or "none",
     }
 
@@ -128,7 +133,7 @@ def peers_table(peers: Sequence[Document]) -> list[str]:
         "queued",
         "drives",
         "link",
-        "step",
+        "at",
         "addresses",
     )
     return table(header, rows)

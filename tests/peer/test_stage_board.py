@@ -161,3 +161,12 @@ def test_before_there_are_enough_workers_it_says_so(kit: Board) -> None:
     assert document["trouble"] == ["waiting for workers: 1 of 1 so far, then stages are given out"]
     kit.log.step(A, B)
     assert kit.stage(0)["state"] == "unserved", "they had been given out"
+
+
+def test_stages_that_step_by_themselves_are_as_fast_as_the_slowest(kit: Board) -> None:
+    kit.log.ledger.pipeline.mode = "diloco"
+    kit.hear(A, StageRow(0, 4, True, 0.1, 2.0), StageRow(1, 4, True, 0.5, 3.0))
+    kit.hear(C, StageRow(0, 4, True, 0.1, 1.5), StageRow(2, 4, True, 0.3, 1.25))
+    document = kit.board.document()
+    assert document["micro_batches_per_s"] == 1.25
+    assert document["step_s"] is None

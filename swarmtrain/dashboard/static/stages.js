@@ -98,7 +98,7 @@ function drawStages() {
   if (!pipeline) return;
   const who = names(), coverage = pipeline.coverage || [], box = $("stages");
   const rate = Number.isFinite(pipeline.micro_batches_per_s) ? `${pipeline.micro_batches_per_s.toFixed(1)} micro-batches/s · ` : "";
-  $("stages-hint").textContent = `${rate}step ${pipeline.step}, ${pipeline.phase} · ${pipeline.boundary_codec} between stages · colour: busy in the last 10 s`;
+  $("stages-hint").textContent = `${rate}${isSteps() ? `step ${pipeline.step}, ` : ""}${pipeline.phase} · ${pipeline.boundary_codec} between stages · colour: busy in the last 10 s`;
   $("bottleneck").textContent = bottleneck(coverage);
   drawRecoveries(pipeline, who);
   if (!coverage.length) return placeholder(box, "no trainer has defined the model yet");

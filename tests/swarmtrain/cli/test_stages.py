@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from swarmtrain.cli.main import app
 from swarmtrain.cli.query import health
-from swarmtrain.cli.stages import seconds, span, stage_health
+from swarmtrain.cli.stages import seconds, span, stage_health, status_fields
 from tests.swarmtrain.cli.rig import Rig
 from tests.swarmtrain.fake_pipeline import FakePipeline
 
@@ -98,3 +98,12 @@ def test_rounds_are_steps(tmp_path: Path) -> None:
 def test_times() -> None:
     assert (seconds(0.0123), seconds(1.25), span(None, 1.0)) == ("12 ms", "1.25 s", "-")
     assert span(2.0, 1.0) == "0 ms", "clocks may step back"
+
+
+def test_stages_that_step_by_themselves_have_rounds() -> None:
+    run = FakePipeline()
+    pipeline = run.status()["pipeline"] | {"mode": "diloco", "step": 0, "step_s": None}
+    fields = status_fields(pipeline)
+    assert fields["rounds"] == "of all stages: 24 committed, 1 aborted, 5.3 micro-batches/s"
+    assert fields["now"] == "computing"
+    assert "steps" not in fields

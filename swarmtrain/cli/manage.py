@@ -184,6 +184,12 @@ overlap = "auto"        # off | delayed | eager
 
 [comm]
 codec = "int8"          # fp32 | bf16 | int8
+
+# For a model that is larger than a machine: stages that members serve (docs/configuration.md).
+# [pipeline]
+# stages = 2            # must divide the number of layers
+# micro_batches = 16    # in a step
+# replicas_min = 2      # below it a stage is endangered
 """
 TRAIN_PY = '''\
 """Your own model in the swarm: three lines more than without.

@@ -112,14 +112,14 @@ class Writer:
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
         connection.on_close(partial(_cancel, task))
-        runtime = self._runtime
+        runtime, keys = self._runtime, self._runtime.manifest.keys
         return {
             "id": number,
             "run": runtime.settings.run.hex(),
-            "name": runtime.manifest.keys.name,
+            "name": keys.name,
             "prompt_tokens": len(generation.wanted.prompt),
             "context": model.context,
-            "counts": "steps" if runtime.node.pipeline.enabled else "rounds",
+            "counts": "steps" if keys.stages and keys.pipeline_mode == "sync" else "rounds",
         }
 
     def _check_run(self) -> None:

@@ -145,6 +145,21 @@ def test_a_text_comes_token_by_token_and_then_as_a_whole() -> None:
     run(body)
 
 
+@pytest.mark.parametrize(
+    ("keys", "counts"),
+    [
+        ({}, "rounds"),
+        ({"stages": 2, "model": {"layers": 2}}, "steps"),
+        ({"stages": 2, "model": {"layers": 2}, "pipeline_mode": "diloco"}, "rounds"),
+    ],
+)
+def test_the_answer_says_what_versions_count(keys: Document, counts: str) -> None:
+    async def body() -> None:
+        assert (await World(**keys).begin(prompt="a"))["counts"] == counts
+
+    run(body)
+
+
 def test_weights_may_move_on_between_two_tokens() -> None:
     async def body() -> None:
         world = World()

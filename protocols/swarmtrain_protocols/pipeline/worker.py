@@ -46,6 +46,7 @@ class _Running:
     peer: PeerId
     request: HopRequest
     accumulate: bool
+    began: float
     waiting: list[Job] = field(default_factory=list)
     """Requests for the same gradient: they wait for this one instead of accumulating again."""
 
@@ -231,9 +232,9 @@ class WorkerCore:
             assert refused is not None
             self._refuse(waiting.peer, waiting.request, *refused)
         while len(self._running) < self._slots and (job := self._queue.take(now)) is not None:
-            self._start(job)
+            self._start(now, job)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, now: float, job: Job) -> None:
         request = job.request
         hop, k = request.id.hop, request.id.micro_batch
         accumulate = request.kind == "backward"
@@ -249,7 +250,7 @@ class WorkerCore:
             accumulate = claim is None
         accumulate = accumulate and self._sums.takes(stage_of(hop, self._blocks))
         number = self._next_job()
-        self._running[number] = _Running(job.peer, request, accumulate)
+        self._running[number] = _Running(job.peer, request, accumulate, now)
         if accumulate:
             self._sums.begin(number, request)
         self._out.append(
@@ -272,7 +273,9 @@ class WorkerCore:
         """The shell's answer to ``Compute`` or ``Undo``."""
         run = self._running.pop(job, None)
         if run is not None:
-            self._queue.spent(now, run.request, service_s)
+            # A hop of a text costs training what it holds up here, and not its arithmetic alone.
+            held_s = now - run.began if run.request.kind == "generate" else 0.0
+            self._queue.spent(now, run.request, max(service_s, held_s))
             self._measure(run.request, service_s)
             if run.accumulate:
                 self._sums.added(job, run.peer, run.request, output, loss)

@@ -311,3 +311,16 @@ def test_a_failure_that_is_the_senders_is_called_so(bench: Bench) -> None:
         bench.worker.compute_failed(0.0, job.job, reason)
     said = [(x.code, len(x.reason)) for _, x in sent(bench.out, m.HopRefused)]
     assert said == [("malformed", 32), ("failed", 18), ("failed", 256)]
+
+
+def test_a_hop_of_a_text_is_charged_with_all_the_time_that_it_holds_up(bench: Bench) -> None:
+    """Its arithmetic took 10 ms, but half a second went by; at a share of a tenth that is 5 s."""
+    bench.now = 5.0
+    bench.worker.tick(5.0)
+    bench.ask("forward", 1, 0)
+    bench.ask("generate", 1, 7)
+    generate = next(job for job in jobs(bench) if job.kind == "generate")
+    bench.now = 5.5
+    bench.worker.computed(5.5, generate.job, m.EMPTY, 0.0, 0.01)
+    bench.ask("generate", 1, 8)
+    assert [said.code for _, said in sent(bench.out, m.HopRefused)] == ["share"]

@@ -22,7 +22,14 @@ from swarmtrain.cli.output import EXIT_SCRIPT, EXIT_SIGINT, EXIT_SIGTERM, Output
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClient, ControlClosed
 from swarmtrain_peer.site import Site
-from swarmtrain_peer.spawn import Supervisor, spawn_peer, start_process, stop_process
+from swarmtrain_peer.spawn import (
+    Supervisor,
+    error_for_exit,
+    output_tail,
+    spawn_peer,
+    start_process,
+    stop_process,
+)
 from swarmtrain_protocols.errors import SwarmError
 
 POLL_S = 0.1
@@ -65,6 +72,20 @@ def preset_trainer(site: Site, device: str, wait_s: float = 0.0) -> TrainerComma
         *(["--wait-s", f"{wait_s:g}"] if wait_s else []),
     ]
     return TrainerCommand(arguments)
+
+
+def trainer_error(site: Site, exit_code: int) -> SwarmError:
+    """Why the preset trainer ended, in its own words: what it printed is in a file."""
+    path = site.folder / "trainer.log"
+    lines = output_tail(path).splitlines()
+    said: dict[str, str] = {}
+    for line in lines[-8:]:
+        head, colon, rest = line.partition(":")
+        if colon and head in ("error", "why", "do"):
+            said[head] = rest.strip()
+    if "error" in said:
+        return error_for_exit(said["error"], exit_code, said.get("why", ""), said.get("do", ""))
+    return error_for_exit("the trainer ended", exit_code, " | ".join(lines[-3:]), f"see {path}")
 
 
 class MemberSession:
@@ -188,6 +209,8 @@ class MemberSession:
             if trainer.exit_code != 0:
                 script = self._trainer is not None and self._trainer.script
                 self._exit_code = EXIT_SCRIPT if script else max(1, trainer.exit_code)
+                if not script:  # a script says itself what is wrong
+                    self._output.error(trainer_error(self.site, self._exit_code))
             self._leave(now=False)
         return False
 

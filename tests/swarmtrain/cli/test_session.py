@@ -163,6 +163,28 @@ def test_it_leaves_when_the_script_is_done(
     assert session._supervisor.processes["peer"].process.poll() == 0
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (
+            "error: run key stages = 3\\nwhy:   2 layers\\ndo:    choose a divisor of 2\\n",
+            ["error: run key stages = 3", "  why: 2 layers", "  do:  choose a divisor of 2"],
+        ),
+        ("Traceback\\nBoom\\n", ["error: the trainer ended", "  why: Traceback | Boom"]),
+    ],
+)
+def test_a_trainer_that_cannot_go_on_is_heard(
+    site: Site, monkeypatch: pytest.MonkeyPatch, printed: str, said: list[str]
+) -> None:
+    use_stand_in(monkeypatch)
+    output = Recorder()
+    code = f"import sys; sys.stderr.write('{printed}'); sys.exit(3)"
+    exit_code, _ = run(site, output, TrainerCommand([sys.executable, "-c", code]), [])
+    assert exit_code == 3
+    found = [line for line in output.notes if line.startswith(("error:", "  why:", "  do:"))]
+    assert found[: len(said)] == said
+
+
 def test_the_first_ctrl_c_is_polite(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     use_stand_in(monkeypatch)
     output = Recorder()

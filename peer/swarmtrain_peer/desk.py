@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from swarmtrain_peer import host
+from swarmtrain_peer.budget import check_memory
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.memo import Sent, read_memo
@@ -100,13 +101,15 @@ class TrainerDesk:
         """Map the shared memory, wait for the state, and say what there is to know.
 
         Raises:
-            RunMismatch: another model than the run's.
+            RunMismatch: another model than the run's. NoDevice: it does not fit into memory.
         """
         node = self._runtime.node
         schema_hash = bytes.fromhex(args["schema_hash"])
         layout = [(str(name), int(values)) for name, values in args["layout"]]
         await self._runtime.wait_member()
         self._check_model(schema_hash, layout)
+        if not self._port.is_open:
+            check_memory(sum(n for _, n in layout), self._runtime.manifest.keys)
         self._schema_hash, self._layout = schema_hash, layout
         path = self._port.open(schema_hash, layout)
         if node.ledger.model is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swarmtrain_peer.spawn import Supervisor, child_environment, spawn_peer
-from swarmtrain_protocols.errors import NotAuthorised, RunMismatch, VersionMismatch
+from swarmtrain_protocols.errors import NoDevice, NotAuthorised, RunMismatch, VersionMismatch
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
 from tests.swarm.harness import (
@@ -236,6 +236,9 @@ def test_bad_tickets_end_with_their_exit_codes_and_change_nothing(tmp_path: Path
     """Another model, another run, an expired right, a forged one, another protocol version."""
     with Swarm(tmp_path) as swarm:
         founder = swarm.found()
+        huge = {"schema_hash": SCHEMA_HASH.hex(), "layout": [[CHANNEL, 10**13]]}
+        with pytest.raises(NoDevice, match="does not fit"):
+            founder.call("attach", huge)
         with closing_all(train(founder, 1, seq_max=4)):
             founder.wait_applied(3)
         founder.wait_event("trainer_lost")
@@ -282,7 +285,7 @@ def join(swarm: Swarm, name: str, ticket: Ticket) -> tuple[int, list[str]]:
         env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=WAIT_S,
+        timeout=2 * WAIT_S,
         text=True,
         check=False,
     )

@@ -154,6 +154,7 @@ class Backend:
             "bytes_received": total_bytes(stats, "received"),
             "ended": ledger.ended or None,
             "paused": ledger.paused or None,
+            "disk_full": list(runtime.alarm.failing),
             "overlap": outer.overlap,
             "overlap_key": runtime.manifest.keys.overlap,
             "outer_lr": outer.lr,

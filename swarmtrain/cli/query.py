@@ -47,6 +47,9 @@ def health(status: dict[str, Any]) -> tuple[str, int, str]:
     word, why = stage_health(status.get("pipeline") or {})
     if word == "stalled":
         return word, EXIT_STALLED, why
+    if status.get("disk_full"):
+        waiting = ", ".join(status["disk_full"])
+        return "degraded", EXIT_DEGRADED, f"the disk of this site is full: {waiting} not written"
     if status.get("syncing"):
         return "degraded", EXIT_DEGRADED, "this site is catching up"
     members, connected = int(status.get("members", 0)), int(status.get("connected", 0))

@@ -68,8 +68,10 @@ def test_a_member_with_a_full_disk_trains_on_and_is_whole_again_with_space(tmp_p
                 assert ada.stand()[0] >= last - 2, "and follows the state"
                 assert founder.status()["rounds_aborted"] == aborted
                 assert len(ada.events("disk_full")) == 1, "one alarm, not one per round"
+                assert ada.status()["disk_full"], "and status says so"
             assert alarm["severity"] == "error" and alarm["reason"]
             ada.wait_event("disk_freed")
+            assert ada.status()["disk_full"] == []
             ada.wait_event("checkpoint_saved", since_seq=alarm["seq"])
             last = wait_commits(founder, 3)
             poll_until(lambda: ada.stand()[0] >= last, "ada follows")

@@ -67,6 +67,8 @@ function health() {
   if (run.paused) return ["stalled", `paused: ${run.paused}`];
   const stages = stageHealth();
   if (stages && stages[0] === "stalled") return stages;
+  if (run.disk_full && run.disk_full.length)
+    return ["degraded", `the disk of this site is full: ${run.disk_full.join(", ")} not written`];
   if (run.syncing) return ["degraded", "this site is catching up with the run's state"];
   const away = (run.members || 0) - (run.connected || 0) - 1;
   if (away > 0 && run.members <= 32) return ["degraded", `${away} of ${run.members} members have no link to this site${stages ? `; ${stages[1]}` : ""}`];

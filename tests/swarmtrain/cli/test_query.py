@@ -50,6 +50,7 @@ def test_status_for_people_and_for_programs(rig: Rig) -> None:
         ({"connected": 2}, "degraded", 20),
         ({"connected": 2, "members": 64}, "healthy", 0),
         ({"syncing": True}, "degraded", 20),
+        ({"disk_full": ["log", "results"]}, "degraded", 20),
         ({"leader": None}, "stalled", 21),
         ({"paused": "no hash has a majority"}, "stalled", 21),
         ({"ended": "max_rounds", "leader": None}, "stopped", 22),

@@ -227,12 +227,16 @@ class StageBoard:
         ledger = node.ledger
         item, channel = ledger.pipeline.stages[stage], ledger.channels[stage_channel(stage)]
         linked = dict.fromkeys(node.linked())
+        # Who only looks on has few links: work that was committed just now speaks for its worker.
+        pace = self.steps.pace()
+        lately_s = HEARD_S if pace is None else max(HEARD_S, 2 * pace[0])
+        seen = self.steps.contributors(host.wall_s() - lately_s)
         members = []
         for member in ledger.pipeline.serving(stage):
             rows: list[Document] = self.of_member(member)["stages"]
             row = next(row for row in rows if row["stage"] == stage)
             present = member == node.me or PeerId(member) in linked
-            present = present or self._fresh(member) is not None
+            present = present or self._fresh(member) is not None or member.hex() in seen
             listed = ledger.members.get(member)
             name = listed.name if listed is not None else ""
             members.append({"id": member.hex(), "name": name, "present": present, **row})

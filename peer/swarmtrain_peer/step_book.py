@@ -102,6 +102,15 @@ class StepBook:
                 return one["began_wall_s"], one["opened_wall_s"]
         return None
 
+    def contributors(self, since_wall_s: float) -> list[str]:
+        """Ids (hex) of members whose work is in a step that was committed since then."""
+        found: dict[str, None] = {}
+        for one in self._seen.values():
+            decided_s = one["decided_wall_s"]
+            if one["outcome"] == "committed" and decided_s is not None and decided_s > since_wall_s:
+                found.update(dict.fromkeys(c["id"] for c in one["contributors"]))
+        return list(found)
+
     def pace(self) -> tuple[float, float] | None:
         """(seconds per step, micro-batches per second) over the newest commits, None: too few."""
         done = [

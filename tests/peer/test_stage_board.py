@@ -15,6 +15,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages import pipeline as m
+from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.pipeline import effects as px
 from tests.protocols.pipeline.stage_kit import StageLog
 from tests.protocols.rounds_kit import A, B, C, hash_of
@@ -170,3 +171,18 @@ def test_stages_that_step_by_themselves_are_as_fast_as_the_slowest(kit: Board) -
     document = kit.board.document()
     assert document["micro_batches_per_s"] == 1.25
     assert document["step_s"] is None
+
+
+def test_whose_work_is_in_the_newest_step_is_there_without_a_link(
+    kit: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "wall_s", lambda: 1000.0 + kit.now)
+    kit.runtime.links = []
+    assert kit.stage(2)["state"] == "unserved"
+    (listener,) = kit.runtime.listeners
+    for body in (kit.log.closing(C), kit.log.outcome()):
+        kit.log.ok(body)
+        listener(LedgerChanged(((kit.log.ledger.index, body, True),)))
+    assert kit.stage(2)["present"] == 1
+    kit.now += HEARD_S + 1
+    assert kit.stage(2)["present"] == 0

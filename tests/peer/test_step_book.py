@@ -94,3 +94,13 @@ def test_pace_is_that_of_the_newest_commits(site: Site) -> None:
     seconds, rate = site.book.pace() or (0.0, 0.0)
     assert seconds == pytest.approx(10 / 3)
     assert rate == pytest.approx(12 / 10), "three steps of four micro-batches in ten seconds"
+
+
+def test_who_has_worked_lately(site: Site) -> None:
+    site.hear(site.log.closing(A), at=1010.0)
+    site.hear(site.log.outcome(), at=1011.0)
+    site.hear(site.log.closing(B), at=1019.0)
+    assert site.book.contributors(1000.0) == [A.hex()], "what is not decided says nothing"
+    site.hear(site.log.outcome(), at=1020.0)
+    assert site.book.contributors(1000.0) == [A.hex(), B.hex()]
+    assert site.book.contributors(1015.0) == [B.hex()]

@@ -51,10 +51,13 @@ def skipped_path(path: tuple[int, ...], hop: int) -> tuple[int, ...]:
 
 
 def is_path(path: tuple[int, ...], stages: int) -> bool:
-    """Whether a peer's path starts and ends at the ends and visits no hop twice."""
+    """Whether a peer's path starts and ends at the ends and visits no hop twice.
+
+    It may have no inner hop: while all block stages are lost, the ends are evaluated alone.
+    """
     inner = path[1:-1]
     return (
-        len(path) >= 3
+        len(path) >= 2
         and (path[0], path[-1]) == (0, stages + 1)
         and len(set(inner)) == len(inner)
         and all(1 <= hop <= stages for hop in inner)

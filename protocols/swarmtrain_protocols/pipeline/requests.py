@@ -56,7 +56,7 @@ def malformed(request: HopRequest, blocks: int, micro_batches: int, sizes: HopSi
     training = kind in TRAINING
     if not is_path(request.path, blocks) or hop not in request.path:
         return "no such path"
-    if training and len(request.path) < blocks + 1:
+    if training and len(request.path) < max(3, blocks + 1):
         return "the path leaves out more than one stage"
     if request.id.backward != (kind == "backward"):
         return "kind and direction differ"

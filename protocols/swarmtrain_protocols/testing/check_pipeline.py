@@ -63,6 +63,8 @@ class StepsAreRight(LogIsOne):
         """Stages that are lost; whether no other one was while it is."""
         self.skip = 0
         """The stage that the first micro-batches of the step leave out."""
+        self.former: dict[int, list[tuple[int, bytes]]] = {}
+        """By stage: what was given up for a rebuilt state, (step, state hash), in order."""
         self.rebuilt: dict[int, int] = {}
         """By stage: the step before which it was last rebuilt."""
         self.aborted = 0
@@ -129,6 +131,8 @@ class StepsAreRight(LogIsOne):
             if abs(math.fsum(losses) / len(losses) - body.losses[body.choice]) > 1e-9:
                 world.violation("PL16", f"{name} was scored with other weights: {body} {losses}")
         self.rebuilt[body.stage] = body.step
+        old = known[body.step].state_hash
+        self.former.setdefault(body.stage, []).append((body.step, old))
         known[body.step] = self._made(body.stage, body.step, theta)
         if known[body.step].state_hash != body.root:
             world.violation("PL16", f"stage {body.stage}: {body.root.hex()} is not {name}")
@@ -317,12 +321,19 @@ class StepsAreRight(LogIsOne):
         known = self.weights[stage]
         if event.round >= len(known):
             world.violation("PL4", f"{host.name} has stage {stage} at {event.round}")
-        if known[event.round].state_hash != event.state_hash:
+        if known[event.round].state_hash != event.state_hash and not self._unaware(host, event):
             world.violation("PL4", f"{host.name} has another stage {stage} before {event.round}")
         slot = (host.name, host.incarnation, event.channel)
         if event.round < self._rounds.get(slot, 0):
             world.violation("PL5", f"{host.name} goes back to {event.round} of stage {stage}")
         self._rounds[slot] = event.round
+
+    def _unaware(self, host: Host, event: fx.StateAdvanced) -> bool:
+        """It has a state that was given up, and cannot know yet: the log says so further on."""
+        stage = int(event.channel.split("/")[1])
+        heard = host.node.core.ledger.pipeline.stages[stage].recovered_step
+        given_up = self.former.get(stage, [])
+        return heard < event.round and (event.round, event.state_hash) in given_up
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -24,11 +24,11 @@ def test_paths() -> None:
     assert plain_path(4) == (0, 1, 2, 3, 4, 5)
     assert swapped_path(6) == (0, 2, 1, 3, 4, 6, 5, 7)
     assert skipped_path(plain_path(3), 2) == (0, 1, 3, 4)
-    assert all(is_path(path, 4) for path in (plain_path(4), swapped_path(4), (0, 2, 5)))
+    assert all(is_path(path, 4) for path in (plain_path(4), swapped_path(4), (0, 2, 5), (0, 5)))
 
 
 @pytest.mark.parametrize(
-    "path", [(), (0, 5), (1, 2, 5), (0, 1, 1, 5), (0, 1, 2), (0, 9, 5), (0, 5, 1, 5)]
+    "path", [(), (5,), (1, 2, 5), (0, 1, 1, 5), (0, 1, 2), (0, 9, 5), (0, 5, 1, 5)]
 )
 def test_what_is_no_path(path: tuple[int, ...]) -> None:
     assert not is_path(path, 4)

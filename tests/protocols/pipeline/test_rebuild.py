@@ -14,7 +14,7 @@ from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.collect import Collector
 from swarmtrain_protocols.pipeline.errands import Errands
-from swarmtrain_protocols.pipeline.hops import stage_of
+from swarmtrain_protocols.pipeline.hops import is_path, stage_of
 from swarmtrain_protocols.pipeline.rebuild import (
     AGAIN_S,
     CALIBRATION_BATCHES,
@@ -391,6 +391,17 @@ def test_a_trainer_that_dies_is_waited_for_and_the_trial_begins_anew() -> None:
     wish = desk.wish(desk.run())
     assert desk.tried == ["average-plain", "copy-left", "copy-left", "fresh"]
     assert wish.losses == (2.5, 2.25, 3.0)
+
+
+def test_ends_that_are_lost_with_all_blocks_are_scored_alone() -> None:
+    desk = Desk(lost=())
+    for stage, host in ((0, D), (1, B), (2, D), (3, C)):
+        desk.log.ok(e.StageLost(stage, STEPS, host, "test"))
+    desk.host.reconcile(0.0)
+    wish = desk.wish(desk.run())
+    assert wish.stage == 0 and UNSCORED not in wish.losses
+    assert {r.path for r in desk.asked} == {(0, 4)}
+    assert all(is_path(r.path, 3) for r in desk.asked), "workers take it"
 
 
 def test_blocks_wait_for_the_ends_and_other_lost_blocks_are_left_out() -> None:

@@ -91,8 +91,11 @@ def test_malformed_requests(bench: Bench, kind: str, hop: int, changes: dict[str
 def test_a_step_leaves_out_one_stage_at_most_and_other_passes_any(bench: Bench) -> None:
     assert wrong(bench.request("forward", 0, 3), path=(0, HEAD))
     short = bench.request("evaluate", 0, 3)
-    alone = msgspec.structs.replace(short, path=(0, 2, HEAD))
-    assert malformed(alone, BLOCKS, MICRO_BATCHES, SIZES) == ""
+    for path in ((0, 2, HEAD), (0, HEAD)):
+        alone = msgspec.structs.replace(short, path=path)
+        assert malformed(alone, BLOCKS, MICRO_BATCHES, SIZES) == ""
+    forward = msgspec.structs.replace(bench.request("forward", 0, 3), path=(0, 2))
+    assert malformed(forward, 1, MICRO_BATCHES, SIZES), "no stage is left"
 
 
 def test_which_hop_a_path_leaves_out(bench: Bench) -> None:

@@ -38,10 +38,14 @@ test-full: check ## also the tests marked slow
 	$(PYTEST) -q -m 'slow or not slow'
 
 SIM_SCHEDULES ?= 10000
-NIGHTLY := $(BIN)/python -m swarmtrain_protocols.testing.nightly --shrink --schedules $(SIM_SCHEDULES)
+PIPELINE_SCHEDULES ?= 3000
+NIGHTLY := $(BIN)/python -m swarmtrain_protocols.testing.nightly --shrink
+ROUNDS := $(NIGHTLY) --schedules $(SIM_SCHEDULES)
+PIPELINES := $(NIGHTLY) --kind pipelines --schedules $(PIPELINE_SCHEDULES)
 sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds that fail, shrunk
-	$(NIGHTLY) --shard 0/2 & other=$$!; $(NIGHTLY) --shard 1/2; here=$$?; \
-		wait $$other && exit $$here
+	( $(ROUNDS) --shard 0/2; a=$$?; $(PIPELINES) --shard 0/2 && exit $$a ) & other=$$!; \
+		$(ROUNDS) --shard 1/2; a=$$?; $(PIPELINES) --shard 1/2; b=$$?; \
+		wait $$other && exit $$((a + b))
 
 SOAK_STEPS ?= 20000
 soak: $(STAMP)   ## a long demo with peers killed and links squeezed

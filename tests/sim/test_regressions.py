@@ -6,6 +6,7 @@ import pytest
 
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.nightly import explain
+from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
 from swarmtrain_protocols.testing.swarm import run_swarm
 
 FOUND = {
@@ -17,6 +18,11 @@ FOUND = {
     4100: "announcements that all got lost were never repeated, and a channel stood still",
     20026: "a deputy of a former leader was accused of speaking for a part that is not its own",
     20083: "the same, where 20026 is a leader that accused itself after its re-election",
+}
+
+
+FOUND_PIPELINES = {
+    304: "a worker that missed the word to go on took no backwards for five minutes",
 }
 
 
@@ -32,3 +38,9 @@ def test_who_holds_a_ticket_of_which_every_address_is_gone_is_not_waited_for() -
     outcome = run_swarm(260, faults)
     assert outcome.violation == "", explain(outcome)
     assert outcome.seen["stranded"] == 1
+
+
+@pytest.mark.parametrize("seed", sorted(FOUND_PIPELINES))
+def test_a_schedule_of_a_pipeline_that_found_a_defect_stays_quiet(seed: int) -> None:
+    outcome = run_pipeline(seed)
+    assert outcome.violation == "", explain(outcome, run=run_pipeline)

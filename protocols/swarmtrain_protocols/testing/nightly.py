@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rare = report.missing()
     for line in rare:
         tell(f"too rare: {line}")
-    tell(report.summary())
+    tell(f"{given.kind}: {report.summary()}")
     return 1 if report.failures or rare else 0
 
 

@@ -136,6 +136,7 @@ SENTENCES: dict[str, str] = {
     "checkpoint_saved": "checkpoint of round {round} saved",
     "corpus_progress": "the corpus comes from {donors} member(s): {bytes_have} of {bytes} bytes",
     "corpus_ready": "the corpus is here: {bytes} bytes in {fetch_s} s",
+    "leaving": "leaving the run",
     "run_ended": "the run ended: {reason}",
 }
 

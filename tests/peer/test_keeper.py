@@ -200,7 +200,7 @@ def test_what_was_fetched_is_saved_because_later_results_follow_it(tmp_path: Pat
     async def first(site: Site) -> None:
         site.begin(ONE)
         for _ in range(3):
-            site.step(ONE)
+            await site.step(ONE)
         for number in (17, 12):  # a jump ahead, then a stage that was rebuilt
             other = site.data.new_state(ONE, number, VALUES)
             other.theta[:] = number
@@ -208,7 +208,7 @@ def test_what_was_fetched_is_saved_because_later_results_follow_it(tmp_path: Pat
             site.keeper.advanced(other)
             await site.settle()
             assert site.offered(ONE)[-1] == number
-            site.step(ONE)
+            await site.step(ONE)
             await site.settle()
             assert site.offered(ONE)[-1] == number, "what follows from it waits for its turn"
         made = site.data.new_state(ONE, 12, VALUES)

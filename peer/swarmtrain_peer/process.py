@@ -174,7 +174,8 @@ def _open_stages(runtime: PeerRuntime, site: Site, stages: list[StageLife]) -> N
 def _open_writer(runtime: PeerRuntime, desk: Desk, backend: Backend) -> Writer:
     """Texts for the control socket, whether trainers have stages or the whole model."""
     if isinstance(desk, StageLife):
-        writer = Writer(runtime, desk.tensors, lambda: None)
+        stage_desk = desk.desk
+        writer = Writer(runtime, desk.tensors, lambda: stage_desk.text_model)
     else:
         tokens = TokenDesk(runtime)
         backend.offer({"generates": tokens.offer, "logits": tokens.logits})

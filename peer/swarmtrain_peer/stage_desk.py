@@ -31,6 +31,7 @@ from swarmtrain_protocols.messages.pipeline import EMPTY, HopReply, HopRequest, 
 from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.pipeline.core import PipelineCore
+from swarmtrain_protocols.pipeline.generation import TextModel
 from swarmtrain_protocols.state import CanonicalState
 
 Document = dict[str, Any]
@@ -71,6 +72,14 @@ class StageDesk:
     @property
     def device(self) -> str:
         return self._hello.device if self._hello is not None else ""
+
+    @property
+    def text_model(self) -> TextModel | None:
+        """What the model of this site's trainer reads."""
+        hello = self._hello
+        if hello is None or not hello.context:
+            return None
+        return TextModel(hello.context, hello.vocabulary)
 
     # -- the trainer comes and goes ------------------------------------------------------------
 

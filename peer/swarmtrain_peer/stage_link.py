@@ -36,6 +36,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     ``values``: parameters of each stage, the ends first. ``values_max``: of all served together.
     ``plain``: ranges of values of each stage that do not decay, for ``entries.ChannelLayout``.
+    ``context`` and ``vocabulary``: what the model reads, 0: not said.
     """
 
     pid: int
@@ -44,6 +45,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     values: tuple[int, ...]
     values_max: int
     plain: tuple[tuple[tuple[int, int], ...], ...] = ()
+    context: int = 0
+    vocabulary: int = 0
 
 
 class Define(msgspec.Struct, frozen=True, tag="define"):

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from swarmtrain.dashboard.feed import Feed
 from swarmtrain_peer import host
 from swarmtrain_peer import talk as tk
+from swarmtrain_peer.control import ControlClosed
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import (
     PromptTooLong,
@@ -79,7 +80,9 @@ def error_response(error: SwarmError) -> Response:
     elif isinstance(error, RunOver):
         code = "run_over"
     headers = {"Retry-After": RETRY_AFTER_S} if status in (429, 503) else {}
-    return error_json(status, str(error), kind, code, getattr(error, "param", None), headers)
+    # Paths of this machine are nobody's business who asks from elsewhere.
+    message = error.what if isinstance(error, ControlClosed) else str(error)
+    return error_json(status, message, kind, code, getattr(error, "param", None), headers)
 
 
 def error_json(

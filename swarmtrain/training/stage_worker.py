@@ -76,6 +76,8 @@ class StageWorker:
             runtime.values,
             self._values_max,
             tuple(plain_ranges(runtime.layout(stage)) for stage in range(len(runtime.values))),
+            runtime.cut.context,
+            runtime.cut.vocabulary,
         )
 
     def serve(self, line: sl.StageLine) -> None:

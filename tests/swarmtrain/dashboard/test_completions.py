@@ -243,7 +243,7 @@ def test_a_client_that_goes_away_ends_its_text() -> None:
         (ShareUsedUp("used up"), 429, "rate_limit_error", "share_used_up"),
         (NoWorker("nobody serves stage 2"), 503, "server_error", "unavailable"),
         (RunOver("the run is over"), 503, "server_error", "run_over"),
-        (ControlClosed("gone"), 503, "server_error", "unavailable"),
+        (ControlClosed("no peer process answers"), 503, "server_error", "unavailable"),
     ],
 )  # fmt: skip
 def test_errors_have_a_status_before_the_first_token_and_a_chunk_after_it(
@@ -347,3 +347,9 @@ def test_without_a_connection_there_are_no_completions() -> None:
             return (await one.post("/v1/completions", json={"prompt": "a"})).status_code
 
     assert asyncio.run(visit()) == 404
+
+
+def test_paths_of_this_machine_are_not_told() -> None:
+    gone = ControlClosed("no peer process answers", "/home/anna/runs/x/control.sock: no such file")
+    response = post(Script(refusal=gone))
+    assert response.json()["error"]["message"] == "no peer process answers"

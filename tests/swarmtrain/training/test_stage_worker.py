@@ -80,6 +80,8 @@ def line():
 
 def test_a_micro_batch_there_and_back(line: Line) -> None:
     assert isinstance(line.hello, sl.Hello) and line.hello.values == line.worker.runtime.values
+    cut = line.worker.runtime.cut
+    assert (line.hello.context, line.hello.vocabulary) == (cut.context, cut.vocabulary)
     assert isinstance(line.ask(sl.Serve((0, 1, 2)))[0], sl.Done)
     theta = {}
     for stage in range(3):

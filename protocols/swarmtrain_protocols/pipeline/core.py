@@ -172,6 +172,7 @@ class PipelineCore:
             able=self.assigner.able,
             propose=propose,
             replicas_min=keys.replicas_min,
+            swapped=keys.swapped,
             chunk_values=catchup.chunk_values,
         )
 

@@ -43,6 +43,7 @@ class Healing:
         able: Callable[[int], Sequence[PeerId]],
         propose: Callable[[float, e.EntryBody], bool],
         replicas_min: int,
+        swapped: bool = False,
         policy: RecoveryPolicy | None = None,
         chunk_values: int = limits.CHUNK_VALUES,
     ) -> None:
@@ -75,6 +76,7 @@ class Healing:
             connected=connected,
             held=self._held,
             fetching=self._fetching,
+            swapped=swapped,
         )
 
     def _held(self, channel: str) -> tuple[int, bytes] | None:

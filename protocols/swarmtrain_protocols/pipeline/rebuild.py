@@ -45,6 +45,9 @@ PREFERENCE = (
     "fresh",
 )
 """Which candidate to take if none could be scored."""
+COPIES = ("copy-left", "copy-right")
+"""Come last but one for the first and the last block stage, unless the run swaps stages: what these
+do, no other stage has learnt (CheckFree+)."""
 
 
 def use_of(stage: int) -> str:
@@ -85,6 +88,7 @@ class Rebuilder:
     Args:
         held: (round, state hash) of this node's own state of a channel, None without one.
         fetching: the catch-up of a channel is downloading.
+        swapped: of the run's keys.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Rebuilder:
         connected: Callable[[], list[PeerId]],
         held: Callable[[str], tuple[int, bytes] | None],
         fetching: Callable[[str], bool],
+        swapped: bool = False,
     ) -> None:
         self.ledger = ledger
         self.leader: PeerId | None = None
@@ -109,6 +114,7 @@ class Rebuilder:
         self._connected = connected
         self._held = held
         self._fetching = fetching
+        self._swapped = swapped
         self._works: dict[int, _Work] = {}
 
     @property
@@ -376,8 +382,7 @@ class Rebuilder:
         if scored:
             best = min(scored, key=lambda n: (work.losses[n], work.names.index(n)))
         elif able:
-            rank = {name: number for number, name in enumerate(PREFERENCE)}
-            best = min(able, key=lambda n: (rank.get(n, len(rank)), n))
+            best = min(able, key=lambda n: self._rank(work.stage, n))
         else:
             work.at, work.again_at = 0, now + AGAIN_S  # the trainer has its troubles
             return
@@ -385,6 +390,12 @@ class Rebuilder:
         losses = tuple(work.losses[n] for n in work.names)
         root = work.roots[best]
         self._choose(now, work, work.names, losses, work.names.index(best), hashes, root)
+
+    def _rank(self, stage: int, name: str) -> tuple[bool, int, str]:
+        """Of a candidate without a loss; the least is taken."""
+        known = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
+        edge = stage in (1, self.ledger.pipeline.blocks) and not self._swapped
+        return edge and name in (*COPIES, "fresh"), known, name
 
     def _choose(
         self,

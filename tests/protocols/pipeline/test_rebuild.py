@@ -36,7 +36,9 @@ NAMES = ("average-plain", "copy-left", "fresh")
 class Desk:
     """D is the host of stage 2 of 3; A serves the ends, B stage 1, C stage 3; A leads."""
 
-    def __init__(self, *, lost: tuple[int, ...] = (2,), corpus: bool = True) -> None:
+    def __init__(
+        self, *, lost: tuple[int, ...] = (2,), corpus: bool = True, swapped: bool = False
+    ) -> None:
         self.log = StageLog(A, B, C, D, blocks=3)
         self.log.assign(A, 0)
         self.log.assign(B, 1)
@@ -78,6 +80,7 @@ class Desk:
             connected=lambda: [PeerId(k) for k in (A, B, C)],
             held=self.state.get,
             fetching=lambda channel: channel in self.fetching,
+            swapped=swapped,
         )
         self.host.leader = PeerId(A)
         self.host.trainer = True
@@ -328,6 +331,23 @@ def test_without_held_out_data_the_likeliest_is_taken_and_it_is_said() -> None:
     wish = desk.wish(left)
     assert wish.losses == (UNSCORED,) * 3 and wish.candidates[wish.choice] == "average-plain"
     assert len(notices(left)) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "swapped", "best"),
+    [
+        *((1, False, "near-identity-0"), (3, False, "near-identity-0"), (2, False, "copy-right")),
+        *((1, True, "copy-right"), (3, True, "copy-right")),
+    ],
+)
+def test_an_edge_is_copied_unseen_only_if_the_run_swaps_stages(
+    stage: int, swapped: bool, best: str
+) -> None:
+    desk = Desk(lost=(), corpus=False, swapped=swapped)
+    desk.names = ("fresh", "copy-right", "near-identity-0")
+    desk.lose(stage)
+    wish = desk.wish(desk.run())
+    assert wish.candidates[wish.choice] == best
 
 
 def test_a_trial_that_nobody_answers_ends_in_time() -> None:

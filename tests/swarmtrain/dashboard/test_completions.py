@@ -350,6 +350,6 @@ def test_without_a_connection_there_are_no_completions() -> None:
 
 
 def test_paths_of_this_machine_are_not_told() -> None:
-    gone = ControlClosed("no peer process answers", "/home/anna/runs/x/control.sock: no such file")
+    gone = ControlClosed("no peer process answers", "runs/x/control.sock: no such file")
     response = post(Script(refusal=gone))
     assert response.json()["error"]["message"] == "no peer process answers"

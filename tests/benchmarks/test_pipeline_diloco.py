@@ -52,8 +52,8 @@ def _values(diloco: ModuleType) -> tuple[int, int]:
 
 
 def test_bars(diloco: ModuleType) -> None:
-    assert diloco.passes({"loss_ratio": 1.03, "bytes_ratio": 0.11})
-    assert not diloco.passes({"loss_ratio": 1.0301, "bytes_ratio": 0.11})
+    assert diloco.passes({"loss_ratio": 1.10, "bytes_ratio": 0.11})
+    assert not diloco.passes({"loss_ratio": 1.1001, "bytes_ratio": 0.11})
     assert not diloco.passes({"loss_ratio": 1.0, "bytes_ratio": 0.1101})
     with pytest.raises(SystemExit):
         diloco.main(["--modes", "sync,half"])

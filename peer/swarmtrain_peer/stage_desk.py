@@ -286,6 +286,9 @@ class StageDesk:
         failed: Callable[[sl.Failed], None],
     ) -> None:
         """Have one hop computed; its output becomes a tensor of ``step``."""
+        if sign > 0 and not self._tensors.has_room:  # what is undone was made before
+            self._loop.call_soon(failed, sl.Failed("busy", "no room for its output"))
+            return
         try:
             parts = [*(self._tensors.data_of(each) for each in tensors), tokens]
         except LocalProtocolError as error:
@@ -299,7 +302,7 @@ class StageDesk:
                 return
             self.busy_s += header.service_s
             self.worked(host.mono_s(), stage, hop, kind, header.service_s)
-            self._name(payload, step, partial(done, header), failed)
+            self._name(payload, step, partial(done, header))
 
         self._port.submit(command, parts, answer)
 
@@ -308,17 +311,11 @@ class StageDesk:
         payload: bytearray,
         step: int,
         done: Callable[[Tensor], None],
-        failed: Callable[[sl.Failed], None],
     ) -> None:
         """Make a tensor of an output: hashed on the pool if it is large."""
 
         def kept(blob: Blob) -> None:
-            try:
-                tensor = self._tensors.keep(payload, blob, step)
-            except LocalProtocolError as error:
-                failed(sl.Failed("busy", str(error)[:512]))
-                return
-            done(tensor)
+            done(self._tensors.keep(payload, blob, step))
 
         self._runtime.driver.offload(partial(blob_of, payload), kept, nbytes=len(payload))
 

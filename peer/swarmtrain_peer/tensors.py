@@ -103,15 +103,20 @@ class TensorStore:
     def keep(self, data: bytes | bytearray, blob: Blob, step: int) -> Tensor:
         """Name a tensor made here; ``blob`` is ``blob_of(data)``, hashed where there was time.
 
-        Raises:
-            LocalProtocolError: the budget is used up.
+        What is made is kept, beyond the budget if need be: a gradient may be in a sum already, and
+        its reply must not get lost. Ask ``has_room`` before anything is made.
         """
         if not len(data):
             return Tensor(bytes(32), 0)
         if len(data) <= limits.HOP_INLINE_BYTES_MAX:
             return Tensor(blob.root, len(data), bytes(data))
-        self._put(blob.root, _Kept(blob, step, data))
+        self._put(blob.root, _Kept(blob, step, data), made=True)
         return Tensor(blob.root, len(data))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be made here: the budget is not used up."""
+        return self.nbytes < self._bytes_max
 
     def serve(self, tensor: Tensor, step: int) -> None:
         """A message will name a tensor by its root alone that came with its bytes.
@@ -191,14 +196,14 @@ class TensorStore:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _put(self, root: bytes, kept: _Kept) -> None:
+    def _put(self, root: bytes, kept: _Kept, *, made: bool = False) -> None:
         if self._clock is not None:
             kept.step = self._clock()
         known = self._kept.get(root)
         if known is not None:
             known.step = max(known.step, kept.step)
             return
-        if self.nbytes + len(kept.data) > self._bytes_max:
+        if not made and self.nbytes + len(kept.data) > self._bytes_max:
             raise LocalProtocolError("no room for tensors", f"{self._bytes_max} bytes are in use")
         self.nbytes += len(kept.data)
         self._kept[root] = kept

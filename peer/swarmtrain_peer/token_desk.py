@@ -89,11 +89,7 @@ class TokenDesk:
             raise LocalProtocolError("logits", f"{len(values)} bytes")
         payload = pack_header(FP32_CODE, (1, 1, self.model.vocabulary)) + values
         self.tensors.over(found - ROUNDS_KEPT)
-        try:
-            tensor = self.tensors.keep(payload, blob_of(payload), found)
-        except LocalProtocolError as error:
-            self._failed(job, "busy", str(error))
-            return {}
+        tensor = self.tensors.keep(payload, blob_of(payload), found)
         self._run(self._pipeline.answered, job, tensor, float(args["service_s"]))
         return {}
 

@@ -137,7 +137,17 @@ def test_the_budget_is_reserved_before_memory_is_taken() -> None:
     store.resolve(PEER, reply, lambda: said.append("go"), said.append)
     assert said == ["no room for tensors"] and not fetcher.asked
     with pytest.raises(LocalProtocolError, match="room"):
-        store.keep(LARGE[::-1], blob_of(LARGE[::-1]), 3)
+        store.serve(Tensor(blob_of(LARGE[1:]).root, len(LARGE) - 1, LARGE[1:]), 3)
+
+
+def test_what_was_made_is_kept_beyond_the_budget_for_its_gradient_counts_already() -> None:
+    store, _ = make(bytes_max=len(LARGE) + 10)
+    store.keep(LARGE, blob_of(LARGE), 3)
+    assert store.has_room
+    tensor = store.keep(LARGE[::-1], blob_of(LARGE[::-1]), 4)
+    assert store.data_of(tensor) == LARGE[::-1] and not store.has_room
+    store.over(4)
+    assert store.has_room
 
 
 def test_a_tensor_that_came_inline_can_be_served_by_its_root() -> None:

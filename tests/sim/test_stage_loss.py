@@ -176,6 +176,17 @@ def test_workers_that_come_back_in_time_bring_the_state_with_them() -> None:
     assert loss.lost == [] and loss.recovered == []
 
 
+def test_workers_that_come_back_during_the_rebuild_end_it_with_the_state_itself() -> None:
+    loss = Loss()
+    victims, before = loss.serving(2), loss.steps
+    loss.kill(*victims, restart_s=31.0)
+    loss.goes_on()
+    (back,) = loss.recovered
+    assert (back.candidates, back.losses) == ((KEPT,), (UNSCORED,)) and back.step >= before
+    state = loss.ledger().pipeline.stages[2]
+    assert (state.generation, state.recovered_step) == (1, -1), "its optimizer goes on as well"
+
+
 def test_a_host_that_dies_in_the_middle_is_replaced() -> None:
     loss = Loss()
     victims = loss.serving(2)

@@ -52,8 +52,10 @@ from swarmtrain_protocols.pipeline.rebuild import CALIBRATION_BATCHES
 
 SIZES = {"d_model": 96, "layers": 4, "heads": 4, "context": 64}
 STAGES = 4
-LOST_AT = ((0.44, 2), (0.62, 3), (0.80, 2))
-"""(share of the time, stage) of each loss."""
+LOST_AT = (0.44, 0.62, 0.80)
+"""Share of the time at each loss."""
+LOST = "2,3,2"
+"""Stage of each loss."""
 FORWARDS_PER_MICRO_BATCH = 4
 MICRO_BATCHES = 16
 AT_ONCE = 8
@@ -182,28 +184,30 @@ def keys_of(seed: int, steps: int, sizes: dict[str, int]) -> RunKeys:
     )
 
 
-def losses_at(steps: int) -> list[tuple[int, int]]:
-    """(time in steps, stage) of each loss."""
-    return [(round(share * steps), stage) for share, stage in LOST_AT]
+def losses_at(steps: int) -> list[int]:
+    """The time of each loss in steps."""
+    return [round(share * steps) for share in LOST_AT]
 
 
 def steps_left_by_rollback(steps: int, every: int) -> int:
     """How far a run gets in the time of ``steps`` that returns to a checkpoint at each loss."""
     done = clock = 0
-    for at, _ in losses_at(steps):
+    for at in losses_at(steps):
         done += at - clock
         clock = at
         done -= done % every
     return done + steps - clock
 
 
-def run_seed(seed: int, steps: int, sizes: dict[str, int], corpus: Corpus) -> list[dict[str, Any]]:
-    """Every way to go on, from one beginning."""
-    at = losses_at(steps)
-    beginning = Run(keys_of(seed, steps, sizes), corpus, [stage for _, stage in at])
+def run_seed(
+    seed: int, steps: int, sizes: dict[str, int], corpus: Corpus, lost: list[int], alone: list[str]
+) -> list[dict[str, Any]]:
+    """Every way to go on, from one beginning. ``alone``: those of ``ALONE`` to try."""
+    at = list(zip(losses_at(steps), lost, strict=True))
+    beginning = Run(keys_of(seed, steps, sizes), corpus, lost)
     beginning.train(at[0][0])
     found = []
-    for way in ("none", *OURS, *ALONE):
+    for way in ("none", *OURS, *alone):
         run = beginning.fork()
         events, bypasses = [], []
         for time_of_loss, stage in at:
@@ -214,7 +218,7 @@ def run_seed(seed: int, steps: int, sizes: dict[str, int], corpus: Corpus) -> li
                 events.append(run.lose(stage, ALONE.get(way), OURS.get(way, True)))
         run.train(steps)
         found.append({**result(seed, way, run, events), "bypass_nats": bypasses})
-    for every in ROLLBACK_STEPS:
+    for every in ROLLBACK_STEPS if alone else ():
         left = steps_left_by_rollback(steps, every)
         run = Run(keys_of(seed, left, sizes), corpus, ())
         run.train(left)
@@ -306,12 +310,16 @@ def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> i
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--lost", default=LOST, help="the stage of each loss")
+    parser.add_argument("--only-ours", action="store_true", help="leave out the rivals")
     options = parser.parse_args(arguments)
     single_thread()
     corpus = load_corpus("stdlib")
+    lost = [int(stage) for stage in options.lost.split(",")]
+    alone = [] if options.only_ours else list(ALONE)
     runs = []
     for seed in options.seeds.split(","):
-        runs += run_seed(int(seed), options.steps, sizes, corpus)
+        runs += run_seed(int(seed), options.steps, sizes, corpus, lost, alone)
     chosen, final = installs(runs), finals(runs)
     print(f"\n{'way':14}{'steps':>7}{'loss':>9}{'vs none':>9}{'worst':>9}{'jump':>9}")
     for way, row in final.items():
@@ -324,6 +332,7 @@ def main(arguments: list[str] | None = None, sizes: dict[str, int] = SIZES) -> i
         "what": "an inner stage lost three times: ways to go on, in the same time",
         "model": sizes,
         "steps": options.steps,
+        "lost": lost,
         "final": final,
         "chosen": chosen,
         "runs": runs,

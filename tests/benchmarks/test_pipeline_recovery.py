@@ -32,9 +32,9 @@ def test_a_small_run_writes_every_way_to_go_on(
 ) -> None:
     monkeypatch.setattr(recovery, "TEST_CALLS", 2)
     monkeypatch.setattr(recovery, "ROLLBACK_STEPS", (5,))
-    monkeypatch.setattr(recovery, "LOST_AT", ((0.44, 2), (0.8, 3)))
+    monkeypatch.setattr(recovery, "LOST_AT", (0.44, 0.8))
     target = tmp_path / "result.json"
-    arguments = ["--steps", "16", "--seeds", "1", "--output", str(target)]
+    arguments = ["--steps", "16", "--seeds", "1", "--lost", "2,3", "--output", str(target)]
     assert recovery.main(arguments, SIZES) == 2  # so few steps make no stage matter
     document = json.loads(target.read_text())
     runs: dict[str, dict[str, Any]] = {run["way"]: run for run in document["runs"]}

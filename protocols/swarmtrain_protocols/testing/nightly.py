@@ -49,7 +49,7 @@ PIPELINE_SOMETIMES = (
     *("event:HopDone:timeout", "event:HopDone:closing", "event:HopDone:not_ready"),
     *("event:HopDone:disconnected", "event:HopDone:failed", "event:HopDone:not_served"),
     *("notice:fallback:deputy", "fetch:corrupt", "tensor:corrupt"),
-    *("aim:send:hop", "aim:do:Compute", "aim:do:Undo", "aim:do:HandOver", "aim:send:step-ready"),
+    *("aim:send:hop", "aim:do:Compute", "aim:do:HandOver", "aim:send:step-ready"),
 )
 """The same for pipelines."""
 

@@ -4,7 +4,7 @@
 downloaded), cuts each into two stages and sends one batch through the pieces as encoded bytes.
 Prints the largest difference of any gradient relative to the largest gradient of its stage, and
 what is refused, with the reason. Exits with 1 if a difference is above 1e-5 or fewer than eight
-families can be cut. Needs ``pip install transformers``, which is not installed otherwise. Writes
+families can be cut. Needs transformers, which comes with the extra ``test``. Writes
 JSON into ``results/``.
 """
 
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args(arguments)
-    import transformers  # not among the requirements
+    import transformers
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -67,7 +67,7 @@ OTHER_KEYS: dict[str, object] = {
     "corpus_hash": bytes(range(100, 132)),
     "outer_lr": 0.7,
     "outer_momentum": 0.9,
-    "overlap": "eager",
+    "overlap": "off",
     "stages": 6,
     "micro_batches": 1024,
     "pipeline_mode": "diloco",

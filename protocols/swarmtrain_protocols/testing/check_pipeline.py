@@ -310,10 +310,26 @@ class StepsAreRight(LogIsOne):
                 world.violation("honest", f"{host.name} accuses an honest site: {event}")
         elif isinstance(event, fx.Resync):
             world.seen["resync:" + event.reason.rstrip("0123456789 ")] += 1
-        elif not isinstance(event, LedgerChanged):
+        elif isinstance(event, LedgerChanged):
+            self._let_go(host, event)
+        else:
             name = type(event).__name__
             outcome = getattr(event, "outcome", "")
             world.seen[f"event:{name}:{outcome}" if isinstance(outcome, str) else name] += 1
+
+    def _let_go(self, host: Host, event: LedgerChanged) -> None:
+        """Who has lost a stage drops its state; given it again, it begins with any snapshot."""
+        for _, body, accepted in event.entries:
+            if not accepted or getattr(body, "member", None) != host.peer:
+                continue
+            kept: tuple[int, ...] = ()
+            if isinstance(body, e.StageAssigned):
+                kept = body.stages
+            elif not isinstance(body, e.MemberLeft | e.MemberBanned):
+                continue
+            for stage in range(self.toy.stages + 1):
+                if stage not in kept:
+                    self._rounds.pop((host.name, host.incarnation, stage_channel(stage)), None)
 
     def _advanced(self, world: World, host: Host, event: fx.StateAdvanced) -> None:
         """PL4, PL5: equal weights wherever the version is equal, and versions only grow."""

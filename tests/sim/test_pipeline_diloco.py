@@ -182,5 +182,7 @@ def test_planted_bugs_are_found(
     bug: Callable[[pytest.MonkeyPatch], None], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bug(monkeypatch)
-    outcome = run_built(calm(6, doubled=0.2, lost=0.05), 6, [])
-    assert outcome.violation == found, outcome.text
+    seeds = range(6, 18)  # the first that notices will do: chance decides what is doubled
+    runs = (run_built(calm(seed, doubled=0.2, lost=0.05), seed, []) for seed in seeds)
+    outcome = next((run for run in runs if run.violation), None)
+    assert outcome is not None and outcome.violation == found

@@ -42,7 +42,7 @@ def case(
     old: str,
     new: str,
     run: Callable[[int], str] = workers_die,
-    seeds: range = range(5, 9),
+    seeds: range = range(5, 25),
 ) -> Mutant:
     return Mutant(check, owner, name, old, new, run, seeds)
 

@@ -386,8 +386,9 @@ class CatchUp:
         known = self.ledger.channels.get(channel)
         caught_up = known is not None and known.round == round_number
         self._out.append(Emit(fx.StateAdvanced(channel, round_number, state_hash, caught_up)))
+        self._told.pop(channel, None)  # a state that comes back is told again, and once
         self.reconcile(now)
-        if self.in_step(channel):
+        if self.in_step(channel) and channel not in self._told:
             self.report(channel)
 
     def completed(self, now: float, result: fx.WholeResult) -> None:

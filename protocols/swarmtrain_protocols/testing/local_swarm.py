@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,13 @@ from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
 from swarmtrain_protocols.testing.checkers import Checker, settle_within
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
-from swarmtrain_protocols.testing.keyring import peer_id_of
 from swarmtrain_protocols.testing.local_site import LocalSite, LocalTruth
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSpec
 from swarmtrain_protocols.testing.pipeline_swarm import make_spec
-from swarmtrain_protocols.testing.swarm import Outcome
+from swarmtrain_protocols.testing.swarm import Outcome, play, start_sites, truth_of
 from swarmtrain_protocols.testing.toystage import Toy
-from swarmtrain_protocols.testing.world import Violation, World
+from swarmtrain_protocols.testing.world import Context, World
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
@@ -174,25 +173,15 @@ def build(
     if spec is None:
         spec, parts = spec_of(seed)
     world = World(seed, model=model, strict_addresses=True)
-    truth = LocalTruth(
-        parts={part.name: part for part in parts},
-        names={peer_id_of(part.name): part.name for part in parts},
-        ticket_sites=("a", "b"),
-        seen=world.seen,
-    )
+    truth = truth_of(LocalTruth, world, parts)
     rounds = LocalRoundsAreRight(truth, spec.toy, spec)
-    luck = Stream(seed, "starts")
-    for part in parts:
-        start_s = 0.0 if part.name == spec.founder_site else luck.between(0.0, 4.0)
-        world.add(part.name, _factory(site, spec, part, truth), start_s=start_s)
+
+    def make(part: PipelinePart, ctx: Context) -> LocalSite:
+        return site(ctx, spec, part, truth)
+
+    start_sites(world, seed, spec.founder_site, parts, make, within_s=4.0)
     world.watch(rounds)
     return LocalSwarm(world, truth, rounds, spec)
-
-
-def _factory(
-    site: type[LocalSite], spec: PipelineSpec, part: PipelinePart, truth: LocalTruth
-) -> Callable[[Any], LocalSite]:
-    return lambda ctx: site(ctx, spec, part, truth)
 
 
 def plan_of(seed: int) -> Plan:
@@ -218,22 +207,16 @@ def run_local(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Che
 def run_built(swarm: LocalSwarm, seed: int, faults: Sequence[Fault], *checkers: Checker) -> Outcome:
     """A schedule on a world that was built."""
     outcome = Outcome(seed, list(faults))
-    world = swarm.world
-    world.watch(*checkers)
-    world.plan(faults)
-    try:
-        world.run(HEAL_AT_S)
+
+    def trouble() -> None:
+        swarm.world.run(HEAL_AT_S)
         outcome.recovery_s = settle_within(
-            world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
+            swarm.world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
         )
-    except Violation as broken:
-        outcome.violation, outcome.text = broken.kind, str(broken)
-        outcome.tail = world.trace.tail(60)
-    outcome.trace = world.trace.digest()
-    outcome.seen = world.seen
+
+    play(swarm.world, outcome, checkers, trouble)
     outcome.committed = sum(swarm.committed().values())
     outcome.aborted = swarm.rounds.aborted
-    outcome.simulated_s = world.now
     return outcome
 
 

@@ -15,13 +15,13 @@ from swarmtrain_protocols.testing.check_pipeline import BooksAgree, StepsAreRigh
 from swarmtrain_protocols.testing.checkers import Checker, settle_within
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
-from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
+from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSite, PipelineSpec
 from swarmtrain_protocols.testing.pipeline_truth import PipelineTruth
-from swarmtrain_protocols.testing.swarm import Outcome
+from swarmtrain_protocols.testing.swarm import Outcome, play, start_sites, truth_of
 from swarmtrain_protocols.testing.toystage import Toy
-from swarmtrain_protocols.testing.world import Violation, World
+from swarmtrain_protocols.testing.world import Context, World
 from swarmtrain_protocols.tickets import Capability, sign_capability
 
 TROUBLE_FROM_S = 6.0
@@ -150,26 +150,16 @@ def build(
     if spec is None:
         spec, parts = spec_of(seed)
     world = World(seed, model=model, strict_addresses=True)
-    truth = PipelineTruth(
-        parts={part.name: part for part in parts},
-        names={peer_id_of(part.name): part.name for part in parts},
-        ticket_sites=("a", "b"),
-        seen=world.seen,
-    )
+    truth = truth_of(PipelineTruth, world, parts)
     steps = StepsAreRight(truth, spec.toy, spec.manifest.keys, spec.chunk_values)
     books = BooksAgree(spec.toy, 2 * spec.toy.stages)
-    luck = Stream(seed, "starts")
-    for part in parts:
-        start_s = 0.0 if part.name == spec.founder_site else luck.between(0.0, 4.0)
-        world.add(part.name, _factory(spec, part, truth), start_s=start_s)
+
+    def make(part: PipelinePart, ctx: Context) -> PipelineSite:
+        return PipelineSite(ctx, spec, part, truth)
+
+    start_sites(world, seed, spec.founder_site, parts, make, within_s=4.0)
     world.watch(steps, books)
     return Pipeline(world, truth, steps, books, spec)
-
-
-def _factory(
-    spec: PipelineSpec, part: PipelinePart, truth: PipelineTruth
-) -> Callable[[Any], PipelineSite]:
-    return lambda ctx: PipelineSite(ctx, spec, part, truth)
 
 
 def plan_of(seed: int) -> Plan:
@@ -204,25 +194,19 @@ def run_built(
 ) -> PipelineOutcome:
     """A schedule on a world that was built; trouble ends at a time, or when ``healthy`` says so."""
     outcome = PipelineOutcome(seed, list(faults))
-    world = swarm.world
-    world.watch(*checkers)
-    world.plan(faults)
-    try:
-        world.run(heal_at_s, healthy)
+
+    def trouble() -> None:
+        swarm.world.run(heal_at_s, healthy)
         swarm.truth.calm = True
         outcome.recovery_s = settle_within(
-            world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
+            swarm.world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
         )
-    except Violation as broken:
-        outcome.violation, outcome.text = broken.kind, str(broken)
-        outcome.tail = world.trace.tail(60)
-    outcome.trace = world.trace.digest()
-    outcome.seen = world.seen
+
+    play(swarm.world, outcome, checkers, trouble)
     outcome.committed = len(swarm.steps.committed)
     outcome.aborted = swarm.steps.aborted
     outcome.micro_batches = swarm.steps.micro_batches
     outcome.compared = swarm.books.compared
-    outcome.simulated_s = world.now
     return outcome
 
 

@@ -8,8 +8,10 @@ healing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from swarmtrain_protocols.entries import (
     Genesis,
@@ -27,8 +29,11 @@ from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
 from swarmtrain_protocols.testing.truth import Truth
-from swarmtrain_protocols.testing.world import Violation, World
+from swarmtrain_protocols.testing.world import Context, Node, Violation, World
 from swarmtrain_protocols.tickets import Capability, sign_capability
+
+T = TypeVar("T", bound=Truth)
+P = TypeVar("P", bound=SitePart)
 
 TROUBLE_FROM_S = 5.0
 TROUBLE_UNTIL_S = 22.0
@@ -125,26 +130,62 @@ def build(seed: int, *, model: NetworkModel | None = None) -> Swarm:
     """The world of a seed, its sites started one after another, its checkers watching."""
     spec, parts = spec_of(seed)
     world = World(seed, model=model, strict_addresses=True)
-    names = [part.name for part in parts]
-    truth = Truth(
-        parts={part.name: part for part in parts},
-        names={peer_id_of(name): name for name in names},
-        ticket_sites=("a", "b"),
-        seen=world.seen,
-    )
+    truth = truth_of(Truth, world, parts)
     rounds = RoundsAreRight(truth, spec.manifest.keys, spec.chunk_values)
-    luck = Stream(seed, "starts")
-    for part in parts:
-        if not part.reachable:
-            world.network.unreachable.append(part.name)
-        start_s = 0.0 if part.name == spec.founder_site else luck.between(0.0, 8.0)
-        world.add(part.name, _factory(spec, part, truth), start_s=start_s)
+
+    def make(part: SitePart, ctx: Context) -> Site:
+        return Site(ctx, spec, part, truth)
+
+    start_sites(world, seed, spec.founder_site, parts, make, within_s=8.0)
     world.watch(rounds)
     return Swarm(world, truth, rounds, spec)
 
 
-def _factory(spec: SwarmSpec, part: SitePart, truth: Truth):  # type: ignore[no-untyped-def]
-    return lambda ctx: Site(ctx, spec, part, truth)
+def truth_of(kind: type[T], world: World, parts: Sequence[SitePart]) -> T:
+    """What the checkers know of a swarm whose tickets lead to its first two sites."""
+    return kind(
+        parts={part.name: part for part in parts},
+        names={peer_id_of(part.name): part.name for part in parts},
+        ticket_sites=("a", "b"),
+        seen=world.seen,
+    )
+
+
+def start_sites(
+    world: World,
+    seed: int,
+    founder: str,
+    parts: Sequence[P],
+    make: Callable[[P, Context], Node],
+    *,
+    within_s: float,
+) -> None:
+    """Have the founder start at once and the others one after another, as the seed says."""
+    luck = Stream(seed, "starts")
+    for part in parts:
+        if not part.reachable:
+            world.network.unreachable.append(part.name)
+        start_s = 0.0 if part.name == founder else luck.between(0.0, within_s)
+        world.add(part.name, partial(make, part), start_s=start_s)
+
+
+def play(
+    world: World, outcome: Outcome, checkers: Sequence[Checker], trouble: Callable[[], None]
+) -> None:
+    """Let the schedule of ``outcome`` happen to a built world and note how that ends.
+
+    ``trouble`` lets time pass, heals, and asks for liveness.
+    """
+    world.watch(*checkers)
+    world.plan(outcome.schedule)
+    try:
+        trouble()
+    except Violation as broken:
+        outcome.violation, outcome.text = broken.kind, str(broken)
+        outcome.tail = world.trace.tail(60)
+    outcome.trace = world.trace.digest()
+    outcome.seen = world.seen
+    outcome.simulated_s = world.now
 
 
 def plan_of(seed: int) -> Plan:
@@ -168,23 +209,17 @@ def run_swarm(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Che
     faults = list(schedule) if schedule is not None else generate(seed, plan_of(seed))
     outcome = Outcome(seed, faults)
     swarm = build(seed)
-    world = swarm.world
-    world.watch(*checkers)
-    world.plan(faults)
-    try:
-        world.run(HEAL_AT_S)
+
+    def trouble() -> None:
+        swarm.world.run(HEAL_AT_S)
         if not excused(swarm):
             outcome.recovery_s = settle_within(
-                world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
+                swarm.world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)
             )
-    except Violation as broken:
-        outcome.violation, outcome.text = broken.kind, str(broken)
-        outcome.tail = world.trace.tail(60)
-    outcome.trace = world.trace.digest()
-    outcome.seen = world.seen
+
+    play(swarm.world, outcome, checkers, trouble)
     outcome.committed = len(swarm.rounds.committed)
     outcome.aborted = swarm.rounds.aborted
-    outcome.simulated_s = world.now
     return outcome
 
 
@@ -237,7 +272,8 @@ def stranded(swarm: Swarm) -> tuple[str, ...]:
         for name, host in hosts.items()
         if not host.vanished and host.peer not in joined and not any(d != name for d in doors)
     )
-    swarm.world.seen["stranded"] += len(found)
+    if found:
+        swarm.world.seen["stranded"] += len(found)
     return found
 
 

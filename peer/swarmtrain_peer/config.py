@@ -113,6 +113,7 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
     "run.max_rounds": ("max_rounds",),
     "run.min_peers": ("min_peers",),
     "run.start_peers": ("start_peers",),
+    "run.stewards": ("stewards",),
     "train.preset": ("preset",),
     "train.model": ("model",),
     "train.corpus": ("corpus",),

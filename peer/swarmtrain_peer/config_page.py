@@ -21,6 +21,8 @@ RUN_TEXTS = {
     "run.min_peers": "Contributors without whom no round opens.",
     "run.start_peers": "Contributors that the first round, or workers that the first assignment of "
     "stages, waits for; later there may be fewer.",
+    "run.stewards": "Members that vote in the log, as far as so many may; 0: one, three from three "
+    "that may, five from eight, seven from fourteen.",
     "train.preset": "The model: lm-tiny, lm-small, lm-base, or for pipelines also one of the "
     "decoders; `own` for a pipeline whose scripts bring it.",
     "train.model": "Sizes that differ from the preset's: a table such as `{ layers = 6, d_model = "

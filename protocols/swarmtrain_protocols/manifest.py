@@ -115,6 +115,8 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Share of micro-batches that may leave out an overloaded inner stage."""
     generate_share: float = 0.1
     """Share of a worker's time that ``generate`` may take, in runs without stages, too."""
+    stewards: int = 0
+    """Members that vote in the log, as far as there are so many; 0: by how many could."""
 
     def __post_init__(self) -> None:
         for info in msgspec.structs.fields(type(self)):
@@ -259,6 +261,7 @@ _RULES: dict[str, _Rule] = {
     "swapped": (lambda value: isinstance(value, bool), "true, false"),
     "skip_fraction": _between(0.0, 0.5),
     "generate_share": _between(0.0, 0.9),
+    "stewards": (lambda value: value in (0, 1, 3, 5, 7), "0 (auto), 1, 3, 5, 7"),
 }
 assert tuple(_RULES) == RunKeys.__struct_fields__
 

@@ -1,7 +1,7 @@
 """Entering, staying, leaving; and what the leader does about members. Spec 05.
 
 The leader turns join and leave requests into entries, notices members whose link stays broken,
-keeps the number of stewards at one or three, and ends the run.
+keeps as many stewards as the run should have, and ends the run.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.stewards import choose
 from swarmtrain_protocols.tickets import Capability
 
 JOIN_RETRY_S = 1.0
 LOST_AFTER_S = 30.0
-STEWARDS_WANTED = 3
 ASKED_MAX = 8
 
 
@@ -151,6 +151,7 @@ class Shepherd:
         check_capability: Callable[[float, bytes], Capability],
         linked: Callable[[], list[PeerId]],
         max_rounds: int,
+        stewards: int = 0,
     ) -> None:
         self.ledger = ledger
         self.active = False
@@ -161,6 +162,7 @@ class Shepherd:
         self._check = check_capability
         self._linked = linked
         self._max_rounds = max_rounds
+        self._stewards = stewards
         self._missing: dict[bytes, float] = {}
         self._leaving: dict[bytes, str] = {}
         self._finished: dict[bytes, None] = {}
@@ -300,31 +302,19 @@ class Shepherd:
         return False
 
     def _fit_voters(self, now: float, linked: list[PeerId]) -> None:
-        """One voter, or three: promoted jointly as soon as enough members may vote.
-
-        Only who can be dialled: any steward may come to lead, and joiners have to reach it.
-        """
+        """Aim for the best steward set there is, see ``stewards``."""
         if self.ledger.joint:
             return
-        here = [*linked, self._me]
-        able = [
-            PeerId(m.id)
-            for m in self.ledger.ordered_members()
-            if self.ledger.may_vote(m.id) and m.reachable and m.id not in self._leaving
-        ]
-        current = [PeerId(v) for v in self.ledger.voters if v in able]
-        spare = [p for p in able if p not in current and p in here]
-        spare.sort(key=lambda p: self.ledger.members[p].ordinal)
-        if len(current) + len(spare) >= STEWARDS_WANTED:
-            wanted = (current + spare)[:STEWARDS_WANTED]
-        else:
-            keep = [self._me] if self._me in able else []
-            rest = [p for p in current + spare if p in here and p != self._me]
-            wanted = (keep + rest)[:1]
-        if not wanted or sorted(wanted) == sorted(self.ledger.voters):
+        target = choose(
+            self.ledger,
+            me=self._me,
+            linked=linked,
+            leaving=list(self._leaving),
+            asked=self._stewards,
+        )
+        if not target or target == tuple(sorted(self.ledger.voters)):
             self._asked_voters = ()
             return
-        target = tuple(sorted(wanted))
         if target != self._asked_voters and self._change_voters(now, target):
             self._asked_voters = target
 

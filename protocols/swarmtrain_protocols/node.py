@@ -179,6 +179,7 @@ class NodeCore:
             check_capability=self._check_capability,
             linked=self.linked,
             max_rounds=self.manifest.keys.max_rounds,
+            stewards=self.manifest.keys.stewards,
         )
         self.reception = Reception(
             ledger=self.ledger,

@@ -59,6 +59,7 @@ DEFAULT_KEYS: dict[str, object] = {
     "swapped": False,
     "skip_fraction": 0.0,
     "generate_share": 0.1,
+    "stewards": 0,
 }
 OTHER_KEYS: dict[str, object] = {
     **DEFAULT_KEYS,

@@ -80,6 +80,7 @@ def test_every_key_is_in_the_run_id() -> None:
         "max_extra_steps_factor": 1.0, "stages": 4, "micro_batches": 8, "pipeline_mode": "diloco",
         "boundary_codec": "fp32", "replicas_min": 3, "ends_replicas": 4, "close_fraction": 1.0,
         "swapped": True, "skip_fraction": 0.1, "generate_share": 0.2,
+        "stewards": 5,
     }  # fmt: skip
     assert tuple(other) == RunKeys.__struct_fields__
     ids = {manifest(**{key: value}).run_id for key, value in other.items()}
@@ -170,6 +171,7 @@ def test_unknown_keys_get_a_suggestion() -> None:
         ("swapped", "perhaps", "true, false"),
         ("skip_fraction", 0.6, "0 to 0.5"),
         ("generate_share", 1.0, "0 to 0.9"),
+        ("stewards", 2, "1, 3, 5, 7"),
     ],
 )
 def test_bad_values_name_the_key_and_what_is_allowed(key: str, value: object, allowed: str) -> None:

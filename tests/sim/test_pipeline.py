@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from swarmtrain_protocols.limits import ELECTION_TIMEOUT_S
 from swarmtrain_protocols.pipeline.step_policy import StepPolicy
 from swarmtrain_protocols.pipeline.worker import WorkerCore
 from swarmtrain_protocols.testing.nightly import Report, explain, run_many
@@ -27,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCHEDULES = max(18, int(os.environ.get("SWARMTRAIN_SIM_SEEDS", "0")) // 8)
 CHUNKS = 3
 LEASE_S = StepPolicy().lease_ttl_s
+NOTICED_S = 0.4
+"""Until a death is noticed, and drivers have told a new leader what they work at."""
 
 
 @functools.cache
@@ -93,11 +94,12 @@ def test_with_duplicates_let_through_the_audit_fails(monkeypatch: pytest.MonkeyP
     assert audit.outcome.violation == "PL1", audit.summary()
 
 
-def test_the_leader_killed_in_each_state_costs_an_election_a_lease_and_a_step() -> None:
+def test_the_leader_killed_in_each_state_costs_a_lease_and_a_step() -> None:
+    """The lease runs from the last sign of the old leader, while a new one is elected."""
     audit = run_audit(36, LEADER_STATES, 3, drivers="ab", lost=0.0, doubled=0.0)
     check(audit, 36)
     assert len(audit.dealt) >= len(LEADER_STATES) - 1, audit.dealt
-    patience_s = 2 * ELECTION_TIMEOUT_S + LEASE_S + 2 * audit.step_s
+    patience_s = NOTICED_S + LEASE_S + audit.step_s
     assert all(pause_s <= patience_s for _, pause_s in audit.pauses), audit.pauses
 
 
@@ -105,7 +107,7 @@ def test_a_driver_killed_in_each_state_costs_a_lease_and_a_step() -> None:
     audit = run_audit(30, DRIVER_STATES, 3, drivers="ab", lost=0.0, doubled=0.0)
     check(audit, 30)
     assert len(audit.dealt) >= len(DRIVER_STATES), audit.dealt
-    patience_s = LEASE_S + 2 * audit.step_s
+    patience_s = LEASE_S + audit.step_s
     alone = [item for item in audit.pauses if not item[0].startswith("worker")]
     assert all(pause_s <= patience_s for name, pause_s in alone if "again" not in name), alone
 

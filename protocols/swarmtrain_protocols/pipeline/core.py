@@ -283,6 +283,7 @@ class PipelineCore:
         """Somebody else leads, or the same node in a later term."""
         if self.enabled:
             self.worker.leader = leader
+            self.steps.vacancy.leader_changed(now, None if leader == self._me else leader)
             self.healing.leader_changed(leader)
             self.driver.leader_changed(now, leader)
 
@@ -331,6 +332,7 @@ class PipelineCore:
     def connected(self, now: float, peer: PeerId) -> None:
         if self.enabled:
             self._serving.clear()
+            self.steps.vacancy.connected(peer)
             self.driver.connected(now, peer)
 
     def disconnected(self, now: float, peer: PeerId) -> None:
@@ -339,6 +341,7 @@ class PipelineCore:
             self.worker.disconnected(now, peer)
             self.driver.disconnected(now, peer)
             self.errands.disconnected(now, peer)
+            self.steps.vacancy.disconnected(now, peer)
             self.steps.disconnected(now, peer)
             self.assigner.disconnected(now, peer)
             self._connect(now)

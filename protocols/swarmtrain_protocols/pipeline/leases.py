@@ -35,6 +35,43 @@ class Grant:
     """(hop, micro-batch)."""
 
 
+class Vacancy:
+    """How long nobody has led who could lease: what a new leader knows of leases it did not give.
+
+    Drivers tell a new leader what they work at. The leases of those that cannot tell it have run
+    out one ``ttl_s`` after the last moment at which the old leader was seen.
+    """
+
+    def __init__(self) -> None:
+        self._leader: PeerId | None = None
+        self._since: float | None = None
+
+    def leader_changed(self, now: float, other: PeerId | None) -> None:
+        """``other`` leads now; None: nobody, or this node."""
+        self._leader = other
+        if other is None:
+            self._begins(now)
+        else:
+            self._since = None
+
+    def connected(self, peer: PeerId) -> None:
+        if peer == self._leader:
+            self._since = None
+
+    def disconnected(self, now: float, peer: PeerId) -> None:
+        """The link to the leader broke: it may be dead since now."""
+        if peer == self._leader:
+            self._begins(now)
+
+    def _begins(self, now: float) -> None:
+        self._since = now if self._since is None else self._since
+
+    def over_at(self, now: float, ttl_s: float) -> float:
+        """When this node, leader as of ``now``, may deal; drivers ask every third of ``ttl_s``."""
+        since = now if self._since is None else self._since
+        return max(now + ttl_s / 3, since + ttl_s)
+
+
 class Leases:
     """The micro-batches of one step.
 
@@ -47,16 +84,23 @@ class Leases:
         self._from = from_s
         self._all = [_Lease() for _ in range(micro_batches)]
         self._room: dict[PeerId, int] = {}
+        self._cut: dict[PeerId, None] = {}
+        """Drivers whose link broke and that have not asked since."""
 
     # -- what drivers say ------------------------------------------------------------------
 
     def asked(self, now: float, driver: PeerId, room: int, working: Sequence[int]) -> None:
         """Renews what ``driver`` works at, and adopts what it began under another leader.
 
-        What was leased to it and is not in ``working`` is either on its way there, and takes of
-        its room, or was forgotten by a driver that has died and come back: it runs out.
+        What was leased to it and is not in ``working`` is on its way there, and takes of its room;
+        after its link broke it never arrived, or died with the driver's process: it is free.
         """
         mine = dict.fromkeys(n for n in working if n < len(self._all))
+        if driver in self._cut:
+            del self._cut[driver]
+            for number, lease in enumerate(self._all):
+                if lease.driver == driver and not lease.done and number not in mine:
+                    lease.driver, lease.until = None, -math.inf
         for number in mine:
             lease = self._all[number]
             if not lease.done and (lease.driver is None or lease.until <= now):
@@ -89,8 +133,9 @@ class Leases:
                 lease.redo.clear()
 
     def gone(self, driver: PeerId) -> None:
-        """Its link is down: it gets nothing more; what it has lives on until it expires."""
+        """Its link is down: it gets nothing more; what it has lives on until it expires or asks."""
         self._room.pop(driver, None)
+        self._cut[driver] = None
 
     # -- what workers say ------------------------------------------------------------------
 

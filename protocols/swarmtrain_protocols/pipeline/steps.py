@@ -22,7 +22,7 @@ from swarmtrain_protocols.messages.pipeline import StepKey
 from swarmtrain_protocols.pipeline import claims as cl
 from swarmtrain_protocols.pipeline.asking import ASK_AGAIN_S, Closing, Query
 from swarmtrain_protocols.pipeline.book import stage_channel, step_key
-from swarmtrain_protocols.pipeline.leases import Leases
+from swarmtrain_protocols.pipeline.leases import Leases, Vacancy
 from swarmtrain_protocols.pipeline.step_policy import StepPolicy, clip_scale
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
@@ -66,6 +66,7 @@ class StepLeader:
         self.ledger = ledger
         self.policy = policy
         self.active = False
+        self.vacancy = Vacancy()
         self._me = me
         self._out = out
         self._propose = propose
@@ -80,7 +81,7 @@ class StepLeader:
         self._ground = NOWHERE
         self._key = StepKey(0, 0, 0)
         self._leases = Leases(0, self.policy.lease_ttl_s, now)
-        self._from = now + self.policy.lease_ttl_s
+        self._from = self.vacancy.over_at(now, self.policy.lease_ttl_s)
         self._began = now
         self._durations: deque[float] = deque(maxlen=STEPS_MEASURED)
         self._queries = max(0, self.ledger.index) << QUERIES_BITS

@@ -10,7 +10,7 @@ import pytest
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.pipeline.claims import Settlement
-from swarmtrain_protocols.pipeline.leases import Leases
+from swarmtrain_protocols.pipeline.leases import Leases, Vacancy
 
 P, Q, R = (PeerId(bytes([n]) * 32) for n in (1, 2, 3))
 TTL_S = 3.0
@@ -60,6 +60,45 @@ def test_a_driver_that_has_forgotten_its_leases_does_not_keep_them() -> None:
         assert dealt(leases, now) == {}
     leases.asked(3.0, P, 4, (1,))
     assert dealt(leases, 3.0) == {P: [0]}
+
+
+def test_after_its_link_broke_what_a_driver_does_not_work_at_is_free_at_once() -> None:
+    leases = Leases(3, TTL_S, 0.0)
+    leases.asked(0.0, P, 3, ())
+    assert dealt(leases, 0.0) == {P: [0, 1, 2]}
+    leases.gone(P)
+    leases.asked(0.1, Q, 3, ())
+    assert dealt(leases, 0.1) == {}, "the link alone says nothing: it may work on"
+    leases.asked(0.2, P, 0, (1,))
+    assert dealt(leases, 0.2) == {Q: [0, 2]}
+    leases.asked(0.3, P, 2, ())
+    leases.asked(0.3, Q, 0, (0, 2))
+    assert dealt(leases, 0.3) == {}, "on its way again, as long as the link holds"
+
+
+def test_a_vacancy_counts_from_the_last_sign_of_the_old_leader() -> None:
+    vacancy = Vacancy()
+    assert vacancy.over_at(5.0, TTL_S) == 8.0, "nothing is known of another leader"
+    vacancy.leader_changed(5.0, P)
+    vacancy.disconnected(6.0, Q)
+    assert vacancy.over_at(7.0, TTL_S) == 10.0, "handed over: the other one led until now"
+    vacancy.disconnected(7.0, P)
+    assert vacancy.over_at(7.5, TTL_S) == 10.0
+    vacancy.leader_changed(8.0, None)
+    vacancy.connected(P)
+    assert vacancy.over_at(8.5, TTL_S) == 10.0, "it is back, and does not lead"
+    assert vacancy.over_at(12.0, TTL_S) == 13.0, "drivers have a third of their time to tell"
+
+
+def test_a_leader_that_is_seen_again_may_have_leased_until_then() -> None:
+    vacancy = Vacancy()
+    vacancy.leader_changed(1.0, P)
+    vacancy.disconnected(2.0, P)
+    vacancy.connected(P)
+    assert vacancy.over_at(4.0, TTL_S) == 7.0
+    vacancy.leader_changed(4.0, None)
+    vacancy.leader_changed(5.0, Q)
+    assert vacancy.over_at(6.0, TTL_S) == 9.0
 
 
 def test_leases_on_their_way_take_of_the_room() -> None:

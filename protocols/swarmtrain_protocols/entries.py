@@ -52,6 +52,8 @@ class MemberJoined(msgspec.Struct, frozen=True, tag="joined"):
     """Id of the ticket's capability, never its secret."""
     uses: Count = 0
     """Members that may join with this ticket, 0: any number; the ledger counts them."""
+    role: Name = "trainer"
+    """What the ticket is for (05 §2.5)."""
 
 
 class MemberLeft(msgspec.Struct, frozen=True, tag="left"):
@@ -62,7 +64,40 @@ class MemberLeft(msgspec.Struct, frozen=True, tag="left"):
 
 
 class MemberBanned(msgspec.Struct, frozen=True, tag="banned"):
+    """Turns a member out and keeps it out; ``lifted``: it may come back."""
+
     member: Key
+    reason: Reason
+    lifted: bool = False
+
+
+class TicketRevoked(msgspec.Struct, frozen=True, tag="revoked"):
+    """Nobody new enters with the ticket of this id; who is in stays."""
+
+    ticket: Annotated[bytes, Meta(min_length=8, max_length=16)]
+    reason: Reason
+
+
+class AllowChanged(msgspec.Struct, frozen=True, tag="allow"):
+    """The allow list, which holds for newcomers from its first key on, until it is lifted.
+
+    With a ``member``: it goes on the list, or (not ``allowed``) off it. Without one: the list is
+    lifted (``allowed``: whoever has a ticket may enter), or holds as it is.
+    """
+
+    member: Annotated[bytes, Meta(max_length=32)]
+    allowed: bool
+    note: Name = ""
+
+
+class FounderChanged(msgspec.Struct, frozen=True, tag="founder"):
+    """Orders and tickets are signed with another key from here on: the run was handed over.
+
+    ``tickets``: those that earlier founders have signed stay good.
+    """
+
+    founder: Key
+    tickets: bool
     reason: Reason
 
 
@@ -171,13 +206,17 @@ class CheckpointMade(msgspec.Struct, frozen=True, tag="checkpoint"):
 
 
 class Rewound(msgspec.Struct, frozen=True, tag="rewound"):
-    """A new generation starts from older states: (channel, round, state hash) triples."""
+    """A new generation starts from older states: (channel, round, state hash) triples.
+
+    ``ordered``: the founder wants it so; else data was lost.
+    """
 
     generation: Count
     reason: Reason
     channels: Annotated[tuple[Channel, ...], Meta(max_length=limits.CHANNELS_MAX)]
     rounds: Annotated[tuple[Count, ...], Meta(max_length=limits.CHANNELS_MAX)]
     roots: Annotated[tuple[Hash, ...], Meta(max_length=limits.CHANNELS_MAX)]
+    ordered: bool = False
 
 
 class StageAssigned(msgspec.Struct, frozen=True, tag="stage"):
@@ -275,9 +314,10 @@ class RunEnded(msgspec.Struct, frozen=True, tag="ended"):
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag="config"):
-    """From ``at_round`` on, in every state channel, ``key`` has ``value``.
+    """From ``at_round`` on, in every state channel, run key ``key`` has ``value``.
 
-    The one key there is: ``overlap``, ``off`` or ``eager``, in runs whose run key says ``auto``.
+    ``overlap``, ``off`` or ``eager``, in runs whose run key says ``auto``, is the leader's; the
+    keys of ``changes.IN_FLIGHT`` are the founder's, and ``value`` is their text (05 §1.6).
     """
 
     at_round: Count
@@ -292,6 +332,9 @@ EntryBody = Union[  # noqa: UP007
     MemberJoined,
     MemberLeft,
     MemberBanned,
+    TicketRevoked,
+    AllowChanged,
+    FounderChanged,
     StewardsChanged,
     ModelDefined,
     RoundOpened,

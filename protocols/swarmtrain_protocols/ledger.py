@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from swarmtrain_protocols import access, changes, limits
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols import limits
 from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome, are_ranges
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.common import RoundKey
@@ -33,6 +33,9 @@ class Member(msgspec.Struct):
     joined_index: int
     ordinal: int
     """Counts first joins; never reused, so data positions stay disjoint."""
+    ticket: bytes = b""
+    """Id of the ticket it came with last."""
+    role: str = "trainer"
 
 
 class Ledger(msgspec.Struct):
@@ -64,6 +67,9 @@ class Ledger(msgspec.Struct):
     pipeline: book.PipelineState = msgspec.field(default_factory=book.PipelineState)
     overlaps: list[tuple[int, str]] = []
     """Changes of the overlap mode, by the first round that each is for; see ``schedule``."""
+    changes: list[tuple[int, str, str]] = []
+    """(first round, run key, text) of what the founder has changed in flight; see ``changes``."""
+    access: access.Access = msgspec.field(default_factory=access.Access)
 
     def apply(self, index: int, body: e.EntryBody) -> bool:
         """Apply entry ``index``; False if the entry does not fit and is ignored."""
@@ -161,10 +167,11 @@ def _genesis(ledger: Ledger, index: int, body: e.Genesis) -> bool:
 
 
 def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
-    used_up = ledger.ticket_used_up(body.ticket, body.uses, body.member)
-    if body.member in ledger.banned or used_up:
+    if access.refusal(ledger, body.member, body.ticket, body.uses) is not None:
         return False
     known = ledger.members.get(body.member)
+    if known is not None and ledger.ticket_used_up(body.ticket, body.uses, body.member):
+        return False
     if known is None:
         if len(ledger.members) >= limits.MEMBERS_MAX:
             return False
@@ -186,6 +193,8 @@ def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
         reachable=body.reachable,
         joined_index=index,
         ordinal=ordinal,
+        ticket=body.ticket,
+        role=body.role,
     )
     return True
 
@@ -193,13 +202,6 @@ def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
 def _left(ledger: Ledger, index: int, body: e.MemberLeft) -> bool:
     ledger.pipeline.assigned.pop(body.member, None)
     return ledger.members.pop(body.member, None) is not None
-
-
-def _banned(ledger: Ledger, index: int, body: e.MemberBanned) -> bool:
-    ledger.banned[body.member] = body.reason
-    ledger.members.pop(body.member, None)
-    ledger.pipeline.assigned.pop(body.member, None)
-    return True
 
 
 def _stewards(ledger: Ledger, index: int, body: e.StewardsChanged) -> bool:
@@ -299,6 +301,7 @@ def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
     ledger.generation = body.generation
     latest = max(body.rounds, default=0)
     ledger.overlaps = [item for item in ledger.overlaps if item[0] <= latest]
+    changes.forget_beyond(ledger, latest)
     for name, round_number, root in zip(body.channels, body.rounds, body.roots, strict=True):
         channel = ledger.channels.get(name)
         if channel is not None:
@@ -317,8 +320,15 @@ def _ended(ledger: Ledger, index: int, body: e.RunEnded) -> bool:
 def _config(ledger: Ledger, index: int, body: e.ConfigChanged) -> bool:
     """A change is for rounds that nobody can have opened yet, so it stands before they are."""
     train = ledger.train_channels()
+    if body.key != "overlap":
+        if not train or body.at_round <= changes.front(ledger):
+            return False
+        if not changes.fits(ledger, body.key, body.value):
+            return False
+        changes.add(ledger, body.at_round, body.key, body.value)
+        return True
     rounds = [channel.round for channel in train] + [item[0] for item in ledger.overlaps]
-    if body.key != "overlap" or body.value not in ("off", "eager") or not train:
+    if body.value not in ("off", "eager") or not train:
         return False
     if body.at_round <= max(rounds):
         return False
@@ -333,7 +343,10 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     e.Genesis: _genesis,
     e.MemberJoined: _joined,
     e.MemberLeft: _left,
-    e.MemberBanned: _banned,
+    e.MemberBanned: access.banned,
+    e.TicketRevoked: access.revoked,
+    e.AllowChanged: access.allow_changed,
+    e.FounderChanged: access.founder_changed,
     e.StewardsChanged: _stewards,
     e.ModelDefined: _model,
     e.RoundOpened: _opened,

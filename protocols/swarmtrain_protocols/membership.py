@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.access import Refusal, refusal
+from swarmtrain_protocols.changes import changed_at, front
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
@@ -137,6 +139,15 @@ class Joiner:
         return math.inf if self.satisfied() or self.refused else self._next_try
 
 
+def _beyond(role: str, request: mm.JoinRequest) -> Refusal | None:
+    """What a ticket of this role does not let its bearer do."""
+    if role != "trainer" and request.trains:
+        return Refusal("role", f"the ticket is for the role {role}, which does not train")
+    if role == "observer" and request.holds_state:
+        return Refusal("role", "the ticket is for the role observer, which holds no state")
+    return None
+
+
 class Shepherd:
     """The leader's duties towards members. Active while this node leads the log."""
 
@@ -183,24 +194,23 @@ class Shepherd:
 
     def join(self, now: float, peer: PeerId, request: mm.JoinRequest) -> None:
         """Admit a bearer of a valid capability; a member that returns with it is updated."""
-        if peer in self.ledger.banned:
-            self._refuse(peer, "banned", self.ledger.banned[peer])
-            return
         genesis = peer == self.ledger.genesis_steward
-        ticket, vote, uses = b"", genesis, 0
-        if not genesis or request.capability:
+        ticket, vote, uses, role = b"", genesis, 0, "trainer"
+        if peer not in self.ledger.banned and (not genesis or request.capability):
             try:
                 capability = self._check(now, request.capability)
             except NotAuthorised as error:
                 if not genesis and peer not in self.ledger.members:
-                    self._refuse(peer, "not_authorised", error.why or error.what)
+                    code = "expired" if "expired" in error.why else "not_authorised"
+                    self._refuse(peer, code, error.why or error.what)
                     return
-                vote = self.ledger.may_vote(peer)
+                vote, role = self.ledger.may_vote(peer), self._role(peer)
             else:
                 ticket, vote = capability.id, genesis or capability.vote
-                uses = capability.uses
-        if self.ledger.ticket_used_up(ticket, uses, peer):
-            self._refuse(peer, "not_authorised", "the ticket is used up")
+                uses, role = capability.uses, capability.role
+        no = refusal(self.ledger, peer, ticket, uses) or _beyond(role, request)
+        if no is not None:
+            self._refuse(peer, *no)
             return
         if peer not in self.ledger.members and len(self.ledger.members) >= limits.MEMBERS_MAX:
             self._refuse(peer, "full", f"the run has {limits.MEMBERS_MAX} members")
@@ -211,10 +221,11 @@ class Shepherd:
             request.addresses,
             request.trains,
             request.holds_state,
-            vote and request.votes,
+            vote and request.votes and role != "observer",
             request.reachable,
             ticket,
             uses,
+            role,
         )
         self._leaving.pop(peer, None)
         self._finished.pop(peer, None)
@@ -223,6 +234,10 @@ class Shepherd:
         if self._asked_index.get(peer) != self.ledger.index:
             self._propose(now, body)
             self._asked_index[peer] = self.ledger.index
+
+    def _role(self, peer: PeerId) -> str:
+        known = self.ledger.members.get(peer)
+        return known.role if known is not None else "trainer"
 
     def _is_known(self, body: e.MemberJoined) -> bool:
         known = self.ledger.members.get(body.member)
@@ -324,7 +339,9 @@ class Shepherd:
         train = self.ledger.train_channels()
         if not train or any(c.open is not None for c in train):
             return
-        if self._max_rounds and all(c.round >= self._max_rounds for c in train):
+        changed = changed_at(self.ledger, front(self.ledger))
+        planned = changed.get("max_rounds", self._max_rounds)
+        if planned and all(c.round >= planned for c in train):
             self._end(now, "max_rounds")
             return
         here = [*linked, self._me]

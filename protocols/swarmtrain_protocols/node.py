@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.access import read_capability
 from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound
 from swarmtrain_protocols.dht.kademlia import DhtCore
@@ -41,7 +42,7 @@ from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.member import Offer, RoundMember
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_of
-from swarmtrain_protocols.tickets import Capability, parse_capability
+from swarmtrain_protocols.tickets import Capability
 
 PUMP_MAX = 10_000
 
@@ -359,14 +360,8 @@ class NodeCore:
     # -- inside ----------------------------------------------------------------------------
 
     def _check_capability(self, now: float, data: bytes) -> Capability:
-        wall_s = now + self._wall_offset_s
-        return parse_capability(
-            data,
-            founder=self.manifest.founder,
-            run=self.run,
-            wall_s=wall_s,
-            verify=self._keyring.verify,
-        )
+        wall_s, verify = now + self._wall_offset_s, self._keyring.verify
+        return read_capability(data, self.ledger, self.manifest.founder, self.run, wall_s, verify)
 
     def _dispatch(self, now: float, peer: PeerId, message: Message) -> None:
         kind = type(message).__module__

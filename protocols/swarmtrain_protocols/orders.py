@@ -15,7 +15,17 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.messages.member import Propose
 
-ORDERS = e.Paused | e.Resumed | e.RunEnded | e.MemberBanned
+ORDERS = (
+    e.Paused
+    | e.Resumed
+    | e.RunEnded
+    | e.MemberBanned
+    | e.TicketRevoked
+    | e.AllowChanged
+    | e.FounderChanged
+    | e.ConfigChanged
+    | e.Rewound
+)
 DOMAIN = b"order"
 
 _encoder = msgspec.msgpack.Encoder()

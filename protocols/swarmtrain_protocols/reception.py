@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.access import founder_of
+from swarmtrain_protocols.changes import check_change
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
-from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.errors import ConfigError, PeerFault
 from swarmtrain_protocols.ledger import Ledger, valid_model
 from swarmtrain_protocols.manifest import Manifest
 from swarmtrain_protocols.membership import Joiner, Shepherd
@@ -119,7 +121,7 @@ class Reception:
         """Only the founder gives orders; a steward is not banned while it votes."""
         good = is_authorised(
             order,
-            founder=self._manifest.founder,
+            founder=founder_of(self.ledger, self._manifest.founder),
             run=self._manifest.run_id,
             index=self.ledger.index,
             verify=self._verify,
@@ -128,8 +130,24 @@ class Reception:
             self._fault(peer, "not_the_founder")
         elif isinstance(body, e.MemberBanned) and body.member in self.ledger.voters:
             self._fault(peer, "bans_a_steward")
+        elif not self._fits(body):
+            # True when the founder's site looked, and void now: it sees that the log lacks it.
+            fields: dict[str, object] = {"peer": peer.hex(), "reason": "order is out of date"}
+            self._out.append(Emit(fx.Notice("message_ignored", fields)))
         else:
             self._propose(now, body)
+
+    def _fits(self, body: e.EntryBody) -> bool:
+        """Whether an order can still be obeyed; what does not fit is not written at all."""
+        if isinstance(body, e.Rewound):
+            return body.ordered and body.generation == self.ledger.generation + 1
+        if isinstance(body, e.ConfigChanged):
+            keys, args = self._manifest.keys, (body.at_round, body.key, body.value)
+            try:
+                return check_change(keys, self.ledger, *args) == body.value
+            except ConfigError:
+                return False
+        return True
 
     def _fault(self, peer: PeerId, code: str) -> None:
         self._out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))

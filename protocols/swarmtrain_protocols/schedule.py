@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from swarmtrain_protocols.changes import keys_at
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.manifest import RunKeys
@@ -51,6 +52,7 @@ def outer_at(keys: RunKeys, ledger: Ledger, round_number: int) -> OuterStep:
     """The outer step that the result of ``round_number`` is applied with, in any channel."""
     overlap = overlap_at(keys, ledger, round_number)
     lr, momentum = auto_outer(overlap, max(keys.start_peers, 2), keys.max_rounds)
+    keys = keys_at(keys, ledger, round_number)
     return OuterStep(
         overlap,
         lr if keys.outer_lr is None else keys.outer_lr,

@@ -150,11 +150,21 @@ def test_members_may_propose_a_few_kinds_of_entries(body: e.EntryBody) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [e.Paused("x"), e.Resumed("x"), e.RunEnded("x"), e.MemberBanned(C, "x")],
-    ids=["pause", "resume", "end", "ban"],
+    [
+        e.Paused("x"),
+        e.Resumed("x"),
+        e.RunEnded("x"),
+        e.MemberBanned(C, "x"),
+        e.TicketRevoked(bytes(8), "x"),
+        e.AllowChanged(C, True),
+        e.FounderChanged(C, True, "x"),
+        e.Rewound(1, "x", (TRAIN,), (0,), (bytes(32),), True),
+        e.ConfigChanged(3, "inner_steps", "7", "x"),
+    ],
+    ids=["pause", "resume", "end", "ban", "revoke", "allow", "found", "rewind", "config"],
 )
 def test_orders_are_the_founders(body: e.EntryBody) -> None:
-    desk = Desk()
+    desk = Desk(model=True)
     assert faults(desk.orders(B, body)) == [] and desk.proposed == [body]
     assert faults(desk.wants(B, body)) == [("not_the_founder", B)], "unsigned"
     assert faults(desk.orders(B, body, by=FakeKeyring("b"))) == [("not_the_founder", B)]
@@ -173,7 +183,6 @@ def test_anything_else_is_a_fault_of_whoever_asks() -> None:
     others = [
         e.NoOp(),
         e.MemberLeft(C, "x"),
-        e.Rewound(1, "x", (), (), ()),
         e.StewardsChanged((B,)),
         desk.log.open([A], channel="group/x"),
     ]

@@ -22,7 +22,7 @@ from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
-from swarmtrain_protocols.rounds.policy import RoundPolicy
+from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 
 ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
@@ -48,6 +48,7 @@ class RoundLeader:
     ) -> None:
         self.ledger = ledger
         self.policy = policy
+        self._founded = policy
         self.active = False
         self.decider: Decider | None = None
         self._me = me
@@ -166,6 +167,7 @@ class RoundLeader:
         """The ledger moved: forget phases that are over, take up the one that is open."""
         if not self.active:
             return
+        self.policy = self._lobbies.policy = policy_at(self._founded, self.ledger)
         self._lobbies.reconcile(self.ledger)
         for member in [k for k in self._leaving if k not in self.ledger.members]:
             del self._leaving[member]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.changes import changed_at, front
+from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.schedule import is_measured
 
@@ -44,3 +46,14 @@ def policy_of(keys: RunKeys, chunk_values: int = limits.CHUNK_VALUES) -> RoundPo
         measure_overlap=is_measured(keys),
         chunk_values=chunk_values,
     )
+
+
+_IN_FLIGHT = ("min_peers", "grace_s", "round_timeout_s", "max_rounds")
+
+
+def policy_at(policy: RoundPolicy, ledger: Ledger) -> RoundPolicy:
+    """The policy for the next rounds: that of the manifest, with what was changed in flight."""
+    if not ledger.changes:
+        return policy
+    changed = changed_at(ledger, front(ledger))
+    return replace(policy, **{key: changed[key] for key in _IN_FLIGHT if key in changed})

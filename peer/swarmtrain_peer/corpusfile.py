@@ -30,6 +30,7 @@ from swarmtrain_peer.files import (
     FileSystem,
     disk_errors,
     make_folders,
+    reserve,
     write_synced,
 )
 from swarmtrain_protocols import limits
@@ -365,7 +366,7 @@ class PartialCorpus:
                 self._fs.close(self._fs.create(self._partial))
             handle = os.open(self._partial, os.O_RDWR | os.O_CLOEXEC)
             try:
-                _reserve(handle, size)
+                reserve(handle, size)
                 mapped = mmap.mmap(handle, size)
             finally:
                 os.close(handle)
@@ -422,14 +423,6 @@ class PartialCorpus:
         """Mark everything as absent."""
         absent = _ABSENT * self.descriptor.chunks
         self._data[self.descriptor.nbytes : self.descriptor.nbytes + len(absent)] = absent
-
-
-def _reserve(handle: int, nbytes: int) -> None:
-    """Take the room now: writing into a mapping cannot fail politely."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, nbytes)
-    else:
-        os.ftruncate(handle, nbytes)
 
 
 assert chunk_count(limits.CORPUS_CHUNK_BYTES + 1) == 2

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.handler import Guest, Stages
 from swarmtrain_peer.journal import Journal
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.recordfile import RecordFile
@@ -59,28 +60,9 @@ class _Asked:
     """A fetch under way."""
 
     purpose: object
+    first: int
     nbytes: int
     begin_s: float
-
-
-class Guest(Protocol):
-    """Who else fetches, with tickets of ``GUEST_TICKETS``."""
-
-    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
-
-    def fetch_failed(self, ticket: int, reason: str) -> None: ...
-
-
-class Stages(Protocol):
-    """Who carries out the effects of a pipeline (``stage_desk.StageDesk``)."""
-
-    def execute(self, effect: Effect) -> bool: ...
-
-    def arrived(self, peer: PeerId, message: HopRequest | HopReply) -> None: ...
-
-    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
-
-    def fetch_failed(self, ticket: int, reason: str) -> None: ...
 
 
 class Driver:
@@ -204,6 +186,15 @@ class Driver:
             self._store_result(effect.key)
         elif isinstance(effect, fx.ApplyResult):
             self._apply(effect)
+        elif isinstance(effect, fx.PrepareSnapshot):
+            wanted = effect.snapshot
+            self.offload(
+                partial(self.data.prepare, wanted),
+                lambda found: self.run(
+                    self.node.catchup.prepared, wanted.channel, wanted.root, *found
+                ),
+                partial(self._install_failed, wanted.channel),
+            )
         elif isinstance(effect, fx.InstallSnapshot):
             install = partial(self.data.install, effect.snapshot)
             self.offload(
@@ -307,15 +298,31 @@ class Driver:
     def _fetch(self, effect: Fetch) -> None:
         try:
             total = self.data.total_chunks(effect.purpose)
+            if isinstance(effect.purpose, fx.SnapshotLeaves):
+                self._fetch_hashes(effect, total)
+                return
             places = self.data.destinations(effect.purpose, effect.first, effect.count)
         except LocalProtocolError:
             # The attempt was released meanwhile; the core no longer waits for the answer.
             self._loop.call_soon(self.fetch_failed, effect.ticket, "released")
             return
         nbytes = sum(place.nbytes for place in places)
-        self._asked[effect.ticket] = _Asked(effect.purpose, nbytes, host.mono_s())
+        asked = _Asked(effect.purpose, effect.first, nbytes, host.mono_s())
+        self._asked[effect.ticket] = asked
         self._transport.fetch(
             effect.ticket, effect.peer, effect.root, effect.first, total, places, FETCH_TIMEOUT_S
+        )
+
+    def _fetch_hashes(self, effect: Fetch, total: int) -> None:
+        self._asked[effect.ticket] = _Asked(effect.purpose, effect.first, 0, host.mono_s())
+        self._transport.fetch_hashes(
+            effect.ticket,
+            effect.peer,
+            effect.root,
+            effect.first,
+            effect.count,
+            total,
+            FETCH_TIMEOUT_S,
         )
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
@@ -331,7 +338,12 @@ class Driver:
             return
         purpose = asked.purpose
         self._time_fetch(asked)
-        if isinstance(purpose, fx.WholeResult | fx.Snapshot):
+        if isinstance(purpose, fx.SnapshotLeaves):
+            if (incoming := self.data.incoming(purpose.snapshot)) is not None:
+                incoming.expect(asked.first, leaves)
+        elif isinstance(purpose, fx.Snapshot) and (found := self.data.incoming(purpose)):
+            found.proven(asked.first, leaves)
+        if isinstance(purpose, fx.WholeResult | fx.Snapshot | fx.SnapshotLeaves):
             self.run(self.node.fetched, ticket)
             return
         self.offload(

@@ -6,29 +6,10 @@ is printed from this table by ``python -m swarmtrain_peer.events``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from swarmtrain_peer.event_kind import Kind
+from swarmtrain_peer.event_kinds_state import STATE_KINDS
 
-Severity = Literal["info", "warning", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of event: a stable name and code, and what its own fields mean."""
-
-    name: str
-    severity: Severity
-    code: str
-    meaning: str
-    fields: tuple[str, ...] = ()
-    """The event's own fields; those before the first that ends in ``?`` must be given."""
-    limited: bool = False
-    """A remote peer can cause it at will: bounded per (name, peer)."""
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return tuple(name for name in self.fields if not name.endswith("?"))
-
+__all__ = ["KINDS", "Kind"]
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -306,83 +287,7 @@ KINDS: dict[str, Kind] = {
             ("tokens", "seconds", "versions", "finish", "reason?"),
         ),
         # State
-        Kind(
-            "state_applied",
-            "info",
-            "S400",
-            "A committed round was applied; the state after it.",
-            ("state_hash", "apply_s?"),
-        ),
-        Kind(
-            "state_synced",
-            "info",
-            "S401",
-            "This site caught up with the run's state.",
-            ("state_hash?", "bytes?", "sync_s?", "donor?"),
-        ),
-        Kind(
-            "resync",
-            "warning",
-            "S402",
-            "This site's state differs from the run's; it fetches the run's again.",
-            ("reason", "state_hash?", "expected_hash?"),
-        ),
-        Kind(
-            "checkpoint_saved",
-            "info",
-            "S410",
-            "A checkpoint is on this site's disk.",
-            ("state_hash?", "bytes?", "save_s?"),
-        ),
-        Kind(
-            "checkpoint_refused",
-            "error",
-            "S411",
-            "A checkpoint file is damaged and was not used; an older one is.",
-            ("reason", "path?"),
-        ),
-        Kind(
-            "copy_saved",
-            "info",
-            "S412",
-            "A copy of a stage that others serve is on this site's disk.",
-            ("state_hash?", "bytes?"),
-        ),
-        Kind(
-            "data_loss",
-            "error",
-            "S420",
-            "Committed rounds were lost with all their holders; the run was rewound.",
-            ("reason", "rounds_lost?"),
-        ),
-        Kind(
-            "rewound",
-            "warning",
-            "S421",
-            "A new generation starts from an older state.",
-            ("reason",),
-        ),
-        Kind(
-            "corpus_progress",
-            "info",
-            "S430",
-            "The run's corpus is not here; it is being fetched from members that have it.",
-            ("bytes_have", "bytes", "donors?"),
-        ),
-        Kind(
-            "corpus_ready",
-            "info",
-            "S431",
-            "The run's corpus was fetched and matches what the run pins.",
-            ("bytes", "donors?", "fetch_s?"),
-        ),
-        Kind(
-            "corpus_missing",
-            "warning",
-            "S432",
-            "The run's corpus cannot be had now; the trainer of this site ends.",
-            ("reason",),
-        ),
+        *STATE_KINDS,
         # Trainers
         Kind(
             "trainer_attached",

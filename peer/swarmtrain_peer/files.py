@@ -115,6 +115,14 @@ def write_atomic(fs: FileSystem, path: Path, pieces: Iterable[bytes | memoryview
     fs.sync_folder(path.parent)
 
 
+def reserve(handle: int, nbytes: int) -> None:
+    """Take the room of an open file now: writing into a mapping cannot fail politely."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, nbytes)
+    else:
+        os.ftruncate(handle, nbytes)
+
+
 def make_folders(fs: FileSystem, path: Path) -> None:
     """Create a folder and those above it, durably."""
     if path.is_dir():

@@ -1,11 +1,13 @@
-"""What the layer above the transport hears."""
+"""What the layers above the transport and the driver hear."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.core import Effect, PeerId
 from swarmtrain_protocols.messages import Message
+from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest
 from swarmtrain_protocols.messages.session import Hello
 
 
@@ -33,3 +35,23 @@ class TransportHandler(Protocol):
         """``reason``: refused:<code>, timeout, disconnected or corrupt."""
 
     def sent(self, root: bytes, nbytes: int, begin_s: float) -> None: ...
+
+
+class Guest(Protocol):
+    """Who else fetches, with tickets of ``GUEST_TICKETS``."""
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None: ...
+
+
+class Stages(Protocol):
+    """Who carries out the effects of a pipeline (``stage_desk.StageDesk``)."""
+
+    def execute(self, effect: Effect) -> bool: ...
+
+    def arrived(self, peer: PeerId, message: HopRequest | HopReply) -> None: ...
+
+    def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None: ...
+
+    def fetch_failed(self, ticket: int, reason: str) -> None: ...

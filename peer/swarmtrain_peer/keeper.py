@@ -7,7 +7,7 @@ protocol asks for a durable result. Bookkeeping runs on the loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -16,15 +16,18 @@ from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.copies import Copies
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.files import FileSystem, write_atomic
+from swarmtrain_peer.incomingfile import IncomingFile, find_begun
 from swarmtrain_peer.offers import Offers
 from swarmtrain_peer.store import StateStore
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
 from swarmtrain_protocols.errors import DiskFull, SwarmError
+from swarmtrain_protocols.incoming import Incoming
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.rounds.effects import Snapshot
 from swarmtrain_protocols.state import CanonicalState
 
 
@@ -74,6 +77,7 @@ class Keeper:
         """First and last round whose results are not on disk, by channel: a later state must be."""
         self._saving: dict[str, int] = {}
         self._generation_path = folder / "generation"
+        data.room = self.room
 
     async def recover(
         self,
@@ -104,6 +108,25 @@ class Keeper:
             self._data.states[channel] = state
             restored(state)
         await self.copies.recover()
+
+    def room(self, snapshot: Snapshot, sizes: Sequence[int]) -> Incoming:
+        """Where a snapshot is received: on disk, so that a restart goes on with it. Any thread."""
+        try:
+            return IncomingFile(self._folder / "incoming", snapshot, sizes)
+        except SwarmError as error:
+            what = "the state comes into memory: a restart begins anew"
+            self._events.emit("fallback", what=what, why=str(error))
+            return Incoming.in_memory(snapshot.root, sizes)
+
+    def begun(self) -> list[tuple[str, int, bytes]]:
+        """(channel, round, hash) of snapshots that an earlier life has begun to fetch."""
+        found = find_begun(self._folder / "incoming")
+        known = self._data.states
+        for item in found:
+            state = known.get(item.head.channel)
+            if state is not None and state.round >= item.head.round:
+                item.path.unlink(missing_ok=True)  # it was got in another way
+        return [(i.head.channel, i.head.round, i.head.root) for i in found if i.path.exists()]
 
     def look(self, ledger: Ledger) -> None:
         """The ledger moved: which stages may be lost with the next member?"""

@@ -204,7 +204,7 @@ class Librarian:
             self._loop.call_soon(self.fetch_failed, effect.ticket, "busy")
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
-        """See ``driver.Guest``: verified bytes are in place."""
+        """See ``handler.Guest``: verified bytes are in place."""
         download, asked = self._download, self._reading.pop(ticket, None)
         if download is None or asked is None:
             return
@@ -214,7 +214,7 @@ class Librarian:
         self._run(download.fetched, ticket, bytes(descriptor))
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
-        """See ``driver.Guest``."""
+        """See ``handler.Guest``."""
         self._reading.pop(ticket, None)
         if self._download is not None:
             self._run(self._download.fetch_failed, ticket, reason)

@@ -119,6 +119,8 @@ class PeerRuntime:
         if self.keeper is not None:
             self.driver.pump()  # what the log says of a rewind comes before what the disk says
             await self.keeper.recover(self._restored, self.node.stored_earlier)
+            for begun in self.keeper.begun():
+                self.node.catchup.partly_here(*begun)
         self._started = True
         for name, args in self._early:
             getattr(self.driver, name)(*args)

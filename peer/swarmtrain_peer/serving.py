@@ -147,7 +147,7 @@ class Serving:
         accepted = FetchAccepted(
             request=number, total=total, leaves=leaves, proof=blob.proof(first, count)
         )
-        if not self._send(peer, accepted, b""):
+        if not self._send(peer, accepted, b"") or request.hashes:
             return  # the link is closing or its queue is full: the asker's deadline decides
         large: list[tuple[int, memoryview]] = []
         for index in range(first, first + count):

@@ -57,8 +57,10 @@ class Fetch:
         first: int,
         total: int,
         destinations: Sequence[memoryview],
+        hashes: int = 0,
     ) -> None:
-        count = len(destinations)
+        count = hashes or len(destinations)
+        self.count, self.only_hashes = count, bool(hashes)
         self.ticket, self.request, self.peer, self.root = ticket, request, peer, root
         self.first, self.total, self.destinations = first, total, destinations
         self.uses_bulk = any(d.nbytes > limits.INLINE_CHUNK_BYTES_MAX for d in destinations)
@@ -72,7 +74,7 @@ class Fetch:
         self._filled = [0] * count
         self._packed: dict[int, bytearray] = {}
         self._hashes: list[bytes | None] = [None] * count
-        self._hashes_missing = count
+        self._hashes_missing = 0 if hashes else count
         self._leaves: tuple[bytes, ...] | None = None
 
     def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
@@ -225,13 +227,16 @@ class Fetches:
         total: int,
         destinations: Sequence[memoryview],
         timeout_s: float,
+        *,
+        hashes: int = 0,
     ) -> None:
-        """See ``Transport.fetch``."""
+        """See ``Transport.fetch``; ``hashes`` > 0: that many leaf hashes and no chunks."""
         if ticket in self._by_ticket:
             raise LocalProtocolError(f"ticket {ticket} is in use")
-        if not 1 <= len(destinations) <= limits.CHUNKS_PER_FETCH_MAX:
-            raise LocalProtocolError(f"{len(destinations)} chunks in one fetch")
-        if first < 0 or first + len(destinations) > total or len(root) != 32:
+        count = hashes or len(destinations)
+        if not 1 <= count <= limits.CHUNKS_PER_FETCH_MAX:
+            raise LocalProtocolError(f"{count} chunks in one fetch")
+        if first < 0 or first + count > total or len(root) != 32:
             raise LocalProtocolError("the range is outside of the blob")
         views = [memoryview(d).cast("B") for d in destinations]
         if any(view.readonly or not view.nbytes for view in views):
@@ -240,7 +245,8 @@ class Fetches:
         if len(queue) >= limits.FETCHES_QUEUED_PER_PEER_MAX:
             raise LocalProtocolError("too many fetches wait for this peer")
         self._next_request += 1
-        fetch = Fetch(ticket, self._next_request, peer, root, first, total, views)
+        number = self._next_request
+        fetch = Fetch(ticket, number, peer, root, first, total, views, hashes)
         self._by_request[fetch.request] = fetch
         self._by_ticket[ticket] = fetch
         fetch.timer = self._loop.call_later(timeout_s, self._fail, fetch, "timeout")
@@ -317,8 +323,9 @@ class Fetches:
             request=fetch.request,
             root=fetch.root,
             first=fetch.first,
-            count=len(fetch.destinations),
+            count=fetch.count,
             packed=True,
+            hashes=fetch.only_hashes,
         )
         return self._send(fetch.peer, request, dial)
 
@@ -342,7 +349,7 @@ class Fetches:
             self._queues.pop(peer, None)
 
     def _accepted(self, fetch: Fetch, accepted: FetchAccepted) -> None:
-        if accepted.total != fetch.total or len(accepted.leaves) != len(fetch.destinations):
+        if accepted.total != fetch.total or len(accepted.leaves) != fetch.count:
             self._corrupt(fetch, "a blob of another shape")
         elif len(accepted.leaves) <= _LEAVES_ON_LOOP_MAX:
             self._proven(fetch, accepted, self._check(fetch, accepted))

@@ -24,9 +24,7 @@ from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import Header
 from swarmtrain_protocols.core import PeerId
-from swarmtrain_protocols.errors import (
-    PeerFault,
-)
+from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
@@ -205,6 +203,20 @@ class Transport:
             LocalProtocolError: ticket in use, range outside of the blob, unusable buffer.
         """
         self._fetches.fetch(ticket, peer, root, first, total_chunks, destinations, timeout_s)
+
+    def fetch_hashes(
+        self,
+        ticket: int,
+        peer: PeerId,
+        root: bytes,
+        first: int,
+        count: int,
+        total_chunks: int,
+        timeout_s: float,
+    ) -> None:
+        """Fetch leaf hashes alone, which ``proven_leaves`` has then; otherwise as ``fetch``."""
+        fetch = self._fetches.fetch
+        fetch(ticket, peer, root, first, total_chunks, (), timeout_s, hashes=count)
 
     @property
     def proven_leaves(self) -> tuple[bytes, ...]:

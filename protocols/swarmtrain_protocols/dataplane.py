@@ -6,7 +6,7 @@ part at a time; the simulator calls it inline. ``provide`` may be called from an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from swarmtrain_protocols.codecs import check_finite, get_codec
 from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.incoming import Incoming
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.messages.common import RoundKey
@@ -33,6 +34,9 @@ from swarmtrain_protocols.state import (
 )
 
 RESULTS_KEPT_PER_CHANNEL = 4
+
+Room = Callable[[fx.Snapshot, Sequence[int]], Incoming]
+"""Makes place for a snapshot with chunks of these sizes, or finds that of an earlier life."""
 
 
 @dataclass(slots=True)
@@ -53,6 +57,8 @@ class DataPlane:
         keys: of the run; None: it is no pipeline.
         run: maps chunk work over threads; ``map`` for inline work.
         chunk_values: values per chunk; smaller only in tests and in the simulator.
+
+    ``room``: where snapshots are received; memory, if nobody says otherwise.
     """
 
     def __init__(
@@ -71,8 +77,8 @@ class DataPlane:
         self._attempts: dict[RoundKey, _Buffers] = {}
         self._results: dict[str, list[tuple[bytes, ...]]] = {}
         self._result_codecs: dict[bytes, tuple[int, str]] = {}
-        self._incoming: dict[bytes, list[memoryview]] = {}
-        self._incoming_root: dict[str, bytes] = {}
+        self.room: Room = lambda snapshot, sizes: Incoming.in_memory(snapshot.root, sizes)
+        self._incoming: dict[tuple[str, type], Incoming] = {}
         self._foreign: dict[tuple[str, str], tuple[bytes, list[memoryview]]] = {}
         self._adopted: dict[bytes, str] = {}
 
@@ -156,28 +162,51 @@ class DataPlane:
             taken = self._part_memory(buffers.opened, purpose.part, scatter=False)
             buffers.incoming[purpose.part] = taken
             return taken
-        if isinstance(purpose, fx.WholeResult):
-            sizes = self._encoded_sizes(purpose.values, purpose.codec)
-        elif isinstance(purpose, fx.Snapshot):
-            sizes = self._state_sizes(purpose.channel, purpose.round, purpose.values)
-            if purpose.foreign:
-                return self._foreign_memory(purpose, sizes)[first : first + count]
-        else:
-            raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
-        whole = self._incoming.get(purpose.root)
-        if whole is None:
-            # One download per channel: what another one has left behind is of no use.
-            left = self._incoming_root.get(purpose.channel)
-            if left is not None:
-                self._incoming.pop(left, None)
-            whole = chunk_buffers(sizes)
-            self._incoming[purpose.root] = whole
-            self._incoming_root[purpose.channel] = purpose.root
-        return whole[first : first + count]
+        if isinstance(purpose, fx.WholeResult | fx.Snapshot):
+            if isinstance(purpose, fx.Snapshot) and purpose.foreign:
+                return self._foreign_memory(purpose)[first : first + count]
+            return self._receiving(purpose).chunks[first : first + count]
+        raise LocalProtocolError("unknown purpose of a fetch", repr(purpose))
 
-    def _foreign_memory(self, purpose: fx.Snapshot, sizes: list[int]) -> list[memoryview]:
+    def _receiving(self, purpose: fx.WholeResult | fx.Snapshot) -> Incoming:
+        """One of a kind per channel: what an earlier download has left behind is of no use."""
+        slot = purpose.channel, type(purpose)
+        known = self._incoming.get(slot)
+        if known is not None and known.root == purpose.root:
+            return known
+        if known is not None:
+            known.close()
+        if isinstance(purpose, fx.Snapshot):
+            sizes = self._state_sizes(purpose.channel, purpose.round, purpose.values)
+            found = self.room(purpose, sizes)
+        else:
+            sizes = self._encoded_sizes(purpose.values, purpose.codec)
+            found = Incoming.in_memory(purpose.root, sizes)
+        self._incoming[slot] = found
+        return found
+
+    def incoming(self, purpose: fx.Snapshot) -> Incoming | None:
+        """What has come of a snapshot, if it is being fetched."""
+        found = self._incoming.get((purpose.channel, fx.Snapshot))
+        foreign = found is None or purpose.foreign or found.root != purpose.root
+        return None if foreign else found
+
+    def _received(self, purpose: fx.WholeResult | fx.Snapshot) -> list[memoryview]:
+        found = self._incoming.get((purpose.channel, type(purpose)))
+        if found is None or found.root != purpose.root:
+            raise LocalProtocolError("nothing of it was fetched", purpose.channel)
+        del self._incoming[purpose.channel, type(purpose)]
+        found.close()
+        return found.chunks
+
+    def prepare(self, purpose: fx.Snapshot) -> tuple[tuple[int, ...], bool]:
+        """Make room for a snapshot: see ``Incoming.prepare``."""
+        return self._receiving(purpose).prepare(self.states.get(purpose.channel))
+
+    def _foreign_memory(self, purpose: fx.Snapshot) -> list[memoryview]:
         """One foreign state per channel and use: what an earlier one has left is of no use."""
         key = purpose.channel, purpose.foreign
+        sizes = self._state_sizes(purpose.channel, purpose.round, purpose.values)
         root, whole = self._foreign.get(key, (b"", []))
         if root != purpose.root:
             whole = chunk_buffers(sizes)
@@ -192,6 +221,8 @@ class DataPlane:
             return self._buffers(purpose.key).opened.parts[purpose.part].count
         if isinstance(purpose, fx.WholeResult):
             return self.layout(purpose.values).chunks
+        if isinstance(purpose, fx.SnapshotLeaves):
+            purpose = purpose.snapshot
         assert isinstance(purpose, fx.Snapshot), purpose
         return 1 + self.layout(purpose.values).chunks
 
@@ -323,7 +354,7 @@ class DataPlane:
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
-        blob = Blob.of(self._incoming.pop(purpose.root))
+        blob = Blob.of(self._received(purpose))
         if blob.root != purpose.root:
             raise PeerFault("corrupt", "a fetched result does not match its root")
         self._keep_result(purpose.channel, blob, purpose.values, purpose.codec)
@@ -413,7 +444,7 @@ class DataPlane:
             if root != purpose.root:
                 raise LocalProtocolError("no such state was fetched", purpose.channel)
         else:
-            chunks = self._incoming.pop(purpose.root)
+            chunks = self._received(purpose)
         state = self.new_state(purpose.channel, purpose.round, purpose.values)
         if bytes(chunks[0]) != state.header:
             raise PeerFault("malformed", "snapshot header of another state")
@@ -436,9 +467,8 @@ class DataPlane:
         for root in [r for r, of in self._adopted.items() if of == channel]:
             del self._adopted[root]
             self.drop(root)
-        left = self._incoming_root.pop(channel, None)
-        if left is not None:
-            self._incoming.pop(left, None)
+        for slot in [slot for slot in self._incoming if slot[0] == channel]:
+            self._incoming.pop(slot).close()
 
     def new_state(self, channel: str, round_number: int, values: int) -> CanonicalState:
         """A zero state with the slots of its channel; not installed."""

@@ -135,6 +135,22 @@ def test_a_fetch_dials_if_an_address_is_known() -> None:
     go(main())
 
 
+def test_hashes_alone_come_without_chunks() -> None:
+    async def main() -> None:
+        async with Node(1) as a, Node(2) as b:
+            await a.join(b)
+            blob = b.hold(blob_of(*[FRAME] * 8))
+            before = b.transport.stats["bulk_sent_bytes"]
+            a.transport.fetch_hashes(5, b.id, blob.root, 2, 4, 8, WAIT_S)
+            await a.until("fetched", 5)
+            assert a.leaves == tuple(blob.leaves[2:6])
+            assert b.transport.stats["bulk_sent_bytes"] == before
+            a.transport.fetch_hashes(6, b.id, blob.root, 0, 4, 9, WAIT_S)
+            assert await a.until("failed", 6) == ("failed", 6, "corrupt"), "another length"
+
+    go(main())
+
+
 def test_refusals() -> None:
     async def main() -> None:
         async with Node(1) as a, Node(2) as b:

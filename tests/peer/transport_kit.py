@@ -34,6 +34,8 @@ class Node:
         self.events: list[tuple[Any, ...]] = []
         self.blobs: dict[bytes, Blob] = {}
         self.sent_bytes: dict[bytes, int] = {}
+        self.leaves: tuple[bytes, ...] = ()
+        """Of the newest fetch that was done."""
         self._changed = asyncio.Event()
         self.address = ""
         self.transport = Transport(
@@ -135,6 +137,7 @@ class Node:
         self._add("fault", peer, code, why)
 
     def fetched(self, ticket: int) -> None:
+        self.leaves = self.transport.proven_leaves
         self._add("fetched", ticket)
 
     def fetch_failed(self, ticket: int, reason: str) -> None:

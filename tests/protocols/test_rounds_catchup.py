@@ -9,16 +9,15 @@ import pytest
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.core import CancelFetch, Effect, Fetch, PeerId
+from swarmtrain_protocols.core import CancelFetch, Effect, Emit, Fetch, PeerId
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.catchup import (
     QUERY_INTERVAL_S,
-    RANGES_PER_DONOR,
-    SNAPSHOT_RANGE_CHUNKS,
     CatchUp,
 )
+from swarmtrain_protocols.rounds.download import RANGE_CHUNKS_MAX, RANGES_PER_DONOR
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.member import RoundMember
 from tests.protocols.rounds_kit import (
@@ -56,6 +55,8 @@ class Seat:
         self.out: list[Effect] = []
         self.fetches = Fetches(self.out)
         self.links = [A, B]
+        self.have: tuple[int, ...] = ()
+        """Chunks of snapshots that an earlier life has left."""
         self.member = RoundMember(
             keyring=RINGS[IDS.index(C)],
             rng=random.Random(1),
@@ -99,7 +100,11 @@ class Seat:
     def offer(self, now: float, peer: bytes, *rounds: int, lie: bool = False) -> list[Effect]:
         roots = tuple(hash_of(f"{'lie' if lie else 'state'} {number}") for number in rounds)
         self.catchup.offered(now, PeerId(peer), SnapshotOffer(TRAIN, rounds, roots))
-        return self.take()
+        effects = self.take()
+        for wanted in of_kind(effects, fx.PrepareSnapshot):
+            self.catchup.prepared(now, TRAIN, wanted.snapshot.root, self.have, False)
+            effects += self.take()
+        return effects
 
     def applied(self, now: float, round_number: int) -> list[Effect]:
         self.catchup.applied(now, TRAIN, round_number, hash_of(f"state {round_number}"))
@@ -248,7 +253,10 @@ def test_a_node_without_state_asks_for_snapshots_and_installs_a_pinned_one() -> 
     assert (fetch.peer, fetch.root, fetch.purpose) == (A, hash_of("state 1"), snapshot)
     assert fetch.count == 1 + 3  # header and chunks
     seat.fetches.finished(1.2, fetch.ticket, None)
-    assert seat.take() == [fx.InstallSnapshot(snapshot)]
+    told, install = seat.take()
+    assert install == fx.InstallSnapshot(snapshot)
+    assert isinstance(told, Emit) and isinstance(told.event, fx.Notice)
+    assert (told.event.name, told.event.fields["chunks"]) == ("state_fetched", 4)
     effects = seat.applied(1.3, 1)
     assert events(effects, fx.StateAdvanced)[0].caught_up is False
     assert [x.root for x in of_kind(effects, Fetch)] == [hash_of("result 1")]  # replay
@@ -259,7 +267,7 @@ def test_a_long_snapshot_comes_in_ranges_from_all_who_offer_it() -> None:
     seat.catchup.reconcile(1.0)
     seat.take()
     first = of_kind(seat.offer(1.1, A, 0), Fetch)
-    assert [x.count for x in first] == [SNAPSHOT_RANGE_CHUNKS] * RANGES_PER_DONOR
+    assert [x.count for x in first] == [RANGE_CHUNKS_MAX] * RANGES_PER_DONOR
     second = of_kind(seat.offer(1.2, B, 0), Fetch)
     assert [x.peer for x in second] == [B] * RANGES_PER_DONOR
     assert of_kind(seat.offer(1.2, B, 0), Fetch) == []

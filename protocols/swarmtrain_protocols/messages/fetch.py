@@ -15,7 +15,8 @@ class FetchRequest(msgspec.Struct, frozen=True, tag="fetch?"):
 
     ``request`` is the asker's number, fresh for each fetch of a link; the same number again asks
     again for what may have been lost with a bulk connection. ``packed``: chunks on bulk
-    connections may come packed (``packing.py``); absent, they must not.
+    connections may come packed (``packing.py``); absent, they must not. ``hashes``: the answer is
+    the leaf hashes and their proof alone, no chunk follows.
     """
 
     request: Count
@@ -23,6 +24,7 @@ class FetchRequest(msgspec.Struct, frozen=True, tag="fetch?"):
     first: Count
     count: Count
     packed: bool = False
+    hashes: bool = False
 
 
 class FetchAccepted(msgspec.Struct, frozen=True, tag="fetch"):

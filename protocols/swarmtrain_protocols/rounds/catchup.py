@@ -11,34 +11,26 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger, Outcome
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
 from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.download import ARRIVED, Donors, Download
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.member import RoundMember
 from swarmtrain_protocols.schedule import outer_at
 
-SNAPSHOT_RANGE_CHUNKS = 16
-RANGES_PER_DONOR = 2
 QUERY_INTERVAL_S = 1.0
+DONORS_INTERVAL_S = 15.0
+"""How often, while a snapshot comes, others are asked whether they have it too."""
 SOURCES_MAX = 8
 REPORT_AGAIN_S = 5.0
 """In a pipeline a step waits for whoever is not known to be in step: a report may have got lost."""
-
-
-@dataclass(slots=True)
-class _Download:
-    """Chunks of one blob, fetched in ranges from several donors."""
-
-    purpose: fx.WholeResult | fx.Snapshot
-    donors: list[PeerId]
-    todo: list[tuple[int, int]]
-    flying: dict[int, tuple[PeerId, tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -49,11 +41,14 @@ class Track:
     round: int = 0
     state_hash: bytes | None = None
     busy: bool = False
-    download: _Download | None = None
+    download: Download | None = None
     next_query: float = 0.0
     verified: int = -1
     generation: int = 0
     """The log's when the state was taken up."""
+    partly: tuple[int, bytes] | None = None
+    """(round, hash) of a snapshot of which an earlier life has some chunks: rather than others."""
+    partly_until: float = -1.0
 
 
 class CatchUp:
@@ -87,6 +82,7 @@ class CatchUp:
         self._connected = connected
         self._keys = keys
         self.chunk_values = chunk_values
+        self._donors = Donors()
         self._report_at = 0.0
         self._told: dict[str, tuple[int, bytes | None]] = {}
 
@@ -97,6 +93,11 @@ class CatchUp:
         track = Track(channel, round_number, state_hash)
         track.generation = self.ledger.generation
         self.tracks[channel] = track
+
+    def partly_here(self, channel: str, round_number: int, root: bytes) -> None:
+        """The shell has chunks of this snapshot from an earlier life."""
+        track = self.tracks.setdefault(channel, Track(channel))
+        track.partly = round_number, root
 
     def in_step(self, channel: str) -> bool:
         """The state here is the one that the next round is applied to."""
@@ -176,11 +177,14 @@ class CatchUp:
     def _abandon(self, track: Track) -> None:
         """Stop what is being fetched; nothing is needed of it any more."""
         download, track.download = track.download, None
-        for ticket in list(download.flying) if download is not None else ():
-            self.fetches.cancel(ticket)
+        if download is not None:
+            download.cancel()
 
     def _advance(self, now: float, channel: ChannelState, track: Track) -> None:
-        if track.busy or track.download is not None:
+        if track.download is not None:
+            self._attend(now, channel, track, track.download)
+            return
+        if track.busy:
             return
         if track.state_hash is None:
             self._query(now, channel, track)
@@ -237,79 +241,72 @@ class CatchUp:
         purpose = fx.WholeResult(
             track.channel, outcome.round, outcome.root, outcome.values, outcome.gather_codec
         )
-        self._start(now, track, purpose, donors, total)
+        nbytes = get_codec(outcome.gather_codec).encoded_nbytes(self.chunk_values)
+        if donors:
+            self._begin(now, track, purpose, donors, total, nbytes).start(now)
+        else:
+            track.next_query = now + QUERY_INTERVAL_S
 
     def _query(self, now: float, channel: ChannelState, track: Track) -> None:
         if track.next_query > now:
             return
+        if track.partly is not None and track.partly_until < 0:
+            track.partly_until = now + QUERY_INTERVAL_S
         track.next_query = now + QUERY_INTERVAL_S
-        for peer in self._sources(track.channel, ()):
-            self._out.append(Send(peer, SnapshotQuery(track.channel)))
+        self._ask(track, [])
 
-    def _start(
+    def _ask(self, track: Track, known: list[PeerId]) -> None:
+        for peer in self._sources(track.channel, ()):
+            if peer not in known:
+                self._out.append(Send(peer, SnapshotQuery(track.channel)))
+
+    def _begin(
         self,
         now: float,
         track: Track,
         purpose: fx.WholeResult | fx.Snapshot,
         donors: list[PeerId],
         total: int,
-    ) -> None:
-        if not donors:
-            track.next_query = now + QUERY_INTERVAL_S
-            return
-        todo = [
-            (first, min(SNAPSHOT_RANGE_CHUNKS, total - first))
-            for first in range(0, total, SNAPSHOT_RANGE_CHUNKS)
-        ]
-        todo.reverse()
-        track.download = _Download(purpose, donors, todo)
-        self._pump(now, track)
-
-    def _pump(self, now: float, track: Track) -> None:
-        download = track.download
-        if download is None:
-            return
-        for donor in list(download.donors):
-            while download.todo and self._load(download, donor) < RANGES_PER_DONOR:
-                self._fetch(now, track, download, donor, download.todo.pop())
-        if not download.flying:
-            if download.todo:
-                self._failed(now, track, download)  # the last donor failed once
+        chunk_nbytes: int,
+    ) -> Download:
+        def ended(at: float, how: str) -> None:
+            if how == ARRIVED:
+                self._arrived(at, track, download)
             else:
-                self._arrived(now, track, download)
+                self._failed(at, track, download)
 
-    @staticmethod
-    def _load(download: _Download, donor: PeerId) -> int:
-        return sum(1 for peer, _ in download.flying.values() if peer == donor)
+        download = Download(
+            purpose,
+            total=total,
+            chunk_nbytes=chunk_nbytes,
+            book=self._donors,
+            fetches=self.fetches,
+            out=self._out,
+            ended=ended,
+        )
+        track.download = download
+        for donor in donors:
+            download.add_donor(now, donor)
+        return download
 
-    def _fetch(
-        self, now: float, track: Track, download: _Download, donor: PeerId, piece: tuple[int, int]
-    ) -> None:
-        def done(at: float, reason: str | None) -> None:
-            self._fetched(at, track, download, ticket, reason)
+    def _attend(self, now: float, channel: ChannelState, track: Track, download: Download) -> None:
+        """A download goes on: is it still of use, is somebody late, who else has it?"""
+        purpose = download.purpose
+        if isinstance(purpose, fx.WholeResult):
+            download.tick(now)
+        elif not self._usable(channel, purpose.round, purpose.root):
+            self._abandon(track)
+            track.next_query = 0.0
+            reason = "the log has forgotten the round of the snapshot that was being fetched"
+            self._out.append(Emit(fx.Resync(track.channel, purpose.round, reason)))
+            self._query(now, channel, track)
+        else:
+            download.tick(now)
+            if track.next_query <= now and track.download is download:
+                track.next_query = now + DONORS_INTERVAL_S
+                self._ask(track, download.donors)
 
-        root = download.purpose.root
-        ticket = self.fetches.start(now, donor, root, piece[0], piece[1], download.purpose, done)
-        download.flying[ticket] = (donor, piece)
-
-    def _fetched(
-        self, now: float, track: Track, download: _Download, ticket: int, reason: str | None
-    ) -> None:
-        donor, piece = download.flying.pop(ticket)
-        if track.download is not download:
-            return
-        if reason is None:
-            self._pump(now, track)
-            return
-        if reason == "corrupt":
-            fields: dict[str, object] = {"peer": donor.hex(), "fault": "corrupt_chunk"}
-            self._out.append(Emit(fx.Notice("peer_fault", fields)))
-        download.todo.append(piece)
-        if donor in download.donors:
-            download.donors.remove(donor)
-        self._pump(now, track)
-
-    def _failed(self, now: float, track: Track, download: _Download) -> None:
+    def _failed(self, now: float, track: Track, download: Download) -> None:
         """No donor is left. A result that nobody serves any more means: take a snapshot."""
         track.download = None
         channel = self.ledger.channels.get(track.channel)
@@ -319,16 +316,44 @@ class CatchUp:
             self._out.append(Emit(fx.Resync(track.channel, track.round, reason)))
             self._query(now, channel, track)
             self.report(track.channel)
+        elif isinstance(download.purpose, fx.Snapshot):
+            track.partly = download.purpose.round, download.purpose.root
+            track.partly_until = -1.0
         track.next_query = now + QUERY_INTERVAL_S
 
-    def _arrived(self, now: float, track: Track, download: _Download) -> None:
+    def _arrived(self, now: float, track: Track, download: Download) -> None:
         track.download = None
         track.busy = True
         purpose = download.purpose
         if isinstance(purpose, fx.Snapshot):
+            track.partly = None
+            fields: dict[str, object] = {
+                "channel": purpose.channel,
+                "round": purpose.round,
+                "chunks": download.total,
+                "chunks_here": download.here,
+                "donors": len(download.used),
+                "fetch_s": round(now - download.begin_s, 3),
+            }
+            self._out.append(Emit(fx.Notice("state_fetched", fields)))
             self._out.append(fx.InstallSnapshot(purpose))
         else:
             self._out.append(fx.CompleteResult(purpose))
+
+    def prepared(
+        self, now: float, channel: str, root: bytes, have: tuple[int, ...], compare: bool
+    ) -> None:
+        """There is room for a snapshot, and chunks ``have`` of it are in place."""
+        track = self.tracks.get(channel)
+        download = None if track is None else track.download
+        if download is None or download.purpose.root != root or download.ready:
+            return  # abandoned meanwhile
+        snapshot = download.purpose
+        assert isinstance(snapshot, fx.Snapshot)
+        if compare:
+            download.ask_hashes(now, lambda at: self._out.append(fx.PrepareSnapshot(snapshot)))
+        else:
+            download.start(now, have)
 
     def offered(self, now: float, peer: PeerId, offer: SnapshotOffer) -> None:
         """A donor's answer: take its newest snapshot that the log pins."""
@@ -342,9 +367,8 @@ class CatchUp:
         if download is not None:
             if isinstance(download.purpose, fx.WholeResult):
                 return
-            if download.purpose.root in offer.roots and peer not in download.donors:
-                download.donors.append(peer)
-                self._pump(now, track)
+            if download.purpose.root in offer.roots:
+                download.add_donor(now, peer)
             return
         good = [
             (number, root)
@@ -353,12 +377,21 @@ class CatchUp:
             and self._usable(channel, number, root)
             and (track.state_hash is None or number > track.round)
         ]
+        good = [item for item in good if not self._donors.is_liar(peer, item[1])]
+        if track.partly in good:
+            good = [item for item in good if item == track.partly]
+        elif track.partly is not None and now < track.partly_until:
+            return  # another donor may still have that one
         if good:
             number, root = max(good)
             total = 1 + -(-channel.values // self.chunk_values)
             snapshot = fx.Snapshot(track.channel, number, root, channel.values)
             track.generation = self.ledger.generation
-            self._start(now, track, snapshot, [peer], total)
+            track.partly = None
+            track.next_query = now + DONORS_INTERVAL_S
+            nbytes = 8 * self.chunk_values
+            self._begin(now, track, snapshot, [peer], total, nbytes)
+            self._out.append(fx.PrepareSnapshot(snapshot))
 
     @staticmethod
     def _usable(channel: ChannelState, number: int, root: bytes) -> bool:
@@ -454,7 +487,11 @@ class CatchUp:
         waiting = [
             t.next_query
             for t in self.tracks.values()
-            if not t.busy and t.download is None and t.next_query > 0.0 and self._behind(t)
+            if not t.busy
+            and (t.download is None or isinstance(t.download.purpose, fx.Snapshot))
+            and t.next_query > 0.0
+            and self._behind(t)
         ]
+        waiting += [t.download.deadline() for t in self.tracks.values() if t.download is not None]
         again = [self._report_at] if self._repeats() and self.tracks else []
         return min([*waiting, *again], default=math.inf)

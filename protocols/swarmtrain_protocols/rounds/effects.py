@@ -69,6 +69,18 @@ class DropState:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareSnapshot:
+    """Make room for a snapshot, and see which of its chunks are here already.
+
+    They may lie where an earlier life has put them, or, once the leaf hashes of all chunks were
+    fetched, be equal to chunks of the own old state. Answer ``prepared(now, channel, root, have,
+    compare)``; ``compare``: the hashes are wanted, then this effect comes again.
+    """
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
 class InstallSnapshot:
     """All chunks of a snapshot are in place: make it the canonical state.
 
@@ -143,6 +155,13 @@ class Snapshot:
     root: bytes
     values: int
     foreign: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotLeaves:
+    """Purpose of a fetch: the leaf hashes of a snapshot's chunks, without the chunks."""
+
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True)

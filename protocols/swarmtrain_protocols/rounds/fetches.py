@@ -40,14 +40,19 @@ class Fetches:
         count: int,
         purpose: object,
         done: Done,
+        timeout_s: float | None = None,
     ) -> int:
-        """Ask ``peer`` for ``count`` chunks; ``done`` gets exactly one answer, by a deadline."""
+        """Ask ``peer`` for ``count`` chunks; ``done`` gets exactly one answer, by a deadline.
+
+        ``timeout_s`` None: as long as the largest chunks may take on a slow link.
+        """
         assert 0 < count <= limits.CHUNKS_PER_FETCH_MAX
         ticket = self._next
         self._next += 1
-        nbytes = count * limits.CHUNK_VALUES * 8
-        deadline = now + FETCH_BASE_TIMEOUT_S + nbytes / FETCH_RATE_FLOOR_BYTES_PER_S
-        self._jobs[ticket] = _Job(peer, done, deadline)
+        if timeout_s is None:
+            nbytes = count * limits.CHUNK_VALUES * 8
+            timeout_s = FETCH_BASE_TIMEOUT_S + nbytes / FETCH_RATE_FLOOR_BYTES_PER_S
+        self._jobs[ticket] = _Job(peer, done, now + timeout_s)
         self._out.append(Fetch(ticket, peer, root, first, count, purpose))
         return ticket
 

@@ -22,7 +22,7 @@ from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.manifest import Manifest, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
-from swarmtrain_protocols.merkle import Blob
+from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.node import NodeCore
@@ -331,12 +331,18 @@ class Site:
         return None
 
     def accept(self, purpose: object, first: int, chunks: list[bytes]) -> None:
+        if isinstance(purpose, fx.SnapshotLeaves):
+            if (incoming := self.plane.incoming(purpose.snapshot)) is not None:
+                incoming.expect(first, chunks)
+            return
         try:
             places = self.plane.destinations(purpose, first, len(chunks))
         except LocalProtocolError:
             return  # released meanwhile; the core does not wait for the answer
         for place, chunk in zip(places, chunks, strict=True):
             place[:] = chunk
+        if isinstance(purpose, fx.Snapshot) and (found := self.plane.incoming(purpose)):
+            found.proven(first, [leaf_hash(chunk) for chunk in chunks])
         self.plane.accept(purpose)
 
     def fetched(self, now: float, ticket: int) -> None:
@@ -361,6 +367,8 @@ class Site:
             return [self._later(lambda at: self._store(at, effect))]
         elif isinstance(effect, fx.ApplyResult):
             return [self._later(lambda at: self._apply(at, effect))]
+        elif isinstance(effect, fx.PrepareSnapshot):
+            return [(0.0, lambda at: self._prepare(at, effect.snapshot))]
         elif isinstance(effect, fx.InstallSnapshot):
             return [self._later(lambda at: self._install(at, effect))]
         elif isinstance(effect, fx.CompleteResult):
@@ -416,6 +424,11 @@ class Site:
     def _apply(self, now: float, effect: fx.ApplyResult) -> None:
         round_number, state_hash = self.plane.apply(effect)
         self._moved(now, effect.channel, round_number, state_hash, False)
+
+    def _prepare(self, now: float, snapshot: fx.Snapshot) -> None:
+        have, compare = self.plane.prepare(snapshot)
+        self.truth.seen["prepared:some-here"] += bool(have)
+        self.core.catchup.prepared(now, snapshot.channel, snapshot.root, have, compare)
 
     def _install(self, now: float, effect: fx.InstallSnapshot) -> None:
         channel = effect.snapshot.channel

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import core, merkle
+from swarmtrain_protocols.rounds.effects import SnapshotLeaves
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.network import Packet
 
@@ -76,7 +77,9 @@ class Transfers:
         else:
             self._check(provider, blob, effect)
             wanted = slice(effect.first, effect.first + effect.count)
-            chunks, leaves = [bytes(c) for c in blob.chunks[wanted]], list(blob.leaves[wanted])
+            leaves = list(blob.leaves[wanted])
+            if not isinstance(effect.purpose, SnapshotLeaves):
+                chunks = [bytes(c) for c in blob.chunks[wanted]]
         if code:
             self.world.seen["fetch:" + code] += 1
         packet = Packet(
@@ -112,6 +115,9 @@ class Transfers:
         if code:
             self._failed(asker, transfer, code)
             return
+        if isinstance(effect.purpose, SnapshotLeaves):
+            self._done(asker, effect, leaves)
+            return
         luck = self._luck.setdefault(asker.name, Stream(self.world.seed, asker.name, "corrupt"))
         if luck.chance(self.world.model.corrupt):
             index = luck.integer(len(chunks))
@@ -123,6 +129,9 @@ class Transfers:
             self.world.seen["fetch:corrupt"] += 1
             self._failed(asker, transfer, "corrupt")
             return
+        self._done(asker, effect, chunks)
+
+    def _done(self, asker: Host, effect: core.Fetch, chunks: list[bytes]) -> None:
         del asker.fetches[effect.ticket]
         data = b"".join(chunks)
         self.world.trace.record(self.world.now, asker.name, "fetched", data)

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from swarmtrain_peer import host
 from swarmtrain_peer.caps import Cap, Queue
+from swarmtrain_peer.donorshare import FRAME_BYTES, SHARE, DonorShare, unsent_bytes
 from swarmtrain_peer.linkrate import LinkRate
 from swarmtrain_peer.poller import Poller, make_poller
 from swarmtrain_protocols import bulklink, limits
@@ -49,10 +50,23 @@ class Sink(Protocol):
 class Job:
     """Chunks of one request to be sent; ``done`` is called on a pool thread.
 
-    ``may_pack``: the asker takes packed chunks too.
+    ``may_pack``: the asker takes packed chunks too. ``yields``: it is for somebody who is catching
+    up; rounds go first, and it has a share of the uplink only.
     """
 
-    __slots__ = ("cancelled", "chunks", "conn", "done", "may_pack", "nbytes", "request", "started")
+    __slots__ = (
+        "cancelled",
+        "chunks",
+        "conn",
+        "done",
+        "may_pack",
+        "nbytes",
+        "offset",
+        "packed",
+        "request",
+        "started",
+        "yields",
+    )
 
     def __init__(
         self,
@@ -61,12 +75,18 @@ class Job:
         done: Callable[[Job], None],
         *,
         may_pack: bool = False,
+        yields: bool = False,
     ) -> None:
         self.request = request
         self.chunks = deque(chunks)
         self.nbytes = sum(chunk.nbytes for _, chunk in chunks)
         self.done = done
         self.may_pack = may_pack
+        self.yields = yields
+        self.offset = 0
+        """Bytes of the first chunk that are sent."""
+        self.packed: bytes | None = None
+        """The first chunk, packed."""
         self.conn: BulkConnection | None = None
         self.started = False
         self.cancelled = False
@@ -90,12 +110,17 @@ class BulkConnection:
         self.sent_bytes = 0
         self.queued_bytes = 0
         self.rate = LinkRate()
+        self._path = LinkRate()
+        """Like ``rate``, but of the path alone: not while this side holds back."""
         self._pool = pool
         self._sock = sock
         self._keys = keys
         self._sink = sink
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
+        self._yielding: deque[Job] = deque()
+        self._out_yields = False
+        self._held_by: Queue = pool.up_queue
         self._reading = False
         self._writing = False
         self._write_wanted = False
@@ -111,8 +136,6 @@ class BulkConnection:
         self._out = bytearray(bulklink.HEADER_BYTES + limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
         self._out_at = 0
         self._out_end = 0
-        self._offset = 0
-        self._packed: bytes | None = None
         sock.setblocking(False)
         self.read_fd = sock.fileno()
         self.write_fd = os.dup(self.read_fd)
@@ -120,7 +143,15 @@ class BulkConnection:
     @property
     def idle(self) -> bool:
         """Nothing is queued to be sent."""
-        return not self._jobs
+        return not self._jobs and not self._yielding
+
+    def round_bytes_wait(self) -> bool:
+        """See ``donorshare.Sender``."""
+        if self._dead or self._finished:
+            return False
+        if self._jobs:
+            return True
+        return not self._out_yields and unsent_bytes(self._sock) > 0
 
     @property
     def alive(self) -> bool:
@@ -132,9 +163,12 @@ class BulkConnection:
             if self._dead or self._finished:
                 return False
             job.conn = self
-            self._jobs.append(job)
+            (self._yielding if job.yields else self._jobs).append(job)
             self.queued_bytes += job.nbytes
-            if self._writing or self._write_wanted:
+            if not job.yields:
+                self._pool.share.busy(self)
+            held = self._write_held and self._held_by is self._pool.share_queue
+            if self._writing or (self._write_wanted and (job.yields or not held)):
                 return True
             self._write_wanted = True
             self._pool.arm_write(self)
@@ -149,7 +183,7 @@ class BulkConnection:
 
     def unsent_jobs(self) -> list[Job]:
         """Jobs that were not completely handed to the kernel. After ``Sink.closed``."""
-        return list(self._jobs)
+        return [*self._jobs, *self._yielding]
 
     # On pool threads --------------------------------------------------------------------------
 
@@ -246,11 +280,11 @@ class BulkConnection:
             self.abandon()
         with self._lock:
             self._writing = False
-            again = (more or bool(self._jobs)) and not self._dead and not self._write_wanted
+            again = (more or not self.idle) and not self._dead and not self._write_wanted
             if again:
                 self._write_wanted = True
-                if self._write_held:
-                    self._pool.up_queue.wait(self._write_on)
+                if self._write_held and not (self._out_yields and self._jobs):
+                    self._held_by.wait(self._write_on)
                 else:
                     self._pool.arm_write(self)
         self._finish()
@@ -268,57 +302,80 @@ class BulkConnection:
         while budget > 0 and not self._dead:
             if self._out_at == self._out_end and not self._fill(out):
                 self.rate.idle()
+                self._path.idle()
                 return False
+            # What stands before a round's chunk has to get out of its way.
+            shared = self._out_yields and not self._jobs
             allowed = self._pool.up.take(self._out_end - self._out_at)
-            if not allowed:
+            granted = self._pool.share.take(allowed) if shared and allowed else allowed
+            if not granted:
+                self._pool.up.charge(-allowed)
+                self._held_by = self._pool.share_queue if allowed else self._pool.up_queue
                 self._write_held = True
                 self.rate.full(host.mono_s(), self.sent_bytes)
+                self._path.idle()
                 return True
             count = 0
             try:
-                count = self._sock.send(out[self._out_at : self._out_at + allowed])
+                count = self._sock.send(out[self._out_at : self._out_at + granted])
             except BlockingIOError:
-                self.rate.full(host.mono_s(), self.sent_bytes)
+                self._is_full(host.mono_s())
                 return True
             finally:
                 self._pool.up.charge(count - allowed)
+                if shared:
+                    self._pool.share.charge(count - granted)
             self._out_at += count
             self.sent_bytes += count
             budget -= count
         return True
 
-    def _fill(self, out: memoryview) -> bool:
-        """Seal the next frame into the output buffer; False if there is none."""
+    def _is_full(self, now: float) -> None:
+        """The kernel takes no more: what it took since it was full last is what the path does."""
+        self.rate.full(now, self.sent_bytes)
+        if self._path.full(now, self.sent_bytes):
+            rate = self._path.bytes_per_s
+            assert rate is not None
+            self._pool.share.measured(self, now, rate)
+
+    def _next_job(self) -> Job | None:
+        """The one whose chunks are to be sent now; says of others that they are done."""
         while True:
             with self._lock:
-                if not self._jobs:
-                    return False
-                job = self._jobs[0]
-                if job.cancelled or not job.chunks:
-                    self._jobs.popleft()
-                    self.queued_bytes -= job.nbytes
-                    self._offset = 0
-                else:
-                    break
+                queue = self._jobs or self._yielding
+                if not queue:
+                    return None
+                job = queue[0]
+                if not job.cancelled and job.chunks:
+                    return job
+                queue.popleft()
+                self.queued_bytes -= job.nbytes
             job.done(job)
-        job.started = True
+
+    def _fill(self, out: memoryview) -> bool:
+        """Seal the next frame into the output buffer; False if there is none."""
+        job = self._next_job()
+        if job is None:
+            return False
+        job.started, self._out_yields = True, job.yields
         number, chunk = job.chunks[0]
-        if not self._offset:
-            self._packed = self.rate.packed(chunk) if job.may_pack else None
-        if self._packed is not None:
-            chunk = memoryview(self._packed)
-        nbytes = min(chunk.nbytes - self._offset, limits.FRAME_BYTES_BULK_MAX)
-        packed = self._packed is not None
-        header = Header(nbytes, self._offset, chunk.nbytes, job.request, number, packed)
+        if not job.offset:
+            job.packed = self.rate.packed(chunk) if job.may_pack else None
+        packed = job.packed is not None
+        if job.packed is not None:
+            chunk = memoryview(job.packed)
+        most = FRAME_BYTES if job.yields else limits.FRAME_BYTES_BULK_MAX
+        nbytes = min(chunk.nbytes - job.offset, most)
+        header = Header(nbytes, job.offset, chunk.nbytes, job.request, number, packed)
         head = bulklink.pack_header(header)
         self._out_at, self._out_end = 0, len(head) + nbytes + TAG_BYTES
         out[: len(head)] = head
-        plain = chunk[self._offset : self._offset + nbytes]
+        plain = chunk[job.offset : job.offset + nbytes]
         self._keys.sender.seal(plain, head, out[len(head) : self._out_end])
-        self._offset += nbytes
-        if self._offset == chunk.nbytes:
+        job.offset += nbytes
+        if job.offset == chunk.nbytes:
             job.chunks.popleft()
-            self._offset = 0
+            job.offset, job.packed = 0, None
         return True
 
     def _finish(self) -> None:
@@ -327,6 +384,7 @@ class BulkConnection:
                 return
             self._finished = True
         self._pool.forget(self)
+        self._pool.share.forget(self)
         self._sock.close()
         os.close(self.write_fd)
         self._sink.closed(self, self._fault)
@@ -338,7 +396,8 @@ class BulkConnection:
 class BulkPool:
     """A fixed number of threads for all bulk connections and for hashing.
 
-    ``up`` and ``down`` are the caps of the site; control links charge them too.
+    ``up`` and ``down`` are the caps of the site; control links charge them too. ``share`` is what
+    those who are catching up may have of the uplink.
     """
 
     def __init__(
@@ -346,9 +405,12 @@ class BulkPool:
         threads: int,
         poller: Poller | None = None,
         caps_bytes_per_s: tuple[int, int] = (0, 0),
+        donor_share: float = SHARE,
     ) -> None:
         self.up, self.down = map(Cap, caps_bytes_per_s)
+        self.share = DonorShare(donor_share, caps_bytes_per_s[0])
         self.up_queue, self.down_queue = Queue(self.up), Queue(self.down)
+        self.share_queue = Queue(self.share)
         self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}
         self._tasks: deque[Callable[[], None]] = deque()
@@ -400,8 +462,8 @@ class BulkPool:
         """End all connections and threads; blocks until the threads have ended."""
         for conn in list(self._connections.values()):
             conn.abandon()
-        self.up_queue.close()
-        self.down_queue.close()
+        for queue in (self.up_queue, self.down_queue, self.share_queue):
+            queue.close()
         self._stopping = True
         self._wake_write.send(b"x" * len(self._threads))
         for thread in self._threads:

@@ -48,6 +48,8 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     up_bytes_per_s: Annotated[int, Meta(ge=0)] = 0
     """0: measured, no cap."""
     down_bytes_per_s: Annotated[int, Meta(ge=0)] = 0
+    donor_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.2
+    """Of the measured uplink, for members that fetch state, old results or a corpus."""
     device: str = "auto"
     leave_grace_s: Annotated[float, Meta(ge=0.0, le=3600.0)] = 30.0
     """How long a polite leave may wait for the round to end."""
@@ -162,6 +164,7 @@ PEER_KEYS: dict[str, str] = {
     "net.announce": "announce",
     "net.up": "up_bytes_per_s",
     "net.down": "down_bytes_per_s",
+    "net.donor_share": "donor_share",
     "dashboard.bind": "dashboard",
     "log.level": "log_level",
 }

@@ -84,6 +84,10 @@ PEER_TEXTS = {
     "net.announce": "Addresses to tell others instead of those found by looking.",
     "net.up": "Upload cap such as `50Mbit`; auto: none.",
     "net.down": "Download cap.",
+    "net.donor_share": (
+        "Of the measured uplink (or of `net.up`), for members that fetch the state, old results or "
+        "the corpus from here; a quarter of that while a round's bytes are on their way."
+    ),
     "dashboard.bind": "host:port of the dashboard; empty: none.",
     "log.level": "debug, info, warning or error.",
 }

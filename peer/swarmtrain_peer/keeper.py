@@ -278,6 +278,12 @@ class Keeper:
             del self._results[root]  # pruned: no longer on offer
             return None
 
+    def is_history(self, root: bytes) -> bool:
+        """A snapshot, or a result that memory has let go: no round waits for it."""
+        if self.offers.knows(root):
+            return True
+        return root in self._results and self._data.provide(root) is None
+
     def rewound(self, body: Rewound) -> None:
         """Forget the old generation's later results, once, however often the log is replayed."""
         self._disk.submit(self._rewind, body)

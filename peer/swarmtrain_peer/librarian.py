@@ -270,6 +270,7 @@ class Librarian:
         self._file = file
         for blob in file.blobs():
             self._runtime.data.register(blob)
+            self._runtime.archives[blob.root] = None
 
     # -- what people see -----------------------------------------------------------------------
 

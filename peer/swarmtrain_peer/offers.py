@@ -79,6 +79,10 @@ class Offers:
         for root in [r for r, offer in self._known.items() if offer.channel == channel]:
             self._let_go(root)
 
+    def knows(self, root: bytes) -> bool:
+        """It is, or was, on offer and may be fetched; any thread."""
+        return root in self._known
+
     def used(self, root: bytes) -> None:
         """Somebody asks for chunks of ``root``; any thread."""
         offer = self._known.get(root)

@@ -56,6 +56,7 @@ def settings_of(site: Site) -> PeerSettings:
         holds_state=config.holds_state,
         votes=config.votes or founder is not None,
         caps_bytes_per_s=(config.up_bytes_per_s, config.down_bytes_per_s),
+        donor_share=config.donor_share,
         manifest=site.manifest(),
         founder=founder,
         ticket=ticket,

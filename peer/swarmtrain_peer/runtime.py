@@ -74,6 +74,8 @@ class PeerRuntime:
         self.link_listeners: list[Callable[[PeerId], None]] = []
         self.on_node: Callable[[], None] = lambda: None  # the node is there, and did nothing yet
         self.failure: asyncio.Future[BaseException]
+        self.archives: dict[bytes, None] = {}
+        """Roots of large blobs of no round, such as the corpus: rounds go before them."""
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
         self._changed = asyncio.Event()
@@ -105,6 +107,8 @@ class PeerRuntime:
             provide=self.provide,
             threads=s.threads,
             caps_bytes_per_s=s.caps_bytes_per_s,
+            donor_share=s.donor_share,
+            yields=lambda root: self._started and self._yields(root),
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
@@ -273,6 +277,12 @@ class PeerRuntime:
             return None
         blob = self.data.provide(root)
         return blob if self.keeper is None else self.keeper.provide(root, blob)
+
+    def _yields(self, root: bytes) -> bool:
+        """Whoever fetches it is catching up, and makes way for rounds."""
+        if root in self.archives:
+            return True
+        return self.keeper is not None and self.keeper.is_history(root)
 
     # -- what the transport calls ---------------------------------------------------------------
 

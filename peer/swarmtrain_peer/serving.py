@@ -59,7 +59,8 @@ class Serving:
     """Answers fetch requests.
 
     ``send(peer, message, payload)`` queues on the open link, ``bulk`` has connections made and
-    knows which are up, ``sent(root, nbytes, begin_s)`` hears what the kernel has taken.
+    knows which are up, ``sent(root, nbytes, begin_s)`` hears what the kernel has taken,
+    ``yields(root)``: those who fetch it are catching up, and rounds go first.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Serving:
         send: Callable[[PeerId, Message, bytes | memoryview], bool],
         bulk: Connections,
         sent: Callable[[bytes, int, float], None],
+        yields: Callable[[bytes], bool] = lambda root: False,
     ) -> None:
         self._loop = loop
         self._provide = provide
@@ -76,6 +78,7 @@ class Serving:
         self._need_bulk = bulk.need
         self._connections = bulk.connections
         self._sent = sent
+        self._yields = yields
         self._served: dict[PeerId, dict[int, _Served]] = {}
         self._waiting: dict[PeerId, list[Job]] = {}
 
@@ -171,14 +174,14 @@ class Serving:
     ) -> None:
         connections = sorted(self._connections(peer), key=lambda conn: conn.queued_bytes)
         streams = max(1, min(len(connections), len(large)))
-        number, may_pack = request.request, request.packed
+        number, may_pack, yields = request.request, request.packed, self._yields(request.root)
         self._served.setdefault(peer, {})[number] = served
 
         def done(job: Job) -> None:
             self._done_later(peer, job)
 
         for i in range(streams):
-            job = Job(number, large[i::streams], done, may_pack=may_pack)
+            job = Job(number, large[i::streams], done, may_pack=may_pack, yields=yields)
             served.jobs.append(job)
             served.unfinished += 1
         for i, job in enumerate(served.jobs):

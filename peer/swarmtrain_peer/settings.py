@@ -38,4 +38,6 @@ class PeerSettings:
     """Compile (or load) numba kernels in the background; the same bits, and more memory."""
     caps_bytes_per_s: tuple[int, int] = (0, 0)
     """Up and down over all connections; 0: none."""
+    donor_share: float = 0.2
+    """Of the measured uplink, for members that fetch state."""
     threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))

@@ -10,16 +10,19 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from swarmtrain_peer.bulk import BulkConnection, BulkPool
 from swarmtrain_peer.bulklinks import BulkLinks
 from swarmtrain_peer.dialler import Dialler
+from swarmtrain_peer.donorshare import SHARE
 from swarmtrain_peer.handler import TransportHandler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
 from swarmtrain_peer.sockets import address_of, attach, fill_host, listen, receive_exactly, tune
+from swarmtrain_peer.traffic import traffic
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import Header
@@ -57,6 +60,7 @@ class Transport:
         handler: hears what happens.
         provide: blob of a root, None if it is not here; called on the loop thread.
         threads: of the pool for bulk connections and hashing.
+        donor_share: see ``donorshare``; ``yields``: see ``serving``.
         rng: jitter of retries; seeded from ``entropy`` if not given.
     """
 
@@ -72,6 +76,8 @@ class Transport:
         provide: Callable[[bytes], Blob | None],
         threads: int = limits.BULK_THREADS,
         caps_bytes_per_s: tuple[int, int] = (0, 0),
+        donor_share: float = SHARE,
+        yields: Callable[[bytes], bool] = lambda root: False,
         rng: random.Random | None = None,
     ) -> None:
         self.peer_id = keyring.peer_id
@@ -82,7 +88,8 @@ class Transport:
         self._admit = admit
         self._handler = handler
         self._provide = provide
-        self._threads, self._caps = threads, caps_bytes_per_s
+        self._make_pool = partial(BulkPool, threads, None, caps_bytes_per_s, donor_share)
+        self._yields = yields
         self._rng = rng or random.Random(int.from_bytes(entropy(8), "little"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Any = None
@@ -106,13 +113,15 @@ class Transport:
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
-        self._pool = BulkPool(self._threads, caps_bytes_per_s=self._caps)
+        self._pool = self._make_pool()
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
         )
         bulk, sent = self._bulk, self._handler.sent
-        self._serving = Serving(self._loop, self._provide, self._send_open, bulk, sent)
+        self._serving = Serving(
+            self._loop, self._provide, self._send_open, bulk, sent, self._yields
+        )
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
         self._started = True
         if self._listener is None:
@@ -234,20 +243,8 @@ class Transport:
         for link, peer in self._live.items():
             sent, received = control.get(peer, (0, 0))
             control[peer] = (sent + link.sent_bytes, received + link.received_bytes)
-        bulk = self._bulk.byte_counts()
-        peers = {
-            peer: {
-                "control_sent_bytes": control.get(peer, (0, 0))[0],
-                "control_received_bytes": control.get(peer, (0, 0))[1],
-                "bulk_sent_bytes": bulk.get(peer, (0, 0))[0],
-                "bulk_received_bytes": bulk.get(peer, (0, 0))[1],
-            }
-            for peer in sorted({*control, *bulk})
-        }
-        keys = ("control_sent", "control_received", "bulk_sent", "bulk_received")
         return {
-            **{f"{k}_bytes": sum(p[f"{k}_bytes"] for p in peers.values()) for k in keys},
-            "peers": peers,
+            **traffic(control, self._bulk.byte_counts()),
             "counts": dict(self._counts),
             "bulk_evicted": self._bulk.evicted,
             "bulk_refused": self._bulk.refused,

@@ -98,6 +98,8 @@ def test_a_mistyped_variable_is_an_error() -> None:
         {"net.listen": "nowhere"},
         {"net.announce": "no-port"},
         {"net.up": "fast"},
+        {"net.donor_share": 0.0},
+        {"net.donor_share": 1.5},
         {"peer.trains": "maybe"},
         {"peer.name": "n" * 65},
         {"log.level": "loud"},

@@ -270,6 +270,6 @@ def test_no_room_is_said_before_anything_is_fetched(
     def full(handle: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(corpusfile, "_reserve", full)
+    monkeypatch.setattr(corpusfile, "reserve", full)
     with pytest.raises(DiskFull):
         PartialCorpus(tmp_path / "site", whole.descriptor)

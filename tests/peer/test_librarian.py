@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_and_nothing_is_fetched(
         run = Run(tmp_path, pinned)
         async with run.member("founder") as founder, run.member("b") as other:
             assert await founder.librarian.look()
-            monkeypatch.setattr(corpusfile, "_reserve", full)
+            monkeypatch.setattr(corpusfile, "reserve", full)
             with pytest.raises(DiskFull):
                 await other.obtain()
             assert "corpus_missing" in other.names()

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.errors import CheckpointError, LocalProtocolError
 from tests.protocols.log_world import World
 
 SETS = ("a", "b", "abc", "bcd", "acd", "cde", "abcde")
+CREWS = {
+    3: ("abcdef", SETS),
+    5: ("abcdefg", ("abc", "abcde", "bcdef", "cdefg", "acdeg", "a")),
+    7: ("abcdefghi", ("abcdefg", "cdefghi", "bcdefgh", "abcde", "efghi", "abc", "a")),
+}
+"""Sites and steward sets, by the size of the set that a schedule begins with."""
 
 
 class Chaos:
-    """One schedule: ``duration_s`` of faults, then healing, then everybody must agree."""
+    """One schedule: ``duration_s`` of faults, then healing, then everybody must agree.
 
-    def __init__(self, seed: int, *, duration_s: float = 12.0) -> None:
-        self.world = w = World(seed, "abcdef", compact_every=8)
+    ``recovers``: at times the founder begins the log again from the disk of some site.
+    """
+
+    def __init__(
+        self, seed: int, *, duration_s: float = 12.0, crew: int = 3, recovers: bool = False
+    ) -> None:
+        names, self.sets = CREWS[crew]
+        self.crew = crew
+        self.world = w = World(seed, names, compact_every=8)
         rng = w.rng
         w.drop = rng.choice([0.0, 0.0, 0.05, 0.2])
         w.double = rng.choice([0.0, 0.1])
@@ -34,16 +47,19 @@ class Chaos:
             (self.hand_over, rng.choice([0.0, 0.5])),
             (self.break_link, 0.5),
         ]
+        if recovers:
+            acts += [(self.recover, 0.7), (self.admit, 3.0)]
         self._acts = [act for act, _ in acts]
         self._weights = [weight for _, weight in acts]
 
     def run(self) -> World:
         w = self.world
-        w.start("abcde")
-        w.admit("bcdef")
+        names = "".join(w.sites)
+        w.start(names[:-1])
+        w.admit(names[1:])
         w.run(w.rng.random())
         if w.rng.random() < 0.8:
-            self._vote_with("abc")
+            self._vote_with(names[: self.crew])
         while w.now < self._end:
             w.run(w.rng.random() * 0.3)
             w.rng.choices(self._acts, self._weights)[0]()
@@ -60,6 +76,11 @@ class Chaos:
         for site in w.sites.values():
             if site.core is None:
                 site.start()
+        w.run(0.1)  # what was still to be said of links that broke
+        for site in w.sites.values():
+            for other in w.sites.values():
+                if other is not site and site.core and other.id not in site.core._s.links:
+                    site.call(lambda core, peer=other.id: core.connected(w.now, peer))
         assert w.run(30.0, self._ready), f"no leader after healing, {self._states()}"
         assert w.propose()
         assert w.run(15.0, lambda: self._ready() and w.caught_up()), f"behind: {self._states()}"
@@ -126,7 +147,24 @@ class Chaos:
         second.call(lambda core: core.disconnected(self.world.now, first.id))
 
     def change(self) -> None:
-        self._vote_with(self.world.rng.choice(SETS))
+        self._vote_with(self.world.rng.choice(self.sets))
+
+    def admit(self) -> None:
+        """Whoever lost its grant in a new beginning gets it again."""
+        if self.world.leader() is not None:
+            self.world.admit("".join(self.world.sites))
+
+    def recover(self) -> None:
+        """From a site that has the newest log, often one that others have left behind."""
+        w = self.world
+        able = [s for s in w.sites.values() if s.shown.index >= w.newest.first and s.disk]
+        site = w.rng.choice(able) if able else None
+        try:
+            if site is not None:
+                site.recover()
+                site.start()
+        except CheckpointError:
+            self.seen["nothing to recover"] += 1
 
     def _vote_with(self, names: str) -> None:
         leader = self.world.leader()

@@ -22,7 +22,9 @@ from swarmtrain_protocols.core import Emit, PeerId, Persist, Send
 from swarmtrain_protocols.entries import EntryBody, Genesis, MemberJoined, Paused, encode_body
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.identity import Keyring, signed_bytes
+from swarmtrain_protocols.log.certificate import Trust
 from swarmtrain_protocols.log.core import LogCore
+from swarmtrain_protocols.log.entrylog import EntryLog
 from swarmtrain_protocols.log.events import (
     Committed,
     Conflict,
@@ -30,7 +32,9 @@ from swarmtrain_protocols.log.events import (
     LedgerDiverged,
     LogTimeouts,
     SnapshotLoaded,
+    Superseded,
 )
+from swarmtrain_protocols.log.recovery import Restarted, recover
 from swarmtrain_protocols.manifest import make_genesis
 from swarmtrain_protocols.messages import Message, decode, encode
 
@@ -92,9 +96,14 @@ class Ledger:
 
 
 class Oracle:
-    """What every site did so far, and whether it may."""
+    """What every site did so far in one log, and whether it may.
 
-    def __init__(self) -> None:
+    A log that the founder began again is another one, whose first entry has index ``first``.
+    """
+
+    def __init__(self, first: int = 0, digest: bytes = bytes(32)) -> None:
+        self.first = first
+        self.before = digest
         self.truth: list[tuple[int, bytes]] = []
         self.digests: list[bytes] = []
         self.leaders: dict[int, str] = {}
@@ -105,16 +114,25 @@ class Oracle:
     def committed(self, site: Site, index: int, term: int, body: EntryBody) -> None:
         """State machine safety: one entry per index, for ever."""
         item = (term, encode_body(body))
-        if index == len(self.truth):
+        place = index - self.first
+        if place == len(self.truth):
             self.truth.append(item)
-            previous = self.digests[-1] if self.digests else bytes(32)
+            previous = self.digests[-1] if self.digests else self.before
             self.digests.append(blake3.blake3(previous + item[1]).digest())
-        assert index < len(self.truth), f"{site.name} emits {index} of {len(self.truth)}"
-        assert self.truth[index] == item, f"{site.name} has another entry {index}"
+        assert 0 <= place < len(self.truth), f"{site.name} emits {index} of {self.end}"
+        assert self.truth[place] == item, f"{site.name} has another entry {index}"
+
+    @property
+    def end(self) -> int:
+        """Index of the next entry."""
+        return self.first + len(self.truth)
+
+    def digest_at(self, index: int) -> bytes:
+        """What the ledger hashes to with entry ``index`` applied."""
+        return self.before if index == self.first - 1 else self.digests[index - self.first]
 
     def loaded(self, site: Site, index: int, data: bytes) -> None:
-        assert msgspec.msgpack.decode(data) == [index, self.digests[index]], site.name
-        self.seen["snapshot loaded"] += 1
+        assert msgspec.msgpack.decode(data) == [index, self.digest_at(index)], site.name
 
     def leads(self, site: Site, term: int, log: Any) -> None:
         """Election safety and leader completeness."""
@@ -123,10 +141,11 @@ class Oracle:
         assert term not in self.leaders, f"term {term}: {self.leaders[term]} and {site.name}"
         self.leaders[term] = site.name
         self.seen["elected"] += 1
-        assert log.last_index >= len(self.truth) - 1, f"{site.name} leads without a commit"
-        for index in range(max(0, log.first), len(self.truth)):
+        assert log.last_index >= self.end - 1, f"{site.name} leads without a commit"
+        for index in range(max(self.first, log.first), self.end):
             entry = log.entry(index)
-            assert (entry.term, entry.data) == self.truth[index], f"{site.name} lacks {index}"
+            known = self.truth[index - self.first]
+            assert (entry.term, entry.data) == known, f"{site.name} lacks {index}"
 
     def matches(self, log: Any) -> None:
         """Log matching: equal (index, term) means equal logs up to there."""
@@ -209,7 +228,7 @@ class Site:
                 self.apply(effect.event)
             self.queue.append(effect)
         if core.is_leader:
-            w.oracle.leads(self, core.term, core._s.log)
+            w.oracle_at(core._s.log.base.index).leads(self, core.term, core._s.log)
         if not self.busy:
             self.carry_out()
         due = max(core.deadline(), w.now)
@@ -258,15 +277,46 @@ class Site:
             self.world.oracle.seen["compacted"] += 1
         self.disk.append(effect.record)
 
+    def recover(self) -> Restarted:
+        """The founder begins the log again with what is on this disk; this site is its steward."""
+        w = self.world
+        if self.core is not None:
+            self.crash()
+        made = recover(self.trust(), self.disk, w.founder, self._restart)
+        w.oracles[made.recovery.index >> 20] = Oracle(made.recovery.index + 1, self._recovered)
+        w.oracle.seen["recovered"] += 1
+        self.disk = [made.record]
+        return made
+
+    def trust(self) -> Trust:
+        return Trust(RUN, self.world.founder.peer_id, self.keyring)
+
+    def _restart(self, log: EntryLog, generation: int, index: int) -> tuple[bytes, list[bytes]]:
+        ledger = Ledger()
+        if log.snapshot is not None:
+            ledger.load(log.snapshot.body.index, log.snapshot.body.ledger)
+        for at in range(ledger.index + 1, log.commit + 1):
+            entry = log.entry(at)
+            ledger.apply(at, entry.term, entry.body)
+        view = log.committed_view
+        assert view is not None
+        self._recovered, ledger.index = ledger.digest, index
+        others = [p for p in sorted(view.capable) if not view.has_voter(p)]
+        return ledger.snapshot(), others
+
     def show(self, event: object) -> None:
-        oracle = self.world.oracle
+        w = self.world
         if isinstance(event, Committed):
             for entry in event.entries:
                 self.shown.apply(entry.index, entry.term, entry.body)
+                oracle = w.oracle_at(entry.index)
                 oracle.committed(self, entry.index, entry.term, entry.body)
         elif isinstance(event, SnapshotLoaded):
             self.shown.load(event.index, event.data)
-            oracle.loaded(self, event.index, event.data)
+            w.oracle_at(event.index).loaded(self, event.index, event.data)
+            w.oracle.seen["snapshot loaded"] += 1
+        elif isinstance(event, Superseded):
+            w.oracle.seen["superseded"] += 1
         else:
             self.events.append(event)
             assert not isinstance(event, Conflict | LedgerDiverged), event
@@ -293,6 +343,8 @@ class World:
         self.hints = hints
         self.founder = founder
         self.oracle = Oracle()
+        self.oracles = {0: self.oracle}
+        """By epoch: a log that was begun again has indices beyond the next multiple of 2^20."""
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self.drop = self.double = 0.0
@@ -322,6 +374,14 @@ class World:
             act(*arguments)
         self.now = end
         return until is not None and until()
+
+    def oracle_at(self, index: int) -> Oracle:
+        """The oracle of the log that has this index."""
+        return self.oracles[max(index, 0) >> 20]
+
+    @property
+    def newest(self) -> Oracle:
+        return self.oracles[max(self.oracles)]
 
     # --- the network -----------------------------------------------------------------------------
 
@@ -388,15 +448,16 @@ class World:
     def caught_up(self) -> bool:
         """Every running site shows everything that anybody ever showed."""
         live = [s for s in self.sites.values() if s.core is not None]
-        return all(s.shown.index == len(self.oracle.truth) - 1 for s in live)
+        return all(s.shown.index == self.newest.end - 1 for s in live)
 
     def check(self) -> None:
         for site in self.sites.values():
             if site.core is not None:
+                log, index = site.core._s.log, site.shown.index
                 if not site.queue:  # what waits for the disk may still be as if it never was
-                    self.oracle.matches(site.core._s.log)
-                if site.shown.index >= 0:
-                    assert site.shown.digest == self.oracle.digests[site.shown.index]
+                    self.oracle_at(log.base.index).matches(log)
+                if index >= 0:
+                    assert site.shown.digest == self.oracle_at(index).digest_at(index)
 
     def settled(self, names: str) -> World:
         """Found the run, start everybody, and let ``names`` vote."""

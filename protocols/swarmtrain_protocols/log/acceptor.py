@@ -38,7 +38,7 @@ class Acceptor:
         s = self._s
         if not s.trusts(peer):
             return  # the subscription brings what is needed to know this leader
-        if m.term < s.term or m.generation < s.log.generation:
+        if m.term < s.term or m.generation < s.generation:
             self._reply(peer, ok=False, index=s.log.last_index)
             return
         if s.role == LEADER and m.term == s.term:

@@ -21,6 +21,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.entries import Genesis, StewardsChanged, decode_body
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.log import anchor
 from swarmtrain_protocols.log.view import View
 from swarmtrain_protocols.manifest import check_genesis
 from swarmtrain_protocols.messages.common import Count, Hash, Key
@@ -28,6 +29,7 @@ from swarmtrain_protocols.messages.log import (
     Certificate,
     Endorsement,
     Endorsements,
+    Recovery,
     SnapshotCertificate,
     WireEntry,
 )
@@ -57,12 +59,16 @@ class SnapshotBody(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SnapshotFile(msgspec.Struct, frozen=True, array_like=True):
-    """A snapshot that proves itself: what is kept on disk and sent to those far behind."""
+    """A snapshot that proves itself: what is kept on disk and sent to those far behind.
+
+    With a ``recovery`` trust begins there, and ``links`` are those since.
+    """
 
     genesis: Annotated[bytes, Meta(max_length=limits.ENTRY_BYTES_MAX)]
     links: Annotated[tuple[Link, ...], Meta(max_length=limits.STEWARD_LINKS_MAX)]
     body: Annotated[bytes, Meta(max_length=limits.SNAPSHOT_BYTES_MAX)]
     certificate: SnapshotCertificate
+    recovery: Recovery | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -117,6 +123,14 @@ class Trust:
             raise PeerFault("bad_genesis", "entry 0 is something else")
         check_genesis(body, run=self.run, founder=self.founder, verify=self.keyring.verify)
         return body, View.first(body, data)
+
+    def recovered(self, recovery: Recovery) -> View:
+        """The first view of a log that the founder began again.
+
+        Raises:
+            PeerFault: ``bad_recovery``.
+        """
+        return anchor.recovered_view(self.run, self.founder, self.keyring.verify, recovery)
 
     def sign(self, view: View, term: int, index: int, chain_hash: bytes) -> bytes:
         """This site's signature over its log up to ``index``."""
@@ -178,7 +192,8 @@ class Trust:
         """Check a snapshot file down to the founder's signature.
 
         Raises:
-            PeerFault: ``malformed``, ``bad_genesis``, ``bad_stewards`` or ``bad_certificate``.
+            PeerFault: ``malformed``, ``bad_genesis``, ``bad_recovery``, ``bad_stewards`` or
+                ``bad_certificate``.
         """
         try:
             file = _file_decoder.decode(data)
@@ -192,12 +207,26 @@ class Trust:
         actual = (body.index, body.term, body.chain_hash, blake3.blake3(file.body).digest())
         if stated != actual or not self.certifies_snapshot(view, c):
             raise PeerFault("bad_certificate", f"snapshot at {body.index} is not certified")
+        if file.recovery is not None and not self._begins_so(file.recovery, body):
+            raise PeerFault("bad_recovery", f"snapshot at {body.index} is not what was recovered")
         return Snapshot(file, body, view)
+
+    def _begins_so(self, recovery: Recovery, body: SnapshotBody) -> bool:
+        """Whether this is the ledger that the founder vouched for, or a later one."""
+        if body.index != recovery.index:
+            return body.index > recovery.index and body.generation >= recovery.generation
+        return (
+            (body.generation, body.term) == (recovery.generation, recovery.term)
+            and body.chain_hash == anchor.digest(self.run, recovery)
+            and anchor.content_hash(body.capable, body.ledger) == recovery.content
+        )
 
     def _walk(self, file: SnapshotFile) -> View:
         """The view after all links, each certified by the set before it."""
         _, view = self.genesis(file.genesis)
         index = 0
+        if file.recovery is not None:
+            view, index = self.recovered(file.recovery), file.recovery.index
         for link in file.links:
             body = decode_body(link.entry.body)
             if not isinstance(body, StewardsChanged) or link.index <= index:

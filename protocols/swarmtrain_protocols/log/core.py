@@ -32,6 +32,7 @@ from swarmtrain_protocols.log.events import (
     SnapshotLoaded,
 )
 from swarmtrain_protocols.log.feed import Feed
+from swarmtrain_protocols.log.fence import Fence
 from swarmtrain_protocols.log.follower import Follower
 from swarmtrain_protocols.log.leader import Leadership
 from swarmtrain_protocols.log.snapshots import Snapshots
@@ -75,6 +76,7 @@ class LogCore:
         self._follower = Follower(s, self._snapshots)
         self._feed = Feed(s, self._snapshots)
         self._acceptor = Acceptor(s, self._election, self._snapshots, self._follow)
+        self._fence = Fence(s)
         self._leadership: Leadership | None = None
         self._emitted = -1
         self._save_at = _NEVER
@@ -174,7 +176,7 @@ class LogCore:
         """Feed one message of the log; other kinds are the caller's mistake."""
         s = self._s
         self._begin(now)
-        if s.halted or peer == s.me:
+        if s.halted or peer == s.me or self._fence.refuses(peer, message):
             return
         if isinstance(message, m.Append):
             self._acceptor.on_append(peer, message)
@@ -200,6 +202,8 @@ class LogCore:
             self._feed.on_unsubscribe(peer)
         elif isinstance(message, m.Unserved):
             self._follower.on_unserved(peer)
+        elif isinstance(message, m.Recovered):
+            self._on_recovered(peer, message)
         else:
             raise LocalProtocolError("not a message of the log", type(message).__name__)
 
@@ -213,6 +217,7 @@ class LogCore:
         self._election.tick()
         self._follower.tick(self._acceptor.behind)
         self._feed.tick()
+        self._fence.tick()
         if now >= self._save_at:
             self._s.save()
             self._s.save_certificates()
@@ -228,6 +233,7 @@ class LogCore:
             self._election.deadline(),
             self._follower.deadline(self._acceptor.behind),
             self._feed.deadline(),
+            self._fence.deadline(),
             self._save_at,
         ]
         if self._leadership is not None:
@@ -252,6 +258,7 @@ class LogCore:
         """A link to ``peer`` is up."""
         self._advance(now)
         self._s.links[peer] = True
+        self._fence.connected(peer)
         self._follower.connected(peer)
         if self._leadership is not None:
             self._leadership.connected(peer)
@@ -261,6 +268,7 @@ class LogCore:
         s = self._s
         self._advance(now)
         s.links.pop(peer, None)
+        self._fence.disconnected(peer)
         self._feed.disconnected(peer)
         self._follower.disconnected(peer)
         if peer == s.leader and s.role != LEADER:
@@ -348,6 +356,13 @@ class LogCore:
             s.adopt_term(reply.term)
         elif reply.term == s.term and self._leadership is not None:
             self._leadership.on_reply(peer, reply)
+
+    def _on_recovered(self, peer: PeerId, message: m.Recovered) -> None:
+        """The founder replaced this log: no part in it any more, and look for the new one."""
+        if self._fence.proven(peer, message.recovery):
+            self._follow()
+            self._s.set_leader(None, self._s.leader_term)
+            self._follower.reload(peer)
 
     def _lead(self) -> None:
         s = self._s

@@ -126,7 +126,7 @@ class Election:
         """Raft's rule, and nobody is unseated while this site hears from a leader."""
         s = self._s
         last = s.log.last
-        if request.generation < s.log.generation:
+        if request.generation < s.generation:
             return False
         if (request.last_term, request.last_index) < (last.term, last.index):
             return False

@@ -14,7 +14,7 @@ from swarmtrain_protocols.entries import EntryBody, Genesis, StewardsChanged, de
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.log.certificate import Link, Snapshot, SnapshotFile, Trust
 from swarmtrain_protocols.log.view import View, chained
-from swarmtrain_protocols.messages.log import Certificate, WireEntry
+from swarmtrain_protocols.messages.log import Certificate, Recovery, WireEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class EntryLog:
         self.links: list[Link] = []
         self.genesis = b""
         self.snapshot: Snapshot | None = None
+        self.recovery: Recovery | None = None
+        """What this log began with, if the founder had to begin it again."""
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -100,6 +102,11 @@ class EntryLog:
     def generation(self) -> int:
         view = self.committed_view
         return 0 if view is None else view.generation
+
+    @property
+    def epoch(self) -> int:
+        """Generation of the recovery that this log began with, 0 without one."""
+        return 0 if self.recovery is None else self.recovery.generation
 
     def slice(self, start: int, upto: int) -> tuple[WireEntry, ...]:
         """Entries ``start … upto`` as far as one message carries them."""
@@ -205,17 +212,22 @@ class EntryLog:
     def install(self, snapshot: Snapshot) -> None:
         """Make a checked snapshot the base. A matching tail stays: it may have been signed."""
         body, file = snapshot.body, snapshot.file
-        assert body.index > self.commit
-        matches = self.holds(body.index) and self.at(body.index).chain_hash == body.chain_hash
+        same = file.recovery == self.recovery
+        assert body.index > self.commit or not same
+        matches = (
+            same and self.holds(body.index) and self.at(body.index).chain_hash == body.chain_hash
+        )
         tail = self.entries[body.index + 1 - self.first :] if matches else []
         self.base = Base(body.index, body.term, body.chain_hash, snapshot.view)
         self.entries = tail
         self.commit = body.index
         self.certificates, self.latest = {}, None
-        self.links, self.genesis = list(file.links), file.genesis
+        self.links, self.genesis, self.recovery = list(file.links), file.genesis, file.recovery
         self.snapshot = snapshot
 
     def snapshot_file(self, snapshot: Snapshot) -> SnapshotFile:
         """The file of ``snapshot`` with the links up to it."""
         links = tuple(link for link in self.links if link.index <= snapshot.body.index)
-        return SnapshotFile(self.genesis, links, snapshot.file.body, snapshot.file.certificate)
+        return SnapshotFile(
+            self.genesis, links, snapshot.file.body, snapshot.file.certificate, self.recovery
+        )

@@ -91,6 +91,18 @@ class LedgerDiverged:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """The founder began the log again without this one: what only this one holds is void.
+
+    ``ours`` is the generation of the log that is given up, ``steward`` began the new one.
+    """
+
+    generation: int
+    ours: int
+    steward: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class LogTimeouts:
     """Patience in seconds. Election timeouts are drawn from ``[election_s, 2 * election_s)``."""
 

@@ -112,6 +112,8 @@ class Follower:
         view = s.log.view
         voters = () if view is None else view.everyone()
         leader = () if s.leader is None else (s.leader,)
+        if s.superseded is not None:
+            leader = (PeerId(s.superseded.steward),)
         listed = [*leader, *voters, *self._known, *sorted(s.links)]
         unique = [PeerId(p) for p in dict.fromkeys(listed) if p != s.me]
         return [p for p in unique if p in s.links] + [p for p in unique if p not in s.links]
@@ -161,6 +163,12 @@ class Follower:
         verified = s.log.commit + 1
         s.send(peer, Subscribe(s.log.generation, verified + len(self._align()), verified))
 
+    def reload(self, peer: PeerId) -> None:
+        """The log held here is void: have the one that replaced it from ``peer``."""
+        self._drop()
+        self._chosen_at = self._s.now
+        self._ask(peer)
+
     def connected(self, peer: PeerId) -> None:
         if peer == self.source:
             self._ask(peer)
@@ -203,7 +211,7 @@ class Follower:
     def on_update(self, peer: PeerId, m: Update) -> None:
         """Entries, perhaps with the proof that they are committed, or a sign of life."""
         s = self._s
-        if s.role == LEADER or m.generation < s.log.generation:
+        if s.role == LEADER or m.generation < s.generation:
             return
         self._promote(peer)
         if peer != self.source:
@@ -373,7 +381,8 @@ class Follower:
         """A piece of a snapshot file; the last one installs it."""
         s = self._s
         self._promote(peer)
-        if peer != self.source or m.index <= s.log.commit or m.offset + len(m.data) > m.nbytes:
+        floor = s.log.commit if s.superseded is None else s.superseded.index - 1
+        if peer != self.source or m.index <= floor or m.offset + len(m.data) > m.nbytes:
             return
         self._heard_at = s.now
         if m.index != self._file_index:
@@ -404,9 +413,18 @@ class Follower:
         except PeerFault as fault:
             self._distrust(peer, fault)
             return
-        if snapshot.body.index <= s.log.commit:
+        recovery = snapshot.file.recovery
+        epoch = 0 if recovery is None else recovery.generation
+        newest = 0 if s.recovery is None else s.recovery.generation
+        if epoch < newest:
+            self._distrust(peer, PeerFault("bad_recovery", "a snapshot of a log that is replaced"))
             return
+        if epoch == s.log.epoch and snapshot.body.index <= s.log.commit:
+            return
+        if epoch > newest:
+            s.tell_superseded(recovery)
         s.log.install(snapshot)
+        s.superseded = None
         s.learn_term(snapshot.body.term)
         s.save_snapshot(snapshot)
         self._snapshots.installed()

@@ -15,6 +15,7 @@ from swarmtrain_protocols.log.events import (
     ConflictProof,
     LeaderChanged,
     LogTimeouts,
+    Superseded,
 )
 from swarmtrain_protocols.log.records import (
     EntriesRecord,
@@ -24,7 +25,7 @@ from swarmtrain_protocols.log.records import (
     encode_record,
 )
 from swarmtrain_protocols.messages import Message
-from swarmtrain_protocols.messages.log import Certificate, WireEntry
+from swarmtrain_protocols.messages.log import Certificate, Recovery, WireEntry
 
 FOLLOWER, CANDIDATE, LEADER = "follower", "candidate", "leader"
 
@@ -49,6 +50,8 @@ class LogState:
         self.pulse_at = now
         self.links: dict[PeerId, bool] = {}
         self.halted = False
+        self.superseded: Recovery | None = None
+        """Proof that the log held here is no longer the run's, until the new one is here."""
         self.out: list[Effect] = []
         self.saved = -1
         self._told: tuple[PeerId | None, int, int] = (None, 0, 0)
@@ -68,6 +71,12 @@ class LogState:
         fault.peer = peer
         self.emit(fault)
 
+    def tell_superseded(self, recovery: Recovery | None) -> None:
+        """Say that the founder has replaced the log held here, if it holds anything."""
+        if recovery is not None and self.log.commit >= 0:
+            ours = self.log.generation
+            self.emit(Superseded(recovery.generation, ours, recovery.steward))
+
     # --- roles -----------------------------------------------------------------------------------
 
     @property
@@ -78,7 +87,20 @@ class LogState:
         hold enough of the log to be elected (Ongaro 2014, §4.2.2).
         """
         log = self.log
+        if self.superseded is not None:
+            return False
         return any(v is not None and v.has_voter(self.me) for v in (log.view, log.committed_view))
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The newest recovery that is proven here."""
+        return self.superseded or self.log.recovery
+
+    @property
+    def generation(self) -> int:
+        """What messages of the log must at least be of to be listened to."""
+        newest = 0 if self.superseded is None else self.superseded.generation
+        return max(self.log.generation, newest)
 
     @property
     def alone(self) -> bool:

@@ -66,6 +66,21 @@ class SnapshotCertificate(msgspec.Struct, frozen=True, array_like=True):
     endorsements: Endorsements
 
 
+class Recovery(msgspec.Struct, frozen=True, array_like=True):
+    """The founder's word that the log begins again, without the stewards it had (spec 04 §2.8).
+
+    Entry ``index`` and those before it are replaced by a snapshot whose grants and ledger hash to
+    ``content``; ``steward`` alone votes from there on, in ``generation``, from ``term`` on.
+    """
+
+    generation: Count
+    term: Count
+    index: Count
+    steward: Key
+    content: Hash
+    signature: Signature
+
+
 class SnapshotVote(msgspec.Struct, frozen=True, array_like=True):
     """A steward's signature over its own snapshot at ``index``."""
 
@@ -176,6 +191,12 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
     entries: WireEntries = ()
     certificate: Certificate | None = None
     snapshot: SnapshotCertificate | None = None
+
+
+class Recovered(msgspec.Struct, frozen=True, tag="recovered"):
+    """Answer to whatever comes from a log that the founder has replaced: here is the proof."""
+
+    recovery: Recovery
 
 
 class SnapshotWanted(msgspec.Struct, frozen=True, tag="snapshot?"):

@@ -1,0 +1,68 @@
+"""The founder's word that a log begins again: what exactly is signed."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import msgspec
+import pytest
+from blake3 import blake3
+
+from swarmtrain_protocols.errors import PeerFault
+from swarmtrain_protocols.identity import Ed25519Keyring, signed_bytes, verify_ed25519
+from swarmtrain_protocols.log import anchor
+from swarmtrain_protocols.messages.log import Recovery
+
+RUN = bytes(range(32))
+FOUNDER = Ed25519Keyring(hashlib.sha256(b"founder").digest())
+STEWARD = b"s" * 32
+CONTENT = blake3(b"\x92\x91\xc4\x20" + STEWARD + b"\xc4\x06ledger").digest()
+
+
+def signed(**changes: object) -> Recovery:
+    unsigned = Recovery(1007, 1 << 20, 1 << 21, STEWARD, CONTENT, bytes(64))
+    payload = RUN + struct.pack("<QQQ", 1007, 1 << 20, 1 << 21) + STEWARD + CONTENT
+    made = msgspec.structs.replace(unsigned, signature=FOUNDER.sign(b"recovery", payload))
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_the_bytes_are_those_of_the_spec() -> None:
+    recovery = signed()
+    payload = RUN + struct.pack("<QQQ", 1007, 1 << 20, 1 << 21) + STEWARD + CONTENT
+    assert anchor.statement(RUN, recovery) == payload
+    assert anchor.digest(RUN, recovery) == blake3(payload).digest()
+    assert anchor.content_hash([STEWARD], b"ledger") == CONTENT
+    assert verify_ed25519(FOUNDER.peer_id, b"recovery", payload, recovery.signature)
+    assert signed_bytes(b"recovery", payload) != payload
+
+
+def test_its_view_has_one_voter_and_nobody_else_with_a_grant() -> None:
+    view = anchor.recovered_view(RUN, FOUNDER.peer_id, FOUNDER.verify, signed())
+    assert (view.generation, view.voters, view.joint) == (1007, (STEWARD,), ())
+    assert view.digest == anchor.digest(RUN, signed())
+    assert view.trusts(STEWARD) and not view.trusts(b"o" * 32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation": 1008},
+        {"term": 1},
+        {"index": 1},
+        {"steward": b"t" * 32},
+        {"content": bytes(32)},
+        {"signature": bytes(64)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_nothing_of_it_can_be_changed(changes: dict[str, object]) -> None:
+    with pytest.raises(PeerFault, match="bad_recovery"):
+        anchor.recovered_view(RUN, FOUNDER.peer_id, FOUNDER.verify, signed(**changes))
+
+
+def test_another_run_or_another_founder_is_none() -> None:
+    other = Ed25519Keyring(hashlib.sha256(b"other").digest())
+    for run, founder in ((bytes(32), FOUNDER.peer_id), (RUN, other.peer_id)):
+        with pytest.raises(PeerFault, match="bad_recovery"):
+            anchor.recovered_view(run, founder, FOUNDER.verify, signed())

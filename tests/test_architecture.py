@@ -26,7 +26,7 @@ LAYERS = list(PACKAGES)  # lowest first; a module may import its own layer and t
 
 # Modules of swarmtrain_protocols that may do arithmetic on arrays.
 NUMPY_ALLOWED = re.compile(
-    r"swarmtrain_protocols/(codecs/.*|testing/.*|state|overlap|outer|stageopt|rules|dataplane"
+    r"swarmtrain_protocols/(codecs/.*|testing/.*|state|overlap|outer|stageopt|rules|dataplane|order"
     r"|pipeline/(candidates|sampling))\.py$"
 )
 TORCH_ALLOWED = re.compile(r"^swarmtrain/training/")

@@ -120,6 +120,7 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
     "train.model": ("model",),
     "train.corpus": ("corpus",),
     "train.corpus_hash": ("corpus_hash",),
+    "train.shards": ("shards",),
     "train.batch_size": ("batch_size",),
     "train.inner_steps": ("inner_steps",),
     "train.inner_optimizer": ("inner_optimizer",),

@@ -29,6 +29,8 @@ RUN_TEXTS = {
     "64 }`.",
     "train.corpus": "`stdlib` or `path:…`: a file or folder of text.",
     "train.corpus_hash": "Hash of the corpus in hex; empty: that of the founder's copy is pinned.",
+    "train.shards": "Shards in which an epoch of the data is dealt to members, each sample once; "
+    "0: windows of text are drawn without end.",
     "train.batch_size": "Sequences in a batch, or in a micro-batch of a pipeline.",
     "train.inner_steps": "Steps between two hand-overs; without meaning in a pipeline that is "
     "`sync`.",

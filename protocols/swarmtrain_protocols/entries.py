@@ -24,6 +24,7 @@ from swarmtrain_protocols.messages.common import (
     Reason,
     RoundKey,
     Signature,
+    Spans,
 )
 
 
@@ -128,13 +129,22 @@ class ModelDefined(msgspec.Struct, frozen=True, tag="model"):
     author: Key
 
 
+class DataDefined(msgspec.Struct, frozen=True, tag="data"):
+    """The data that are dealt in shards (13): samples in an epoch, and a hash that names them."""
+
+    samples: Count
+    digest: Hash
+    author: Key
+
+
 class Contributor(msgspec.Struct, frozen=True, array_like=True):
-    """One contribution admitted to an attempt."""
+    """One contribution admitted to an attempt. ``claims``: positions in it, ascending (13)."""
 
     member: Key
     root: Hash
     samples: float
     base_round: Count
+    claims: Spans = ()
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -337,6 +347,7 @@ EntryBody = Union[  # noqa: UP007
     FounderChanged,
     StewardsChanged,
     ModelDefined,
+    DataDefined,
     RoundOpened,
     RoundSet,
     RoundCommitted,

@@ -16,8 +16,9 @@ from swarmtrain_protocols import access, changes, limits
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome, are_ranges
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.messages.common import RoundKey, Spans
 from swarmtrain_protocols.pipeline import book
+from swarmtrain_protocols.shards import DataState
 
 
 class Member(msgspec.Struct):
@@ -65,6 +66,8 @@ class Ledger(msgspec.Struct):
     bearers: dict[bytes, list[bytes]] = {}
     group_round: int = 0
     pipeline: book.PipelineState = msgspec.field(default_factory=book.PipelineState)
+    data: DataState = msgspec.field(default_factory=DataState)
+    """The data of the run, dealt in shards (13)."""
     overlaps: list[tuple[int, str]] = []
     """Changes of the overlap mode, by the first round that each is for; see ``schedule``."""
     changes: list[tuple[int, str, str]] = []
@@ -76,7 +79,10 @@ class Ledger(msgspec.Struct):
         assert index == self.index + 1, (index, self.index)
         self.index = index
         handler = _HANDLERS.get(type(body))
-        return True if handler is None else handler(self, index, body)
+        accepted = True if handler is None else handler(self, index, body)
+        if accepted and self.data.dealt and isinstance(body, _MOVES_SHARDS):
+            self.data.deal([m.id for m in self.ordered_members() if m.trains])
+        return accepted
 
     def ordered_members(self) -> list[Member]:
         """Members in member order (by key bytes)."""
@@ -95,6 +101,16 @@ class Ledger(msgspec.Struct):
         """Values of a channel that do not decay, by the model of the run."""
         layout = self.model.layout if self.model is not None else ()
         return next((item.plain for item in layout if item.channel == channel), ())
+
+    def counts_data(self, channel: str) -> bool:
+        """Whether contributions in ``channel`` claim what they were trained on: the first one."""
+        return self.model is not None and self.model.layout[0].channel == channel
+
+    def refusal(self, member: bytes, channel: str, claims: Spans, samples: float) -> str:
+        """Why a contribution with these claims cannot be listed now, or "" (13)."""
+        if not self.counts_data(channel):
+            return "bad_claim" if claims else ""
+        return self.data.refusal(member, claims, samples)
 
     def may_vote(self, member: bytes) -> bool:
         known = self.members.get(member)
@@ -232,6 +248,13 @@ def _model(ledger: Ledger, index: int, body: e.ModelDefined) -> bool:
     return True
 
 
+def _data(ledger: Ledger, index: int, body: e.DataDefined) -> bool:
+    if ledger.model is None:
+        return False
+    number = ledger.channels[ledger.model.layout[0].channel].round
+    return ledger.data.define(body.samples, body.digest, number)
+
+
 def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
     if ledger.ended or ledger.paused or not body.contributors or not body.parts:
         return False
@@ -245,7 +268,12 @@ def _opened(ledger: Ledger, index: int, body: e.RoundOpened) -> bool:
         ledger.channels[channel.name] = channel
     if channel.open is not None or (channel.holds_state and channel.values != body.values):
         return False
+    name = body.key.channel
+    if any(ledger.refusal(c.member, name, c.claims, c.samples) for c in body.contributors):
+        return False
     channel.begin(index, body, limits.HISTORY_RECORDS_MAX // len(ledger.channels))
+    if ledger.counts_data(name):
+        ledger.data.opened((c.member, c.claims) for c in body.contributors)
     return True
 
 
@@ -268,6 +296,9 @@ def _committed(ledger: Ledger, index: int, body: e.RoundCommitted) -> bool:
     if ledger.stepwise(channel.name):
         return False
     channel.commit(index, body.root, body.held_by, len(ledger.channels))
+    if ledger.counts_data(channel.name):
+        done = channel.history[-1].contributors
+        ledger.data.decided([member for member, _, c in done if c > 0], channel.round)
     ledger.rounds_committed += 1
     return True
 
@@ -277,6 +308,8 @@ def _aborted(ledger: Ledger, index: int, body: e.RoundAborted) -> bool:
     if channel is None or not channel.is_open(body.key) or ledger.stepwise(channel.name):
         return False
     channel.abort(body.reason)
+    if ledger.counts_data(channel.name):
+        ledger.data.decided((), channel.round)
     ledger.rounds_aborted += 1
     return True
 
@@ -306,6 +339,8 @@ def _rewound(ledger: Ledger, index: int, body: e.Rewound) -> bool:
         channel = ledger.channels.get(name)
         if channel is not None:
             channel.restart(round_number, root)
+        if ledger.counts_data(name):
+            ledger.data.rewound(round_number)
     book.rewound(ledger)
     return True
 
@@ -349,6 +384,7 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     e.FounderChanged: access.founder_changed,
     e.StewardsChanged: _stewards,
     e.ModelDefined: _model,
+    e.DataDefined: _data,
     e.RoundOpened: _opened,
     e.RoundSet: _set,
     e.RoundCommitted: _committed,
@@ -360,6 +396,12 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     **book.HANDLERS,
     e.ConfigChanged: _config,
 }
+
+_MOVES_SHARDS = (
+    *(e.DataDefined, e.MemberJoined, e.MemberLeft, e.MemberBanned),
+    *(e.RoundCommitted, e.RoundAborted, e.Rewound),
+)
+"""Entries after which shards may have to be dealt."""
 
 __all__ = [
     "ZERO_HASH",

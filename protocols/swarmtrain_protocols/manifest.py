@@ -59,6 +59,8 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """``stdlib`` or ``path:…``."""
     corpus_hash: bytes = b""
     """What ``corpus.Descriptor.hash`` says (32 bytes); empty pins nothing."""
+    shards: int = 0
+    """Shards that an epoch of the data is dealt in (spec 13); 0: windows drawn without end."""
     batch_size: int = 4
     inner_steps: int = 20
     inner_lr: float = 3e-3
@@ -137,6 +139,12 @@ class RunKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
         if self.stages:
             self._check_pipeline()
+            if self.shards:
+                raise ConfigError(
+                    f"run key shards = {self.shards}",
+                    "the log of a pipeline names every micro-batch, nothing is dealt",
+                    "leave shards at 0",
+                )
 
     def _check_pipeline(self) -> None:
         """Keys that exclude each other in a pipeline."""
@@ -227,6 +235,7 @@ _RULES: dict[str, _Rule] = {
     "model": (_is_model, f"at most 64 names with sizes of 0 to {_COUNT_MAX:g}"),
     "corpus": _text(1, 256),
     "corpus_hash": (lambda value: len(value) in (0, 32), "empty or a hash of 32 bytes"),
+    "shards": _between(0, limits.SHARDS_MAX),
     "batch_size": _between(1, 1 << 20),
     "inner_steps": _between(1, 1_000_000),
     "inner_lr": _between(0.0, 100.0),

@@ -42,6 +42,7 @@ from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.member import Offer, RoundMember
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_of
+from swarmtrain_protocols.shards import data_state
 from swarmtrain_protocols.tickets import Capability
 
 PUMP_MAX = 10_000
@@ -76,7 +77,10 @@ class NodeCore:
         self.manifest = manifest
         self.run = manifest.run_id
         keys = manifest.keys
-        self.ledger = Ledger(pipeline=pipeline_state(keys.stages, keys.pipeline_mode))
+        self.ledger = Ledger(
+            pipeline=pipeline_state(keys.stages, keys.pipeline_mode),
+            data=data_state(keys.shards, keys.inner_steps * keys.batch_size),
+        )
         self._keyring = keyring
         self._wall_offset_s = wall_s - now
         self._raw: list[Effect] = []

@@ -23,7 +23,7 @@ from swarmtrain_protocols.orders import ORDERS, is_authorised
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
 
-_MAY_PROPOSE = e.ModelDefined | e.CheckpointMade | e.StageRecovered
+_MAY_PROPOSE = e.ModelDefined | e.DataDefined | e.CheckpointMade | e.StageRecovered
 
 
 class Reception:
@@ -111,6 +111,12 @@ class Reception:
                 return
             if body.author != peer or not valid_model(body):
                 self._fault(peer, "bad_model")
+                return
+        if isinstance(body, e.DataDefined):
+            if self.ledger.data.dealt:
+                return
+            if body.author != peer or not self.ledger.data.accepts(body.samples):
+                self._fault(peer, "bad_data")
                 return
         if isinstance(body, e.StageRecovered) and body.host != peer:
             self._fault(peer, "not_the_host")

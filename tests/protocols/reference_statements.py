@@ -25,6 +25,7 @@ DEFAULT_KEYS: dict[str, object] = {
     "model": {},
     "corpus": "stdlib",
     "corpus_hash": b"",
+    "shards": 0,
     "batch_size": 4,
     "inner_steps": 20,
     "inner_lr": 3e-3,

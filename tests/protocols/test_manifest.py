@@ -71,7 +71,7 @@ def test_the_run_id_does_not_depend_on_how_the_keys_were_written() -> None:
 def test_every_key_is_in_the_run_id() -> None:
     other: dict[str, object] = {
         "name": "b", "seed": 1, "preset": "p", "model": {"x": 1}, "corpus": "path:x",
-        "corpus_hash": "ab" * 32, "batch_size": 5, "inner_steps": 21, "inner_lr": 0.1,
+        "corpus_hash": "ab" * 32, "shards": 64, "batch_size": 5, "inner_steps": 21, "inner_lr": 0.1,
         "inner_weight_decay": 0.2, "inner_clip": 2.0, "inner_warmup_steps": 1, "total_steps": 9,
         "inner_optimizer": "sgd", "outer_lr": 0.7, "outer_momentum": 0.9, "overlap": "eager",
         "codec_scatter": "bf16", "codec_gather": "fp32", "fragments": 2, "delay": 3, "mix": 0.1,

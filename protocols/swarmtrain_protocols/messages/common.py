@@ -35,3 +35,13 @@ class RoundKey(msgspec.Struct, frozen=True, array_like=True, order=True):
 
     def __str__(self) -> str:
         return f"{self.channel}#{self.round}.{self.attempt}"
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Positions ``first`` to ``first + count`` - 1 in the data of the run (13)."""
+
+    first: Count
+    count: Count
+
+
+Spans = Annotated[tuple[Span, ...], Meta(max_length=limits.CLAIM_SPANS_MAX)]

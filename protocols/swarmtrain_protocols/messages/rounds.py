@@ -18,6 +18,7 @@ from swarmtrain_protocols.messages.common import (
     Key,
     RoundKey,
     Signature,
+    Spans,
 )
 
 Codec = Annotated[str, Meta(max_length=16)]
@@ -45,6 +46,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Seconds of inner steps between two contributions of any channel, 0: not known."""
     exchange_s: float = 0.0
     """Seconds that the sender's last exchange in this channel took, 0: not known."""
+    claims: Spans = ()
+    """Positions in the data of the run that it was trained on (13)."""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):

@@ -27,7 +27,9 @@ from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
 
-_TOLD_HONESTLY = ("stale_generation", "not_a_member", "not_an_owner", "base_from_the_future")
+_TOLD_HONESTLY = (
+    *("stale_generation", "not_a_member", "not_an_owner", "base_from_the_future", "stale_claim"),
+)
 """Refusals that an honest member causes whose news is older or newer than the leader's: it computes
 a part because a former leader said so, or was declared lost and does not know yet."""
 
@@ -250,7 +252,7 @@ class RoundLeader:
         if key is None or lobby.proposed_open == key:
             return
         present = self.present()
-        self._lobbies.drop_stale(lobby, key.round)
+        self._lobbies.drop_stale(self.ledger, lobby, key.round)
         ready = lobby.agreeing(present)
         if not ready:
             return
@@ -278,9 +280,9 @@ class RoundLeader:
                 return None
             holders, state_hash = pinned
             gather = self.policy.gather_codec
+        said = [(k, lobby.ready[k]) for k in ready]
         contributors = tuple(
-            e.Contributor(k, lobby.ready[k].root, lobby.ready[k].samples, lobby.ready[k].base_round)
-            for k in ready
+            e.Contributor(k, one.root, one.samples, one.base_round, one.claims) for k, one in said
         )
         parts = self.parts(first.values, ready, present, key.round)
         return e.RoundOpened(

@@ -137,6 +137,7 @@ class Lobbies:
                 return "bad_codec"
             if message.base_round > channel.round:
                 return "base_from_the_future"
+            return ledger.refusal(peer, message.channel, message.claims, message.samples)
         elif not message.channel.startswith("group/"):
             return "unknown_channel"
         return ""
@@ -179,11 +180,13 @@ class Lobbies:
             for member in [k for k in lobby.callers if k not in ledger.members]:
                 del lobby.callers[member]
 
-    def drop_stale(self, lobby: Lobby, number: int) -> None:
+    def drop_stale(self, ledger: Ledger, lobby: Lobby, number: int) -> None:
         for member in list(lobby.ready):
             ready = lobby.ready[member]
-            too_old = number - ready.base_round > self.policy.max_base_age_rounds
-            if ready.channel.startswith("train/") and too_old:
+            void = number - ready.base_round > self.policy.max_base_age_rounds
+            if ledger.refusal(member, ready.channel, ready.claims, ready.samples):
+                void = True
+            if ready.channel.startswith("train/") and void:
                 del lobby.ready[member]  # the member returns it to its trainer by the same rule
 
     # -- whom to wait for ------------------------------------------------------------------

@@ -143,6 +143,7 @@ class RoundMember:
                     max(0, self.ledger.index),
                     offer.phase_s,
                     self.pace.exchange_s(offer.channel),
+                    offer.claims,
                 ),
             )
         )
@@ -355,11 +356,15 @@ class RoundMember:
         self._out.append(fx.ReleaseContribution(offer.channel, offer.root))
 
     def _expire_offer(self, channel: ChannelState) -> None:
-        """A contribution whose base is too old is returned to its trainer, never silently used."""
+        """A contribution that nobody will take is returned to its trainer, never silently used.
+
+        Its base is too old, or what it was trained on is not its member's any more (13).
+        """
         offer = self._offers.get(channel.name)
         if offer is None or offer.bound is not None or not channel.holds_state or offer.pledged:
             return
-        if channel.round - offer.base_round > self._max_base_age:
+        claims = self.ledger.refusal(self._me, channel.name, offer.claims, offer.samples)
+        if claims or channel.round - offer.base_round > self._max_base_age:
             if self.leader is not None:
                 message = m.Withdraw(self.ledger.generation, channel.name, offer.root)
                 self._out.append(Send(self.leader, message))

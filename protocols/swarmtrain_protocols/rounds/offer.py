@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.messages.common import RoundKey, Spans
 
 
 @dataclass(slots=True)
@@ -27,5 +27,7 @@ class Offer:
     since: int = 0
     """The round that was next when it was offered."""
     again_at: float = math.inf
+    claims: Spans = ()
+    """Positions in the data of the run that it was trained on (13)."""
     pledged: bool = False
     """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""

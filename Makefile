@@ -48,7 +48,9 @@ sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds th
 		wait $$other && exit $$((a + b))
 
 SOAK_STEPS ?= 20000
-soak: $(STAMP)   ## a long demo with peers killed and links squeezed
+MINUTES ?= 30
+soak: $(STAMP)   ## members that come and go for MINUTES, a long demo with peers killed
+	$(BIN)/python -m tests.swarm.churn --minutes $(MINUTES)
 	$(BIN)/swarmtrain demo --chaos --no-dashboard --steps $(SOAK_STEPS) --json
 	$(BIN)/python -m tests.swarm.trainer_kills 200
 

@@ -54,8 +54,8 @@ SIZES = {"d_model": 96, "layers": 4, "heads": 4, "context": 64}
 STAGES = 4
 LOST_AT = (0.44, 0.62, 0.80)
 """Share of the time at each loss."""
-LOST = "2,3,2"
-"""Stage of each loss."""
+LOST = "3,3,3"
+"""Stage of each loss; of the two inner ones, the one whose loss costs most (docs/log.md)."""
 FORWARDS_PER_MICRO_BATCH = 4
 MICRO_BATCHES = 16
 AT_ONCE = 8

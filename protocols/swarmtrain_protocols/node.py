@@ -422,18 +422,21 @@ class NodeCore:
         elif isinstance(effect, Emit) and isinstance(effect.event, Committed):
             self._committed(now, effect.event)
         elif isinstance(effect, Emit) and isinstance(effect.event, SnapshotLoaded):
-            self._adopt(load_snapshot(effect.event.data))
+            self._adopt(now, load_snapshot(effect.event.data))
         else:
             self._ready.append(effect)
 
-    def _adopt(self, ledger: Ledger) -> None:
+    def _adopt(self, now: float, ledger: Ledger) -> None:
         """A snapshot replaces the ledger; every core looks at the new one from now on."""
+        goes_on = ledger.generation == self.ledger.generation
         self.ledger = ledger
         rounds = (self.member, self.catchup, self.leader)
         membership = (self.joiner, self.shepherd, self.reception, self.leadership)
         for core in (*rounds, *membership, self.pipeline):
             core.ledger = ledger
         self.member.jumped()
+        if not goes_on:
+            self._rewound(now)
         self._learn_members()
         self._changed = True
 
@@ -448,14 +451,18 @@ class NodeCore:
             elif isinstance(body, e.MemberLeft | e.MemberBanned) and accepted:
                 self.dht.forget(now, PeerId(body.member))
             elif isinstance(body, e.Rewound) and accepted:
-                self.member.rewound(now)
-                self.catchup.rewound()
-                self.catchup.announce()
+                self._rewound(now)
             elif accepted:
                 self.member.logged(body)
                 self.pipeline.logged(body)
         self._ready.append(Emit(LedgerChanged(tuple(applied))))
         self._changed = True
+
+    def _rewound(self, now: float) -> None:
+        """A new generation began."""
+        self.member.rewound(now)
+        self.catchup.rewound()
+        self.catchup.announce()
 
     def _is_unknown(self, effect: Connect) -> bool:
         """Neither the log nor the caller says where that peer is."""

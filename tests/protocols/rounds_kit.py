@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -307,6 +308,8 @@ class Net:
             moved = data.apply(effect)
             self._serve(peer, effect.channel)
             node.applied(self.now, effect.channel, *moved)
+        elif isinstance(effect, fx.PrepareSnapshot):
+            self.queue.append(partial(self._prepare, peer, effect.snapshot))
         elif isinstance(effect, fx.InstallSnapshot):
             moved = data.install(effect.snapshot)
             self._serve(peer, effect.snapshot.channel)
@@ -334,7 +337,32 @@ class Net:
         if not self.lose(sender, to, decoded):
             self.queue.append(arrive)
 
+    def _prepare(self, peer: Peer, snapshot: fx.Snapshot) -> None:
+        have, compare = peer.data.prepare(snapshot)
+        peer.node.catchup.prepared(self.now, snapshot.channel, snapshot.root, have, compare)
+        peer.node.tick(self.now)
+        self.carry_out(peer)
+
+    def _fetch_leaves(self, peer: Peer, effect: Fetch, snapshot: fx.Snapshot) -> None:
+        """The hashes of a snapshot's chunks, without the chunks."""
+
+        def answer() -> None:
+            blob = self.peers[effect.peer].data.provide(effect.root)
+            if blob is None or {effect.peer, peer.id} & self.down:
+                peer.node.fetch_failed(self.now, effect.ticket, "unknown")
+            else:
+                incoming = peer.data.incoming(snapshot)
+                assert incoming is not None
+                incoming.expect(effect.first, blob.leaves[effect.first :][: effect.count])
+                peer.node.fetched(self.now, effect.ticket)
+            self.carry_out(peer)
+
+        self.queue.append(answer)
+
     def _fetch(self, peer: Peer, effect: Fetch) -> None:
+        if isinstance(effect.purpose, fx.SnapshotLeaves):
+            self._fetch_leaves(peer, effect, effect.purpose.snapshot)
+            return
         try:
             places = peer.data.destinations(effect.purpose, effect.first, effect.count)
         except LocalProtocolError:
@@ -349,6 +377,11 @@ class Net:
             else:
                 for place, chunk in zip(places, blob.chunks[effect.first :], strict=False):
                     place[:] = chunk
+                if isinstance(effect.purpose, fx.Snapshot):
+                    arrived = peer.data.incoming(effect.purpose)
+                    leaves = blob.leaves[effect.first :][: effect.count]
+                    if arrived is not None:
+                        arrived.proven(effect.first, leaves)
                 try:
                     peer.data.accept(effect.purpose)
                 except PeerFault:

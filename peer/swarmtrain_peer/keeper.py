@@ -7,8 +7,10 @@ protocol asks for a durable result. Bookkeeping runs on the loop's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from swarmtrain_peer import host
@@ -29,6 +31,15 @@ from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds.effects import Snapshot
 from swarmtrain_protocols.state import CanonicalState
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A result that joiners and members that missed it may fetch."""
+
+    channel: str
+    round: int
+    blob: Blob
 
 
 class Keeper:
@@ -65,13 +76,13 @@ class Keeper:
         self._every = every_rounds
         self._kept = kept
         self._loop = asyncio.get_running_loop()
-        self._results: dict[bytes, tuple[str, int, tuple[bytes, ...]]] = {}
+        self._results: dict[bytes, _Kept] = {}
         self._based: dict[str, int] = {}
         """Of which round the newest state was, by channel; the disk leads there."""
         self._replicas_min = replicas_min
         self._endangered: tuple[str, ...] = ()
-        self._rooted: dict[str, None] = {}
-        """Channels of which some checkpoint is on disk."""
+        self._rooted: dict[str, int] = {}
+        """Of which checkpoint on disk the results there lead on, by channel."""
         self._newest: dict[str, int] = {}
         self._gaps: dict[str, tuple[int, int]] = {}
         """First and last round whose results are not on disk, by channel: a later state must be."""
@@ -103,7 +114,7 @@ class Keeper:
             blob = await self._loop.run_in_executor(
                 self._disk, self.store.checkpoint, channel, state.round
             )
-            self._rooted[channel] = None
+            self._rooted[channel] = found.number
             self.offers.add(channel, state.round, blob)
             self._data.states[channel] = state
             restored(state)
@@ -172,20 +183,21 @@ class Keeper:
         started = host.mono_s()
         try:
             self._alarm.need(state.nbytes)
-            self.store.save([state])
+            number = self.store.save([state])
             self.store.prune(self._kept, self.offers.oldest())
             blob = self.store.checkpoint(state.channel, state.round)
         except SwarmError as error:
             if state.channel not in self._rooted:
                 self._miss(state.channel, state.round - 1)  # results alone lead nowhere
             self._failed("checkpoints", error)
+            self._offer_memory(state)
             if isinstance(error, DiskFull) and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._try_later, state)
             return
         finally:
             self._saving[state.channel] -= 1
         self._alarm.written("checkpoints")
-        self._rooted[state.channel] = None
+        self._rooted[state.channel] = number
         if self._gaps.get(state.channel, (0, state.round))[1] < state.round:
             self._gaps.pop(state.channel, None)
         self._events.emit(
@@ -206,14 +218,27 @@ class Keeper:
         if state.channel in self._based and self._newest[state.channel] == state.round:
             self.save(state)  # no newer one is on its way
 
+    def _offer_memory(self, state: CanonicalState) -> None:
+        """Whoever joins or comes back gets it from memory, as long as the disk fails."""
+        blob = state.blob()
+        fields = {"state_hash": blob.root.hex(), "bytes": state.nbytes}
+        self._events.emit("memory_offered", channel=state.channel, round=state.round, **fields)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._saved, state.channel, state.round, blob)
+
     def _saved(self, channel: str, round_number: int, blob: Blob) -> None:
-        if channel in self._based:  # else the stage was given up meanwhile
-            self.offers.add(channel, round_number, blob)
+        if channel not in self._based:
+            return  # the stage was given up meanwhile
+        self.offers.add(channel, round_number, blob)
+        oldest = self.offers.oldest().get(channel, 0)
+        for root, kept in list(self._results.items()):
+            if kept.channel == channel and kept.round < oldest:
+                del self._results[root]  # its file may go, and the mapping with it
 
     def drop_state(self, channel: str) -> None:
         """This site serves the stage no more: nothing of it is offered or kept any longer."""
         self.offers.withdraw(channel)
-        for root in [r for r, kept in self._results.items() if kept[0] == channel]:
+        for root in [r for r, kept in self._results.items() if kept.channel == channel]:
             del self._results[root]
         self._based.pop(channel, None)
         self._gaps.pop(channel, None)
@@ -238,11 +263,19 @@ class Keeper:
         except SwarmError as error:
             self._miss(channel, round_number)
             self._failed("results", error)
+            self._loop.call_soon_threadsafe(self.keep_result, channel, round_number, blob)
             return False
         self._alarm.written("results")
         if self._gaps.get(channel) == (round_number, round_number):
             self._gaps.pop(channel, None)  # another attempt of the only one that is missing
-        self._loop.call_soon_threadsafe(self.keep_result, channel, round_number, blob)
+        if channel in self._rooted and not self.store.has(self._rooted[channel]):
+            del self._rooted[channel]
+            self._miss(channel, round_number)
+            self._events.emit("fallback", what="checkpoint", why="its files are gone: saved again")
+        mapped = blob
+        with contextlib.suppress(SwarmError):  # removed at once: memory has it
+            mapped = self.store.mapped_result(channel, round_number, blob.leaves)
+        self._loop.call_soon_threadsafe(self.keep_result, channel, round_number, mapped)
         return channel not in self._gaps
 
     def _miss(self, channel: str, round_number: int) -> None:
@@ -256,8 +289,12 @@ class Keeper:
             self._events.emit("checkpoint_refused", reason=str(error), path=str(self._folder))
 
     def keep_result(self, channel: str, round_number: int, blob: Blob) -> None:
-        """The result is on disk: serve it from there when memory lets go of it."""
-        self._results[blob.root] = (channel, round_number, blob.leaves)
+        """Serve a result when the data plane lets go of it.
+
+        Over its mapped file, which may be removed: what one member holds must not hang on a name
+        on its disk. In memory if the disk fails.
+        """
+        self._results[blob.root] = _Kept(channel, round_number, blob)
         while len(self._results) > limits.HISTORY_ROUNDS * limits.CHANNELS_SERVED_MAX:
             del self._results[next(iter(self._results))]
 
@@ -270,13 +307,7 @@ class Keeper:
         if found is not None:
             return found
         kept = self._results.get(root)
-        if kept is None:
-            return None
-        try:
-            return self.store.mapped_result(*kept)
-        except SwarmError:
-            del self._results[root]  # pruned: no longer on offer
-            return None
+        return None if kept is None else kept.blob
 
     def is_history(self, root: bytes) -> bool:
         """A snapshot, or a result that memory has let go: no round waits for it."""

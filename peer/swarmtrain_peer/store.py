@@ -64,6 +64,8 @@ class Recovered:
 
     state: CanonicalState
     results: tuple[StoredResult, ...]
+    number: int
+    """Of the checkpoint that has the state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ class StateStore:
         target = self._checkpoints / f"checkpoint-{number:08d}"
         partial = target.with_name(target.name + PARTIAL)
         with disk_errors("write", target):
+            make_folders(self._fs, self._checkpoints)  # somebody may have removed it
             try:
                 self._fs.make_folder(partial)
                 for state, entry in zip(states, entries, strict=True):
@@ -196,6 +199,10 @@ class StateStore:
                 raise
             self._fs.sync_folder(self._checkpoints)
         return number
+
+    def has(self, number: int) -> bool:
+        """Whether the checkpoint of that number is there; its bytes are not looked at."""
+        return (self._checkpoints / f"checkpoint-{number:08d}" / MANIFEST).exists()
 
     def prune(self, keep: int, since: Mapping[str, int] | None = None) -> list[CheckpointError]:
         """Keep the newest ``keep`` good states of each channel, and all results since the oldest.
@@ -301,7 +308,7 @@ class StateStore:
                     loaded.refused.append(error)
                     continue
                 results = self._results_from(channel, state.round, loaded.refused)
-                loaded.channels[channel] = Recovered(state, results)
+                loaded.channels[channel] = Recovered(state, results, checkpoint.number)
                 break
         return loaded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shutil
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.events import EventLog, Record
 from swarmtrain_peer.files import FileSystem
@@ -84,6 +86,9 @@ class Site:
             self.stored.append((channel, number))
 
         await self.keeper.recover(restored, stored)
+
+    def told(self) -> list[Record]:
+        return self.events.query()
 
     def offered(self, channel: str) -> list[int]:
         return [number for number, _ in self.snapshots.get(channel, [])]
@@ -334,5 +339,83 @@ def test_a_checkpoint_that_found_no_space_is_tried_again_by_itself(
         assert site.offered(ONE) == [0]
         blob = DataPlane().encode(np.ones(VALUES, np.float32), "fp32")
         assert site.keeper.store_result(ONE, 0, blob, "fp32")
+
+    run(tmp_path, story)
+
+
+def test_what_is_on_offer_outlives_its_files(tmp_path: Path) -> None:
+    """A member that lives is enough: its disk is emptied under it, and it serves and saves on."""
+
+    async def story(site: Site) -> None:
+        state = site.begin(ONE)
+        roots = [await site.step(ONE) for _ in range(6)]
+        await site.settle()
+        first = site.snapshots[ONE][0]
+        shutil.rmtree(tmp_path / "checkpoints")
+        shutil.rmtree(tmp_path / "results")
+        for root in roots:
+            blob = site.keeper.provide(root)
+            assert blob is not None and Blob.of(blob.chunks).root == root
+        offered = site.keeper.provide(first[1], site.data.provide(first[1]))
+        assert offered is not None and Blob.of(offered.chunks).root == first[1]
+        await site.step(ONE)
+        assert not site.durable, "a result that nothing leads to is not on disk"
+        await site.settle()
+        await site.step(ONE)
+        await site.settle()
+        assert site.durable
+        saved = site.keeper.store.load().channels[ONE]
+        assert saved.state.round == 7 and len(saved.results) == 1
+        assert state.round == 8
+        told = [r for r in site.told() if r["name"] == "fallback"]
+        assert [r["what"] for r in told] == ["checkpoint"]
+
+    run(tmp_path, story)
+
+
+def test_with_a_disk_that_fails_joiners_are_served_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: FileSystem, descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def story(site: Site) -> None:
+        state = site.begin(ONE)
+        await site.settle()
+        monkeypatch.setattr(FileSystem, "write", full)
+        roots = [await site.step(ONE) for _ in range(EVERY + 3)]
+        await site.settle()
+        assert not site.durable
+        assert site.offered(ONE)[-1] >= EVERY
+        number, root = site.snapshots[ONE][-1]
+        blob = site.data.provide(root)
+        assert blob is not None and Blob.of(blob.chunks).root == root
+        for later in roots[number:]:
+            assert site.keeper.provide(later) is not None
+        told = [r for r in site.told() if r["name"] == "memory_offered"]
+        assert told and told[-1]["round"] == number
+        assert state.round == EVERY + 3
+
+    run(tmp_path, story)
+
+
+def test_results_before_the_oldest_offer_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(host, "mono_s", lambda: now[0])
+
+    async def story(site: Site) -> None:
+        site.begin(ONE)
+        roots = []
+        for _ in range(4 * EVERY):
+            now[0] += 4.0
+            roots.append(await site.step(ONE))
+            await site.settle()
+        oldest = min(site.keeper.offers.oldest().values())
+        assert oldest >= EVERY
+        assert [site.keeper.provide(root) is not None for root in roots] == [
+            number >= oldest for number in range(len(roots))
+        ]
 
     run(tmp_path, story)

@@ -102,8 +102,8 @@ def test_who_dies_takes_its_own_local_steps_and_no_others() -> None:
 
 
 def test_a_member_that_is_killed_costs_the_others_nothing() -> None:
-    swarm = calm(4)
-    outcome = run_built(swarm, 4, [Fault(9.0, "crash", "d", "", 5.0)])
+    swarm = calm(5)
+    outcome = run_built(swarm, 5, [Fault(9.0, "crash", "d", "", 5.0)])
     assert not outcome.violation, outcome.text
     assert all(kept(swarm, name) for name in "abcef") or outcome.seen["decided:excluded"]
 

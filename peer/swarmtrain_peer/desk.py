@@ -24,6 +24,7 @@ from swarmtrain_peer.memo import Sent, read_memo
 from swarmtrain_peer.model import log_model
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.site import write_private
+from swarmtrain_peer.tempo import tempo_of
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
@@ -173,6 +174,7 @@ class TrainerDesk:
             "next_position": self._memo.next_position,
             "members": [m.id.hex() for m in node.ledger.ordered_members()],
             "outcomes": outcomes,
+            "tempo": tempo_of(node.ledger),
         }
 
     def _known_outcome(self, channel: str, seq: int) -> Document | None:
@@ -411,10 +413,9 @@ class TrainerDesk:
         flight.told = True
         self._port.decided(channel, flight.seq, flight.outcome, flight.coefficient, reached)
         self._report(flight)
+        decided = {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
         for connection in self._connections:
-            connection.push(
-                {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
-            )
+            connection.push(decided | tempo_of(self._runtime.node.ledger))
 
     def _report(self, flight: _Flight) -> None:
         given, key = flight.figures, flight.key

@@ -146,7 +146,10 @@ class Figures:
         now = total_bytes(stats, "sent"), total_bytes(stats, "received")
         self._bytes_before = now
         traffic = {"bytes_sent": now[0] - before[0], "bytes_received": now[1] - before[1]}
-        figures = traffic | given | self._runtime.clock.figures(parts, handed_s)
+        clocked = self._runtime.clock.figures(parts, handed_s)
+        self._runtime.rates.note(clocked)
+        self._runtime.node.member.pace.bytes_per_s = self._runtime.rates.bytes_per_s
+        figures = traffic | given | clocked
         self._runtime.events.emit("round_figures", key, **figures)
         body = RoundBody(key.channel, outcome, key.round, key.attempt, **figures)
         self._keep(self._runtime.node.me, body)

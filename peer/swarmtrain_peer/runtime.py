@@ -28,6 +28,7 @@ from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.site import write_private
+from swarmtrain_peer.siterate import SiteRate
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.core import PeerId
@@ -67,6 +68,7 @@ class PeerRuntime:
         self.data: DataPlane
         self.keeper: Keeper | None = None
         self.clock = RoundClock()
+        self.rates = SiteRate(settings.caps_bytes_per_s)
         self.manifest: Manifest
         self.listeners: list[Callable[[object], None]] = []
         self.state_hooks: list[Callable[[CanonicalState], None]] = []
@@ -181,6 +183,7 @@ class PeerRuntime:
             records=old,
             genesis=genesis,
         )
+        self.node.member.pace.bytes_per_s = self.rates.bytes_per_s
         if s.state is not None and s.holds_state:
             self.keeper = Keeper(
                 s.state,

@@ -40,6 +40,8 @@ class Outcome(msgspec.Struct):
     index: int
     scale: float = 1.0
     """Factor for the whole gradient of a step (fp32), 1 for rounds."""
+    progress: float = 0.0
+    """Samples of all sets before this one."""
 
 
 class ChannelState(msgspec.Struct):
@@ -58,6 +60,10 @@ class ChannelState(msgspec.Struct):
     listed: dict[bytes, tuple[int, bytes]] = {}
     """By member: index of the newest ROUND_OPENED that listed it, and the root it had there."""
     history: list[Outcome] = []
+    samples: float = 0.0
+    """Samples of all committed sets: the progress of the run, each sample once."""
+    phase_s: float = 0.0
+    """What the newest attempt said of the pace (08 §2.8)."""
 
     @property
     def holds_state(self) -> bool:
@@ -98,6 +104,7 @@ class ChannelState(msgspec.Struct):
         assert self.open is None
         self.values = body.values
         self.open, self.chosen = body, None
+        self.phase_s = body.phase_s
         for item in body.contributors:
             self.listed.pop(item.member, None)
             self.listed[item.member] = (index, item.root)
@@ -134,8 +141,11 @@ class ChannelState(msgspec.Struct):
                 held_by=held_by,
                 index=index,
                 scale=scale,
+                progress=self.samples,
             )
         )
+        for _, samples, _ in self.history[-1].contributors:
+            self.samples += samples
         del self.history[: -self._history_rounds(channels)]
         self.round += 1
         self.attempt = 0
@@ -156,7 +166,15 @@ class ChannelState(msgspec.Struct):
         self.open = self.chosen = None
 
     def restart(self, round_number: int, root: bytes) -> None:
-        """Begin anew from the state ``root`` before ``round_number``; later rounds are void."""
+        """Begin anew from the state ``root`` before ``round_number``; later rounds are void.
+
+        So are their samples; where the round is forgotten, its share of all rounds is taken.
+        """
+        done = self.outcome(round_number)
+        if done is not None:
+            self.samples = done.progress
+        elif 0 <= round_number < self.round:
+            self.samples *= round_number / self.round
         self.round, self.attempt = round_number, 0
         self.open = self.chosen = None
         self.start_round, self.start_hash = round_number, root

@@ -138,13 +138,18 @@ class DataDefined(msgspec.Struct, frozen=True, tag="data"):
 
 
 class Contributor(msgspec.Struct, frozen=True, array_like=True):
-    """One contribution admitted to an attempt. ``claims``: positions in it, ascending (13)."""
+    """One contribution admitted to an attempt; its weight is ``samples`` times ``discount``.
+
+    ``claims``: positions in it, ascending (13).
+    """
 
     member: Key
     root: Hash
     samples: float
     base_round: Count
     claims: Spans = ()
+    discount: float = 1.0
+    """Declared for one that is late (08 §2.8), 1 for one in time."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -171,6 +176,8 @@ class RoundOpened(msgspec.Struct, frozen=True, tag="opened"):
     scatter_codec: Annotated[str, Meta(max_length=16)]
     gather_codec: Annotated[str, Meta(max_length=16)]
     state_hash: Hash
+    phase_s: float = 0.0
+    """Seconds of a phase of the faster half (08 §2.8), 0: not known. Sites aim at it."""
 
 
 class Coefficient(msgspec.Struct, frozen=True, array_like=True):

@@ -38,10 +38,15 @@ def is_measured(keys: RunKeys) -> bool:
 
 def overlap_at(keys: RunKeys, ledger: Ledger, round_number: int) -> str:
     """``off``, ``delayed`` or ``eager``, for a round that is decided, open or next."""
-    if keys.overlap != "auto":
-        return keys.overlap
+    return mode_at(keys.overlap, is_measured(keys), ledger, round_number)
+
+
+def mode_at(named: str, measured: bool, ledger: Ledger, round_number: int) -> str:
+    """As ``overlap_at``, of the run key ``named`` and whether the mode is measured."""
+    if named != "auto":
+        return named
     mode = "off"
-    if is_measured(keys):
+    if measured:
         for first, value in ledger.overlaps:
             if first <= round_number:
                 mode = value

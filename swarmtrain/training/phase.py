@@ -1,7 +1,8 @@
 """One channel of a trainer: phases of inner steps, what was handed over, and what became of it.
 
-A phase ends at a *boundary*: every ``inner_steps`` steps, at a fragment's own offset. Then the
-pseudo-gradient goes into shared memory and training goes on, as the overlap mode says:
+A phase ends at a *boundary*: every ``inner_steps`` steps or as many as fit (``tempo``), at a
+fragment's own offset. Then the pseudo-gradient goes into shared memory and training goes on, as the
+overlap mode says:
 
 - ``off``: wait for the decision and start from the new θ; with ``delay`` (streaming) take it up
   only so many steps later, mixed with what was trained meanwhile: x ← mix·x + (1 - mix)·θ.
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from swarmtrain.training.flat import Flat
 from swarmtrain.training.port import Document, Notify, Port, Session
+from swarmtrain.training.tempo import Tempo
 from swarmtrain_peer.shm import Decision, HandoverInfo
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
 from swarmtrain_protocols.overlap import MODES, Mode, Overlay
@@ -98,11 +100,18 @@ class Phase:
     """
 
     def __init__(
-        self, channel: str, flat: Flat, rules: Rules, first_steps: int, scratch: tuple[F32, F32]
+        self,
+        channel: str,
+        flat: Flat,
+        rules: Rules,
+        first_steps: int,
+        scratch: tuple[F32, F32],
+        tempo: Tempo | None = None,
     ) -> None:
         n = flat.values(channel)
         self.channel = channel
         self.rules = rules
+        self.tempo = tempo or Tempo(rules.inner_steps)
         self.steps = 0
         self.samples = 0.0
         self.base_round = 0
@@ -169,8 +178,19 @@ class Phase:
             self._flat.read(self.channel, self.overlay.base)
         self.base_round = round_
         self.steps, self.samples = 0, 0.0
-        self._due = self.rules.inner_steps
-        self._limit = self._due + self.rules.extra_steps_max
+        self.retime()
+
+    def retime(self) -> None:
+        """The phase that begins has as many steps as the tempo says by now."""
+        if self.steps == 0:
+            self._due = self.tempo.steps
+            extra = self.rules.extra_steps_max * self._due // self.rules.inner_steps
+            self._limit = self._due + extra
+
+    @property
+    def done_share(self) -> float:
+        """How much of the phase is done, 1 at its boundary."""
+        return self.steps / self._due
 
     def after_step(self, port: Port, notify: Notify, samples: float, extra: Document) -> None:
         """Count one inner step and do what is due. ``extra`` goes into the hand-over call."""

@@ -92,6 +92,8 @@ class Attached(msgspec.Struct, frozen=True):
     next_position: int = 0
     members: tuple[str, ...] = ()
     outcomes: dict[str, Outcome] = {}
+    tempo: dict[str, float] = {}
+    """``pace_s``, ``progress`` and ``gain`` as in pushes, see ``tempo.py``."""
 
 
 class Session:

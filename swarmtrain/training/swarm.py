@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from swarmtrain.training.flat import Flat
 from swarmtrain.training.phase import NON_FINITE_MAX, Phase, Rules, first_boundary
 from swarmtrain.training.port import Control, Document, Port, Session
+from swarmtrain.training.tempo import Progress, Tempo
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClosed, ControlTimeout
 from swarmtrain_protocols import limits
@@ -96,6 +97,8 @@ class Swarm:
         self.next_position: int | None = None
         self._port: Port | None = None
         self._phases: list[Phase] = []
+        self._tempo = Tempo(1)
+        self._progress = Progress()
         if connect is not None:
             self._enter(connect, wait_s_max)
         self._first_parameter = self._flat.places(self._flat.channels[0])[0].parameter
@@ -145,6 +148,8 @@ class Swarm:
         largest = max(n for _, n in self._flat.layout)
         scratch = (np.empty(largest, np.float32), np.empty(largest, np.float32))
         channels = self._flat.channels
+        self._tempo = Tempo(rules.inner_steps, len(channels), rules.delay + 1)
+        self._take_up(session.attached.tempo)
         self._phases = [
             Phase(
                 name,
@@ -152,6 +157,7 @@ class Swarm:
                 rules,
                 first_boundary(i, len(channels), rules.inner_steps),
                 scratch,
+                self._tempo,
             )
             for i, name in enumerate(channels)
         ]
@@ -234,6 +240,10 @@ class Swarm:
             loss = extra["loss"]
             self._state = replace(self._state, loss=math.nan if loss is None else loss)
             self._losses.clear()
+            if self._tempo.phase_done(self._steps_s / self._steps):
+                self._tell("phase_length", {"steps": self._tempo.steps})
+            for phase in self._phases:
+                phase.retime()
             self._steps, self._steps_s = 0, 0.0
             self._phase_begin_s = host.mono_s()
             self._phase_blocked_s = 0.0
@@ -287,6 +297,9 @@ class Swarm:
             self._state = replace(self._state, members=max(1, len(members)))
         if isinstance(state_hash, str):
             self._state = replace(self._state, state_hash=state_hash)
+        if "pace_s" in fields:
+            self._tempo.heard(float(fields["pace_s"]))
+            self._progress.heard(float(fields["progress"]), float(fields["gain"]))
 
     # --- for users ------------------------------------------------------------------------------
 
@@ -294,6 +307,16 @@ class Swarm:
     def state(self) -> SwarmState:
         """What is known here and now."""
         return self._state
+
+    @property
+    def progress(self) -> float:
+        """Samples that count so far, of all members: what a schedule should go by.
+
+        Offline, those that have gone through the model here.
+        """
+        if not self._phases:
+            return self._total_samples
+        return self._progress.at(self._phases[0].done_share)
 
     @property
     def offline(self) -> bool:

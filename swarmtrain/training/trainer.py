@@ -94,8 +94,8 @@ class PresetTrainer:
         assert attached is not None, "it is not offline"
         self._ordinal = attached.attached.ordinal
         self._counter = attached.attached.next_position
-        # A newcomer's schedule is where the run's is; only the warm-up is its own.
-        self._run_step = min(attached.attached.rounds.values(), default=0) * keys.inner_steps
+        # A step of the schedule is one of each of ``start_peers`` members, whoever made it.
+        self._samples_per_step = keys.batch_size * keys.start_peers
 
     def train(self, steps: int) -> None:
         """Train until the run ends, or for ``steps`` steps (0: no limit).
@@ -120,8 +120,7 @@ class PresetTrainer:
         )
         self._counter += 1
         swarm.next_position = self._counter
-        preset.set_lr(swarm.state.step, self._run_step)
-        self._run_step += 1
+        preset.set_lr(swarm.state.step, int(swarm.progress / self._samples_per_step))
         loss = preset.loss(
             torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device)
         )

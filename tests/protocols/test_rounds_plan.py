@@ -93,3 +93,33 @@ def test_coefficients_are_shares(samples: list[float]) -> None:
 def test_absurd_but_legal_weights_do_not_overflow() -> None:
     found = coefficients_of([limits.SAMPLES_MAX] * limits.MEMBERS_MAX)
     assert {float(c) for c in found} == {1 / limits.MEMBERS_MAX}
+
+
+@given(
+    values=st.integers(1, 1 << 34),
+    rates=st.lists(st.floats(0, 1e12), min_size=1, max_size=60),
+    round_number=st.integers(0, 1000),
+    leads=st.integers(0, 60),
+)
+def test_unlike_rates_still_cover_every_chunk_once(
+    values: int, rates: list[float], round_number: int, leads: int
+) -> None:
+    people = [key_of(number) for number in range(len(rates))]
+    known = dict(zip(people, rates, strict=True))
+    parts = plan_parts(values, people, key_of(leads), round_number, rates=known, receivers=70)
+    place = 0
+    for part in parts:
+        assert part.first == place and 0 < part.count <= limits.CHUNKS_PER_FETCH_MAX
+        place += part.count
+    assert place == -(-values // limits.CHUNK_VALUES)
+    assert len(parts) <= limits.PARTS_MAX
+    assert all(p.owner != p.deputy for p in parts) or len(people) == 1
+
+
+def test_a_slow_link_owns_less_and_is_nobodys_first_deputy() -> None:
+    rates = {A: 5e6, B: 5e6, C: 5e5, D: 5e6}
+    parts = plan_parts(8 * 30, [A, B, C, D], A, 1, 8, rates, 4)
+    assert [(p.owner, p.count, p.deputy) for p in parts] == [(B, 10, D), (D, 10, A), (A, 10, B)]
+    assert plan_parts(8, [A, B, C, D], C, 0, 8, rates, 4)[0].owner == A, "C leads, and is slow"
+    alike = plan_parts(8 * 30, [A, B, C, D], A, 1, 8, dict.fromkeys(rates, 5e6), 4)
+    assert alike == plan_parts(8 * 30, [A, B, C, D], A, 1, 8)

@@ -41,8 +41,10 @@ def test_every_field_that_has_a_run_key_follows_it() -> None:
         "round_timeout_s",
         "max_rounds",
         "max_base_age_rounds",
+        "overlap",
     }
     assert not policy_of(RunKeys(overlap="eager")).measure_overlap
+    assert policy_of(RunKeys(overlap="eager")).overlap == "eager"
     assert not policy_of(RunKeys(delay=1)).measure_overlap
     default = policy_of(RunKeys())
     assert all(getattr(default, name) == getattr(RunKeys(), name) for name in shared)

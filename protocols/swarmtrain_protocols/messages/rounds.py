@@ -48,6 +48,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Seconds that the sender's last exchange in this channel took, 0: not known."""
     claims: Spans = ()
     """Positions in the data of the run that it was trained on (13)."""
+    up_bytes_per_s: float = 0.0
+    """What the sender's uplink was measured to carry, or its cap; 0: not known."""
+    down_bytes_per_s: float = 0.0
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):

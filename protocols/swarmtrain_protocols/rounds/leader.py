@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
@@ -23,6 +23,8 @@ from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
+from swarmtrain_protocols.rounds.unlike import discount_of, lateness
+from swarmtrain_protocols.schedule import mode_at
 
 ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
@@ -188,6 +190,7 @@ class RoundLeader:
                 lobby.proposed_open = None
                 self._choice.opened(channel.open.key, lobby.listed(channel.open))
                 lobby.first_ready = now if lobby.ready else math.inf
+                lobby.half_ready = math.inf
         self.step(now)
 
     def _close(self, now: float, channel: ChannelState, phase: Phase) -> None:
@@ -258,7 +261,8 @@ class RoundLeader:
             return
         expected, quorum = self._lobbies.expected(now, self.ledger, name, present)
         complete = all(k in lobby.ready for k in expected) and len(ready) >= quorum
-        grace_over = now >= lobby.first_ready + self._lobbies.grace_s(name)
+        self._lobbies.note_half(now, name, expected)
+        grace_over = now >= self._lobbies.grace_over_at(name)
         enough = len(ready) >= (1 if name.startswith("group/") else quorum)
         if not complete and not (grace_over and enough):
             return
@@ -280,22 +284,41 @@ class RoundLeader:
                 return None
             holders, state_hash = pinned
             gather = self.policy.gather_codec
-        said = [(k, lobby.ready[k]) for k in ready]
-        contributors = tuple(
-            e.Contributor(k, one.root, one.samples, one.base_round, one.claims) for k, one in said
-        )
-        parts = self.parts(first.values, ready, present, key.round)
+        contributors = tuple(self._contributor(key, lobby.ready[k], k) for k in ready)
+        receivers = len({*ready, *holders})
+        parts = self.parts(first.values, ready, present, key.round, lobby.rates, receivers)
+        pace_s = lobby.paces.pace_s() if key.channel.startswith("train/") else 0.0
         return e.RoundOpened(
-            key, contributors, parts, holders, first.values, first.codec, gather, state_hash
+            key, contributors, parts, holders, first.values, first.codec, gather, state_hash, pace_s
         )
 
+    def _contributor(self, key: RoundKey, said: m.Ready, member: bytes) -> e.Contributor:
+        """As it is listed; one that comes later than others has its discount written beside it."""
+        late = 0
+        if key.channel.startswith("train/"):
+            late = lateness(key.round, said.base_round, self._hidden(key.round))
+        weight = said.samples, said.base_round, said.claims, discount_of(late)
+        return e.Contributor(member, said.root, *weight)
+
+    def _hidden(self, round_number: int) -> bool:
+        """Whether the exchange of a round runs behind the next phase of its trainers."""
+        policy = self.policy
+        return mode_at(policy.overlap, policy.measure_overlap, self.ledger, round_number) != "off"
+
     def parts(
-        self, values: int, preferred: list[bytes], present: list[bytes], round_number: int
+        self,
+        values: int,
+        preferred: list[bytes],
+        present: list[bytes],
+        round_number: int,
+        rates: Mapping[bytes, float] | None = None,
+        receivers: int = 0,
     ) -> tuple[e.Part, ...]:
         """A part table: reachable ones of ``preferred`` own it, else any reachable member."""
         reachable = [k for k in present if self.ledger.members[k].reachable]
         owners = [k for k in reachable if k in preferred] or reachable or [self._me]
-        return plan_parts(values, owners, self._me, round_number, self.policy.chunk_values)
+        chunk_values = self.policy.chunk_values
+        return plan_parts(values, owners, self._me, round_number, chunk_values, rates, receivers)
 
     def standing(self, now: float, channel: str) -> tuple[tuple[bytes, ...], bytes] | None:
         """(holders, state hash) before the next round: present members that are in step."""
@@ -371,13 +394,17 @@ class RoundLeader:
             for i, c in enumerate(phase.opened.contributors)
             if c.member in present and i not in phase.refused
         ]
-        late = now >= phase.deadline
+        phase.note_half(now, len(delivered), len(wanted), self._hidden(phase.key.round))
+        late = now >= min(phase.deadline, phase.close_at)
         here = delivered or not wanted
         if not (complete and here and all(i in delivered for i in wanted)) and not late:
             return
         group = phase.key.channel.startswith("group/")
         minimum = 1 if group else min(self.policy.min_peers, len(phase.opened.contributors))
-        samples = [phase.opened.contributors[i].samples for i in delivered]
+        listed = [phase.opened.contributors[i] for i in delivered]
+        samples = [item.samples * item.discount for item in listed]
+        if len(delivered) < max(minimum, 1) and now < phase.deadline:
+            return
         if len(delivered) < max(minimum, 1) or not sum(samples) > 0:
             self._abort(now, phase, "contributions did not arrive")
             return
@@ -453,11 +480,13 @@ class RoundLeader:
             times.append(self._loss.deadline())
             for name, lobby in self._lobbies.rooms.items():
                 if lobby.ready and name not in self._phases and lobby.proposed_open is None:
-                    times.append(lobby.first_ready + self._lobbies.grace_s(name))
+                    times.append(self._lobbies.grace_over_at(name))
                     if self._now < self._lobbies.complete_at:
                         times.append(self._lobbies.complete_at)
         for phase in self._phases.values():
             if phase.proposed not in ("commit", "abort"):
                 times += [phase.deadline, phase.lost_since + self.policy.lost_grace_s]
+                if not phase.proposed and self.ledger.channels[phase.key.channel].chosen is None:
+                    times.append(phase.close_at)
         # What is due already waits for somebody else (a link, a state report): look again soon.
         return min((max(t, self._now + RECHECK_S) for t in times), default=math.inf)

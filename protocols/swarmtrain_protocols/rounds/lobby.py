@@ -19,6 +19,7 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.policy import RoundPolicy
+from swarmtrain_protocols.rounds.unlike import Paces, half_of, opening_grace_s
 
 REPORT_WAIT_S = 2.0
 """A new leader knows of nobody's state; links come up and reports follow within moments."""
@@ -30,6 +31,11 @@ class Lobby:
 
     ready: dict[bytes, m.Ready] = field(default_factory=dict)
     first_ready: float = math.inf
+    half_ready: float = math.inf
+    """When half of the expected were ready."""
+    paces: Paces = field(default_factory=Paces)
+    rates: dict[bytes, float] = field(default_factory=dict)
+    """Bytes per second, the lower one of up and down, of members that have said both."""
     callers: dict[bytes, None] = field(default_factory=dict)
     reports: dict[bytes, StateReport] = field(default_factory=dict)
     interval_s: float = 0.0
@@ -96,6 +102,10 @@ class Lobbies:
             lobby.first_ready = now
         lobby.ready[peer] = message
         lobby.callers[peer] = None
+        lobby.paces.said(peer, message.phase_s)
+        lobby.rates[peer] = min(
+            (r for r in (message.up_bytes_per_s, message.down_bytes_per_s) if r > 0), default=0.0
+        )
         return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
 
     @staticmethod
@@ -177,8 +187,10 @@ class Lobbies:
                 del lobby.reports[member]
             if ledger.paused:
                 lobby.proposed_open = None  # an opening behind the pause is ignored by everybody
-            for member in [k for k in lobby.callers if k not in ledger.members]:
-                del lobby.callers[member]
+            lobby.paces.keep(ledger.members)
+            for table in (lobby.callers, lobby.rates):
+                for member in [k for k in table if k not in ledger.members]:
+                    del table[member]
 
     def drop_stale(self, ledger: Ledger, lobby: Lobby, number: int) -> None:
         for member in list(lobby.ready):
@@ -222,6 +234,23 @@ class Lobbies:
             quorum = min(quorum, max(1, sum(ledger.follows(k, name) for k in ledger.members)))
         return trainers, quorum
 
+    def note_half(self, now: float, name: str, expected: list[bytes]) -> None:
+        """Remember since when half of those who are worth waiting for are ready."""
+        lobby = self.rooms[name]
+        if sum(k in lobby.ready for k in expected) < half_of(len(expected)):
+            lobby.half_ready = math.inf
+        else:
+            lobby.half_ready = min(lobby.half_ready, now)
+
+    def grace_over_at(self, name: str) -> float:
+        """When fewer than expected will do: the faster half sets the pace, if one is known."""
+        lobby = self.rooms[name]
+        over = lobby.first_ready + self.grace_s(name)
+        pace_s = lobby.paces.pace_s()
+        if name.startswith("group/") or self.policy.grace_s or not pace_s:
+            return over
+        return min(over, lobby.half_ready + opening_grace_s(pace_s))
+
     def grace_s(self, name: str) -> float:
         """Seconds from the first announcement after which fewer than expected will do."""
         lobby = self.rooms[name]
@@ -230,7 +259,7 @@ class Lobbies:
             return self.policy.expect_grace_s if expecting else self.policy.group_grace_s
         if self.policy.grace_s:
             return self.policy.grace_s
-        return min(60.0, max(5.0, lobby.interval_s))
+        return min(60.0, max(5.0, lobby.interval_s, lobby.paces.pace_s()))
 
     def _at_work(self, now: float, lobby: Lobby, member: bytes, number: int) -> bool:
         report = lobby.reports.get(member)

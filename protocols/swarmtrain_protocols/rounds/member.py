@@ -144,6 +144,7 @@ class RoundMember:
                     offer.phase_s,
                     self.pace.exchange_s(offer.channel),
                     offer.claims,
+                    *self.pace.bytes_per_s,
                 ),
             )
         )

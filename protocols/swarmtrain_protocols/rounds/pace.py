@@ -34,6 +34,8 @@ class Pace:
     def __init__(self) -> None:
         self._begun: dict[str, tuple[RoundKey, float]] = {}
         self._took_s: dict[str, float] = {}
+        self.bytes_per_s: tuple[float, float] = (0.0, 0.0)
+        """Up and down, as the shell measures them; 0: not known."""
 
     def begun(self, now: float, key: RoundKey, encode_s: float) -> None:
         """An attempt was opened that counts an own contribution, encoded in ``encode_s``."""

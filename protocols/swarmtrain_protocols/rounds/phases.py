@@ -9,6 +9,7 @@ from typing import Protocol
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds.unlike import closing_grace_s, half_of
 
 
 class Decider(Protocol):
@@ -40,6 +41,16 @@ class Phase:
     holding: dict[bytes, m.Holding] = field(default_factory=dict)
     lost_since: float = math.inf
     proposed: str = ""
+    close_at: float = math.inf
+    """When the set is closed without those that are late: half were delivered long before."""
+
+    def note_half(self, now: float, delivered: int, wanted: int, hidden: bool) -> None:
+        """Half of the contributions are where they are summed: the others have this long left."""
+        if delivered < half_of(wanted) or not delivered:
+            self.close_at = math.inf
+        elif self.close_at == math.inf and self.opened.phase_s:
+            took_s = now - self.started
+            self.close_at = now + closing_grace_s(self.opened.phase_s, took_s, hidden)
 
     def delivered(self) -> tuple[list[int], bool]:
         """Contributors that every part's computer has, and whether every part has a computer."""

@@ -25,6 +25,7 @@ class RoundPolicy:
     max_base_age_rounds: int = 2
     measure_overlap: bool = False
     """The overlap mode is ``auto``: it follows from what contributors measure."""
+    overlap: str = "auto"
     group_grace_s: float = 2.0
     expect_grace_s: float = 30.0
     """For group calls that say how many they expect."""
@@ -44,6 +45,7 @@ def policy_of(keys: RunKeys, chunk_values: int = limits.CHUNK_VALUES) -> RoundPo
         max_rounds=keys.max_rounds,
         max_base_age_rounds=keys.max_base_age_rounds,
         measure_overlap=is_measured(keys),
+        overlap=keys.overlap,
         chunk_values=chunk_values,
     )
 

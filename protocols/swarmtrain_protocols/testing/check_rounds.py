@@ -176,14 +176,27 @@ class RoundsAreRight(LogIsOne):
 
     def _set(self, world: World, body: e.RoundSet) -> None:
         opened = self.opened[body.key]
-        samples = [opened.contributors[c.index].samples for c in body.coefficients]
-        total = math.fsum(samples)
-        for item, weight in zip(body.coefficients, samples, strict=True):
+        weights = [self._weight(world, body.key, opened, c.index) for c in body.coefficients]
+        total = math.fsum(weights)
+        for item, weight in zip(body.coefficients, weights, strict=True):
             if not (0.0 <= item.value <= 1.0) or abs(item.value - weight / total) > 1e-6:
                 world.violation("AR4", f"coefficients of {body.key}: {body.coefficients}")
         if len(body.coefficients) < len(opened.contributors):
             world.seen["round:partial"] += 1
         self.chosen[body.key] = body
+
+    def _weight(self, world: World, key: RoundKey, opened: e.RoundOpened, index: int) -> float:
+        """Samples, less the discount of one that is late by the mode of the round (08 §2.8)."""
+        item = opened.contributors[index]
+        if key.channel not in self.states:
+            return item.samples
+        usual = 0 if self._mode(key.round) == "off" else 1
+        late = max(0, key.round - item.base_round - usual)
+        world.seen[f"late:{min(late, 2)}"] += 1
+        return float(item.samples / np.sqrt(1 + late))
+
+    def _mode(self, round_number: int) -> str:
+        return [mode for first, mode in self.modes if first <= round_number][-1]
 
     def _committed(self, world: World, body: e.RoundCommitted) -> None:
         key = body.key
@@ -245,8 +258,7 @@ class RoundsAreRight(LogIsOne):
 
     def _outer(self, round_number: int) -> tuple[np.float32, np.float32]:
         """The outer step of a round, by the table of the specification for runs without end."""
-        mode = [mode for first, mode in self.modes if first <= round_number][-1]
-        lr, beta = {"off": 0.7, "eager": 0.4}[mode], 0.9
+        lr, beta = {"off": 0.7, "eager": 0.4}[self._mode(round_number)], 0.9
         named = self.run_keys.outer_lr, self.run_keys.outer_momentum
         lr = lr if named[0] is None else named[0]
         return np.float32(lr), np.float32(beta if named[1] is None else named[1])

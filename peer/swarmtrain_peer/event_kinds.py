@@ -120,6 +120,14 @@ KINDS: dict[str, Kind] = {
             "A majority derived another ledger from the same entries than this site, which ends.",
             ("index", "state_hash", "expected_hash"),
         ),
+        Kind(
+            "log_superseded",
+            "warning",
+            "M222",
+            "The founder began the log again, without the stewards it had: what only the old log "
+            "held is void, and this site takes the new one.",
+            ("old_generation", "steward"),
+        ),
         # Rounds
         Kind(
             "model_defined",

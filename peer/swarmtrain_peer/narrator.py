@@ -5,7 +5,7 @@ from __future__ import annotations
 from swarmtrain_peer.events import EventLog
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.log.events import Conflict, LeaderChanged, LedgerDiverged
+from swarmtrain_protocols.log.events import Conflict, LeaderChanged, LedgerDiverged, Superseded
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
@@ -47,6 +47,9 @@ class Narrator:
             self._events.emit("join_refused", reason=f"{event.code}: {event.reason}")
         elif isinstance(event, Conflict):
             self._events.emit("conflicting_certificates", index=event.proof.index)
+        elif isinstance(event, Superseded):
+            fields = {"old_generation": event.ours, "steward": event.steward.hex()}
+            self._events.emit("log_superseded", generation=event.generation, **fields)
         elif isinstance(event, LedgerDiverged):
             hashes = {"state_hash": event.ours.hex(), "expected_hash": event.certified.hex()}
             self._events.emit("ledger_diverged", index=event.index, **hashes)

@@ -428,14 +428,12 @@ class NodeCore:
 
     def _adopt(self, now: float, ledger: Ledger) -> None:
         """A snapshot replaces the ledger; every core looks at the new one from now on."""
-        goes_on = ledger.generation == self.ledger.generation
-        self.ledger = ledger
-        rounds = (self.member, self.catchup, self.leader)
+        before, self.ledger = self.ledger.generation, ledger
         membership = (self.joiner, self.shepherd, self.reception, self.leadership)
-        for core in (*rounds, *membership, self.pipeline):
+        for core in (self.member, self.catchup, self.leader, *membership, self.pipeline):
             core.ledger = ledger
         self.member.jumped()
-        if not goes_on:
+        if ledger.generation != before:
             self._rewound(now)
         self._learn_members()
         self._changed = True
@@ -473,9 +471,8 @@ class NodeCore:
         )
 
     def _learn_members(self) -> None:
-        for member in self.ledger.ordered_members():
-            if member.id != self.me:
-                self._ready.append(Learn(PeerId(member.id), member.addresses))
+        others = [m for m in self.ledger.ordered_members() if m.id != self.me]
+        self._ready += [Learn(PeerId(m.id), m.addresses) for m in others]
 
     def _reconcile(self, now: float) -> None:
         self.member.reconcile(now)
@@ -488,9 +485,7 @@ class NodeCore:
             self._finder.publish(now)
         stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
         self.log.set_stewards_known(now, stewards)
-        for steward in stewards:
-            if steward not in self._linked:
-                self._raw.append(Connect(steward))
+        self._raw += [Connect(s) for s in stewards if s not in self._linked]
 
     def _leader_changed(self, now: float, leader: PeerId | None) -> None:
         self.member.leader = self.catchup.leader = self.reception.leader = leader

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from swarmtrain.cli import dashboard, demo, export, generate, join, manage, query, run
+from swarmtrain.cli import dashboard, demo, export, generate, join, manage, query, recover, run
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -38,6 +38,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for command in COMMANDS:
     app.command()(command)
+run.run_app.command("recover")(recover.recover)
 app.add_typer(run.run_app, name="run")
 app.add_typer(manage.ticket_app, name="ticket")
 app.add_typer(manage.ckpt_app, name="ckpt")

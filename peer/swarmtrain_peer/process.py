@@ -64,6 +64,7 @@ def settings_of(site: Site) -> PeerSettings:
         state=site.state_path,
         save_manifest=site.save_manifest,
         port=site.port_path,
+        contacts=site.contacts_path,
         fast_kernels=config.trains,
     )
 

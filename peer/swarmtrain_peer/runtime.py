@@ -16,6 +16,7 @@ from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.contactsfile import ContactsFile
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.enquiry import CONNECT_TIMEOUT_S, Enquiry
 from swarmtrain_peer.events import EventLog
@@ -121,6 +122,9 @@ class PeerRuntime:
         manifest = s.manifest or await self._enquiry.manifest(s.ticket, s.save_manifest)
         self.manifest = manifest
         self._make_node(manifest)
+        self._contacts = ContactsFile(s.contacts, s.run, self.events)
+        self._contacts.load(self.node.dht.book, host.wall_s())
+        self._tasks.append(asyncio.ensure_future(self._contacts.keep(self.node.dht.book)))
         self.on_node()
         if self.keeper is not None:
             self.driver.pump()  # what the log says of a rewind comes before what the disk says
@@ -434,6 +438,7 @@ class PeerRuntime:
         stats = self.transport.stats
         if self._started:
             self.driver.close()
+            self._contacts.save(self.node.dht.book)
         for task in self._tasks:
             task.cancel()
         await self.transport.close()

@@ -33,6 +33,8 @@ class PeerSettings:
     save_manifest: Callable[[bytes], object] | None = None
     port: Path | None = None
     """Remembers which port was free: others find a restarted site where the log says it is."""
+    contacts: Path | None = None
+    """Remembers peers of the DHT, so that a restarted site finds them without its seeds."""
     checkpoints_kept: int = 2
     fast_kernels: bool = False
     """Compile (or load) numba kernels in the background; the same bits, and more memory."""

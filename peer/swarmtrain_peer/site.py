@@ -149,6 +149,10 @@ class Site:
         return self.folder / "port"
 
     @property
+    def contacts_path(self) -> Path:
+        return self.folder / "contacts"
+
+    @property
     def stages_path(self) -> Path:
         """The line to the trainer of a pipeline run."""
         return self.folder / "stages.sock"

@@ -102,9 +102,7 @@ class TrainerPort:
     def is_open(self) -> bool:
         return self._side is not None
 
-    def publish(
-        self, channel: str, round: int, theta: F32, outer: OuterStep | None = None
-    ) -> None:
+    def publish(self, channel: str, round: int, theta: F32, outer: OuterStep | None = None) -> None:
         """Show θ (f32[n], copied) of ``round`` to the trainer, and that round's outer step."""
         self.side.publish(channel, round, theta, outer)
 

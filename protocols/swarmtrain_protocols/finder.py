@@ -11,7 +11,7 @@ import msgspec
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound
-from swarmtrain_protocols.dht.kademlia import DhtCore
+from swarmtrain_protocols.dht.kademlia import DhtCore, usable
 from swarmtrain_protocols.rounds import effects as fx
 
 ADDRESS_TTL_S = 600.0
@@ -42,7 +42,7 @@ class Finder:
         self._published = True
         self._dht.bootstrap(now)
         if self._addresses:
-            value = msgspec.msgpack.encode(list(self._addresses))
+            value = msgspec.msgpack.encode(list(usable(self._addresses)))
             self._dht.store(now, address_key(self._me), value, ADDRESS_TTL_S, keep=True)
 
     def look_up(self, now: float, peer: PeerId) -> None:

@@ -145,14 +145,18 @@ def dht_vectors() -> dict[str, object]:
     run = bytes(range(64, 96))
     publisher = public(SITE_SEED)
     records = []
+    digested: list[bytes] = []
     for name, sequence, value in (
         (b"stewards", 1, {"at": ["h:1"]}),
         (b"chunk/7", 1_700_000_000_123, b"\x00\xff"),
+        (b"member/" + publisher, 2, ["198.51.100.7:4242", "[2001:db8::7]:4242"]),
     ):
         key = blake3(b"dht key\0" + name).digest()[:20]
         packed = pack(value)
-        covered = pack([run, key, publisher, sequence, WALL_S + 600, packed])
+        covered = pack([run, name, publisher, sequence, WALL_S + 600, packed])
         signature = sign(SITE_SEED, b"dht record", covered)
+        digested += [publisher, sequence.to_bytes(8, "big")]
+        digested += [(WALL_S + 600).to_bytes(8, "big"), signature]
         records.append(
             {
                 "name": name.hex(),
@@ -161,7 +165,7 @@ def dht_vectors() -> dict[str, object]:
                 "expires_s": WALL_S + 600,
                 "value": packed.hex(),
                 "covered": covered.hex(),
-                "record": pack([key, publisher, sequence, WALL_S + 600, packed, signature]).hex(),
+                "record": pack([name, publisher, sequence, WALL_S + 600, packed, signature]).hex(),
             }
         )
     return {
@@ -171,6 +175,23 @@ def dht_vectors() -> dict[str, object]:
         "publisher": publisher.hex(),
         "node_id": blake3(publisher).digest()[:20].hex(),
         "records": records,
+        "digest": {
+            "of": "the three records as if they were under one key, in this order",
+            "bytes": blake3(b"".join(digested)).digest()[:8].hex(),
+        },
+        "invalid": [
+            {"name": name.hex(), "publisher": publisher.hex(), "value": pack(value).hex()}
+            for name, value in (
+                (b"member/" + bytes(32), ["198.51.100.7:4242"]),
+                (b"member/" + publisher, "198.51.100.7:4242"),
+                (b"member/" + publisher, ["198.51.100.7"]),
+                (b"member/" + publisher, ["198.51.100.7:4242"] * 9),
+            )
+        ],
+        "book": {
+            "entries": [[publisher.hex(), ["198.51.100.7:4242"], WALL_S]],
+            "bytes": pack([1, run, [[publisher, ["198.51.100.7:4242"], WALL_S]]]).hex(),
+        },
     }
 
 

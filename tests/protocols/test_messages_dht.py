@@ -18,14 +18,15 @@ from swarmtrain_protocols.messages.dht import (
     Values,
 )
 
-RECORD = SignedRecord(b"k" * 20, b"p" * 32, 7, 1_700_000_000, b"\x01", b"s" * 64)
+RECORD = SignedRecord(b"k" * 256, b"p" * 32, 7, 1_700_000_000, b"\x01", b"s" * 64)
 INFO = NodeInfo(b"p" * 32, ("h:1",))
 ALL = [
     FindNode(1, b"t" * 20),
-    Nodes(1, (INFO,)),
-    FindValue(1, b"k" * 20, b"a" * 32),
-    Values(1, (RECORD,), (INFO,), True),
-    StoreRecord(1, RECORD),
+    Nodes(1, (INFO,), b"t" * 16),
+    FindValue(1, b"k" * 20, b"a" * 32, b"d" * 8),
+    Values(1, (RECORD,), (INFO,), True, b"t" * 8),
+    Values(1, (), (), False, b"t" * 8, True),
+    StoreRecord(1, RECORD, b"t" * 16),
     StoreReply(1, "stale", 9),
 ]
 
@@ -38,7 +39,7 @@ def test_there_and_back(message: messages.Message) -> None:
 
 
 def raw(**changes: object) -> bytes:
-    record = [b"k" * 20, b"p" * 32, 7, 1, b"\x01", b"s" * 64]
+    record = [b"k", b"p" * 32, 7, 1, b"\x01", b"s" * 64]
     for index, value in changes.items():
         record[int(index[1:])] = value  # type: ignore[call-overload]
     return msgpack.packb({"type": "dht-store?", "request": 1, "record": record})
@@ -51,7 +52,8 @@ def test_the_raw_form_is_understood() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        raw(_0=b"k" * 19),
+        raw(_0=b""),
+        raw(_0=b"k" * 257),
         raw(_1=b"p" * 33),
         raw(_2=-1),
         raw(_2=1 << 60),
@@ -76,8 +78,8 @@ def test_the_longest_answer_fits_a_frame() -> None:
     address = "a" * limits.ADDRESS_CHARS_MAX
     contacts = (NodeInfo(b"p" * 32, (address,) * limits.ADDRESSES_PER_PEER_MAX),) * limits.DHT_K
     record = SignedRecord(
-        b"k" * 20, b"p" * 32, 1 << 53, 1 << 53, b"v" * limits.DHT_VALUE_BYTES_MAX, b"s" * 64
+        b"k" * 256, b"p" * 32, 1 << 53, 1 << 53, b"v" * limits.DHT_VALUE_BYTES_MAX, b"s" * 64
     )
-    count = limits.DHT_PAGE_BYTES // limits.DHT_VALUE_BYTES_MAX
+    count = limits.DHT_PAGE_BYTES // (limits.DHT_VALUE_BYTES_MAX + limits.DHT_KEY_BYTES_MAX)
     data = messages.encode(Values(1 << 53, (record,) * count, contacts, True))
     assert len(data) < limits.FRAME_BYTES_CONTROL_MAX

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from swarmtrain_protocols.dht.contacts import decode_book, encode_book
 from swarmtrain_protocols.dht.ids import id_bytes, key_id, node_id
-from swarmtrain_protocols.dht.records import refusal, sign_record
+from swarmtrain_protocols.dht.records import digest_of, refusal, sign_record
+from swarmtrain_protocols.dht.validators import breaks_its_rule
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import (
     Manifest,
@@ -73,17 +75,40 @@ def test_capability_and_ticket() -> None:
     assert Ticket.parse(MANIFEST["ticket"]["url"]) == ticket
 
 
-@pytest.mark.parametrize("case", DHT["records"], ids=["map", "binary"])
+@pytest.mark.parametrize("case", DHT["records"], ids=["map", "binary", "member"])
 def test_records(case: dict[str, Any]) -> None:
     run = bytes.fromhex(DHT["run"])
     key = id_bytes(key_id(bytes.fromhex(case["name"])))
     assert key.hex() == case["key"]
     value = bytes.fromhex(case["value"])
-    made = sign_record(SITE, run, key, case["sequence"], case["expires_s"], value)
+    name, sequence = bytes.fromhex(case["name"]), case["sequence"]
+    made = sign_record(SITE, run, name, sequence, case["expires_s"], value)
     assert msgspec.msgpack.encode(made).hex() == case["record"]
     read = msgspec.msgpack.decode(bytes.fromhex(case["record"]), type=SignedRecord)
     assert read == made
+    assert read.key == key
     assert refusal(FOUNDER, run, read, case["expires_s"] - 1) == ""
+
+
+def test_the_digest_of_held_records() -> None:
+    records = [
+        msgspec.msgpack.decode(bytes.fromhex(case["record"]), type=SignedRecord)
+        for case in DHT["records"]
+    ]
+    assert digest_of(records).hex() == DHT["digest"]["bytes"]
+
+
+@pytest.mark.parametrize("case", DHT["invalid"], ids=["publisher", "type", "port", "many"])
+def test_values_that_break_the_rule_of_their_name(case: dict[str, str]) -> None:
+    name, publisher, value = (bytes.fromhex(case[k]) for k in ("name", "publisher", "value"))
+    assert breaks_its_rule(name, publisher, value)
+
+
+def test_the_book_of_contacts() -> None:
+    run, book = bytes.fromhex(DHT["run"]), DHT["book"]
+    entries = decode_book(bytes.fromhex(book["bytes"]), run)
+    assert [[e.peer.hex(), list(e.addresses), e.seen_s] for e in entries] == book["entries"]
+    assert encode_book(run, entries).hex() == book["bytes"]
 
 
 def test_node_ids() -> None:

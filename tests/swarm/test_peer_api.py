@@ -286,10 +286,12 @@ def test_a_member_that_breaks_the_protocol_is_named_and_ends_nobody(trio: list[s
     victim, liar = leads._runtime, lies._runtime
     term = victim.node.log.term
     soon_s = int(time.time()) + 60
-    forged = dm.SignedRecord(bytes(20), liar.node.me, 1, soon_s, b"\x01", bytes(64))
+    forged = dm.SignedRecord(b"name", liar.node.me, 1, soon_s, b"\x01", bytes(64))
+    # What the victim would have given it for reading the key first.
+    token = victim.node.dht.serving.tokens.make(time.time(), liar.node.me, forged.key)
     wrong: list[Message] = [
         dm.StoreReply(1 << 52, "ok"),  # an answer to a request that was never made
-        dm.StoreRecord(1, forged),
+        dm.StoreRecord(1, forged, token),
         lm.AppendReply(0, term, ok=True, index=10**6, commit=0, base=0),
     ]
     assert lies._loop is not None

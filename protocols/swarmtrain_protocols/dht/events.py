@@ -54,7 +54,24 @@ class DhtBootstrapped:
 
 @dataclass(frozen=True, slots=True)
 class DhtRefused:
-    """A request of ``peer`` was refused without blame: stale, expired, far, full or rate."""
+    """A request of ``peer`` was refused without blame: stale, expired, far, full, token or rate."""
 
     peer: PeerId
     code: str
+
+
+@dataclass(frozen=True, slots=True)
+class DhtCrowded:
+    """More nodes lie around a key (its 20-byte id) than chance puts there: the search looks wider.
+
+    Somebody has made keys until they fell near it, or the size of the network is misjudged.
+    """
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DhtRejoined:
+    """A remembered peer that was out of sight has answered again: a split may be healing."""
+
+    peer: PeerId

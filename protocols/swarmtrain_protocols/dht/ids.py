@@ -7,15 +7,18 @@ are integers, because the metric is integer XOR; on the wire they are 20 big-end
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from blake3 import blake3
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.addresses import is_private, subnet
 from swarmtrain_protocols.core import PeerId
 
 ID_BITS = limits.DHT_ID_BYTES * 8
 
 
+@lru_cache(maxsize=4096)
 def node_id(peer: bytes) -> int:
     """First 160 bits of BLAKE3(public key)."""
     return int.from_bytes(blake3(peer).digest(limits.DHT_ID_BYTES), "big")
@@ -23,7 +26,13 @@ def node_id(peer: bytes) -> int:
 
 def key_id(name: bytes) -> int:
     """First 160 bits of BLAKE3(``dht key`` NUL name); the prefix keeps names apart from peers."""
-    return int.from_bytes(blake3(b"dht key\0" + name).digest(limits.DHT_ID_BYTES), "big")
+    return int.from_bytes(key_bytes(name), "big")
+
+
+@lru_cache(maxsize=4096)
+def key_bytes(name: bytes) -> bytes:
+    """``key_id`` as 20 big-endian bytes, as on the wire."""
+    return blake3(b"dht key\0" + name).digest(limits.DHT_ID_BYTES)
 
 
 def id_bytes(identifier: int) -> bytes:
@@ -41,6 +50,16 @@ def bucket_index(own: int, other: int) -> int:
     """0 … 159: position of the highest bit in which two different identifiers differ."""
     assert own != other
     return (own ^ other).bit_length() - 1
+
+
+@lru_cache(maxsize=4096)
+def subnets(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """The public blocks (/24, /48) of some addresses, each once; private ones are not counted."""
+    found: dict[str, None] = {}
+    for address in addresses:
+        if not is_private(address):
+            found[subnet(address)] = None
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ clients: they are served, but nobody is sent to them and they hold nothing for o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,20 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import split_address
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.dht import records as rec
-from swarmtrain_protocols.dht.events import DhtBootstrapped, DhtFailed, DhtFound, DhtRefused
-from swarmtrain_protocols.dht.ids import Contact, id_bytes, id_from_bytes, key_id
+from swarmtrain_protocols.dht.contacts import ContactBook
+from swarmtrain_protocols.dht.density import Density
+from swarmtrain_protocols.dht.events import DhtBootstrapped, DhtFailed, DhtFound
+from swarmtrain_protocols.dht.healing import Healing
+from swarmtrain_protocols.dht.hearsay import Hearsay
+from swarmtrain_protocols.dht.ids import Contact, id_bytes, key_id
 from swarmtrain_protocols.dht.lookup import Lookup
 from swarmtrain_protocols.dht.publisher import Publisher
-from swarmtrain_protocols.dht.requests import Meter, Reply, Requests
+from swarmtrain_protocols.dht.replication import Replication
+from swarmtrain_protocols.dht.requests import Done, Reply, Requests
 from swarmtrain_protocols.dht.routing import RoutingTable
-from swarmtrain_protocols.dht.search import Search, Searches
+from swarmtrain_protocols.dht.search import Search, Searches, nothing
+from swarmtrain_protocols.dht.serving import Serving
+from swarmtrain_protocols.dht.validators import breaks_its_rule
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.messages.dht import (
@@ -38,9 +45,6 @@ from swarmtrain_protocols.messages.dht import (
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.messages import Message
-
-_RECORD_FRAME_BYTES = 160
-"""Bytes of a record on the wire besides its value, rounded up."""
 
 
 class DhtCore:
@@ -75,8 +79,13 @@ class DhtCore:
         self._out: list[Effect] = []
         self._links: dict[PeerId, tuple[str, ...]] = {}
         self.requests = Requests(self._out, self._links.__contains__, now)
-        self._served: dict[PeerId, Meter] = {}
+        self.density = Density()
+        self.hearsay = Hearsay()
+        self.book = ContactBook()
         self.searches = Searches(self)
+        self.replication = Replication(self)
+        self.healing = Healing(self, now)
+        self.serving = Serving(self)
         self._handles = 0
         self._housekeeping_at = now + limits.DHT_HOUSEKEEPING_S
         self._refresh_at = now
@@ -105,6 +114,10 @@ class DhtCore:
             raise LocalProtocolError(
                 "DHT time to live refused", f"1 to {limits.DHT_TTL_S_MAX:.0f} seconds"
             )
+        if breaks_its_rule(name, self.me.peer, value):
+            raise LocalProtocolError(
+                "DHT value refused", f"names under {name.split(b'/')[0]!r} have a rule (spec 03)"
+            )
         handle = self._handle()
         self._publisher.publish(now, handle, name, value, ttl_s, keep)
         self._settle(now)
@@ -124,10 +137,10 @@ class DhtCore:
 
     def bootstrap(self, now: float, contacts: Iterable[tuple[PeerId, tuple[str, ...]]] = ()) -> int:
         """Find the nodes nearest to this one, starting from ``contacts`` and from live links."""
-        seeds = tuple(Contact(peer, usable(addresses)) for peer, addresses in contacts)
+        seeds = tuple(Contact(peer, usable(tuple(addresses))) for peer, addresses in contacts)
         handle = self._handle()
         self.searches.start(
-            now, Search(self.me.id, partial(self._bootstrapped, handle), seeds=seeds)
+            now, Search(self.me.id, partial(self._bootstrapped, handle), seeds=seeds, gauge=True)
         )
         self._settle(now)
         return handle
@@ -138,21 +151,29 @@ class DhtCore:
         self._links[peer] = usable(addresses)
         self._alive(now, Contact(peer))
         if alone and len(self.table):
-            self.searches.start(now, Search(self.me.id, _nothing))
+            self.searches.start(now, Search(self.me.id, nothing, gauge=True))
         self._settle(now)
 
     def disconnected(self, now: float, peer: PeerId) -> None:
         """The link broke, or could not be made."""
-        self._links.pop(peer, None)
-        self._served.pop(peer, None)
+        was_linked = self._links.pop(peer, None) is not None
+        self.serving.forget(peer)
         self.requests.lost(now, peer)
+        known = self.table.get(Contact(peer)) if was_linked else None
+        if known is not None:
+            self.ping(now, known, partial(self._unlinked, known))
         self._settle(now)
 
     def forget(self, now: float, peer: PeerId) -> None:
         """A peer was banned or has left: it is not asked and not named to others."""
-        self.table.remove(Contact(peer))
+        gone = Contact(peer)
+        known = gone in self.table
+        self.table.remove(gone)
         self.disconnected(now, peer)
-        self.table.remove(Contact(peer))
+        self.table.remove(gone)  # an answer on its way may have brought it back
+        self.book.forget(peer)
+        if known:
+            self.replication.left(now, gone)
 
     def wall(self, now: float) -> float:
         """Unix wall clock in seconds at monotonic ``now``."""
@@ -171,9 +192,9 @@ class DhtCore:
             if fault is not None:
                 self.blame(fault)
         elif isinstance(message, (FindNode, FindValue, StoreRecord)):
-            if self._admit(now, peer):
+            if self.serving.admit(now, peer):
                 self._alive(now, Contact(peer))
-                self._serve(now, peer, message)
+                self._out.append(Send(peer, self.serving.answer(now, peer, message)))
         else:
             raise LocalProtocolError("not a DHT message", type(message).__name__)
         self._settle(now)
@@ -201,7 +222,7 @@ class DhtCore:
         handle = self._handle()
         target = key_id(name)
         finish = partial(self._found, handle, name, only_latest)
-        if not self.searches.start(now, Search(target, finish, key=id_bytes(target))):
+        if not self.searches.start(now, Search(target, finish, key=id_bytes(target), guarded=True)):
             self.emit(DhtFailed(handle, name, "busy"))
         self._settle(now)
         return handle
@@ -223,6 +244,7 @@ class DhtCore:
                 fresh.append(record)
         lookup = search.lookup
         assert lookup is not None
+        self.replication.repair(now, search, fresh)
         if not fresh and not lookup.answers and lookup.failures:
             self.emit(DhtFailed(handle, name, "unreachable"))
             return
@@ -238,58 +260,7 @@ class DhtCore:
         else:
             self.emit(DhtBootstrapped(handle, len(self.table)))
 
-    # --- serving others --------------------------------------------------------------------------
-
-    def _admit(self, now: float, peer: PeerId) -> bool:
-        meter = self._served.get(peer)
-        if meter is None:
-            if len(self._served) >= limits.DHT_METERS_MAX:
-                del self._served[next(iter(self._served))]
-            meter = Meter(limits.DHT_RATE_SERVED_PER_S, limits.DHT_BURST_SERVED)
-            self._served[peer] = meter
-        if meter.take(now):
-            meter.reported = meter.reported and meter.tokens < meter.burst / 2
-            return True
-        self.count("dht_rate")
-        if not meter.reported:  # a flood is reported once, its messages are counted
-            meter.reported = True
-            self.emit(DhtRefused(peer, "rate"))
-        return False
-
-    def _serve(self, now: float, peer: PeerId, message: FindNode | FindValue | StoreRecord) -> None:
-        answer: Reply
-        if isinstance(message, FindNode):
-            near = self.table.closest(id_from_bytes(message.target), limits.DHT_K, peer)
-            answer = Nodes(message.request, _infos(near))
-        elif isinstance(message, FindValue):
-            answer = self._page(now, peer, message)
-        else:
-            code = self.accept(now, message.record)
-            slot = (message.record.key, message.record.publisher)
-            answer = StoreReply(message.request, code, max(0, self.held.marks.sequence(slot)))
-            if code in rec.FAULTS:
-                self.blame(PeerFault(rec.FAULTS[code], "a DHT record that does not verify", peer))
-            elif code != "ok":
-                self.count(f"dht_{code}")
-                self.emit(DhtRefused(peer, code))
-        self._out.append(Send(peer, answer))
-
-    def _page(self, now: float, peer: PeerId, message: FindValue) -> Values:
-        page: list[SignedRecord] = []
-        nbytes = 0
-        more = False
-        for record in self.held.under(message.key, self.wall(now)):
-            if record.publisher <= message.after:
-                continue
-            nbytes += len(record.value) + _RECORD_FRAME_BYTES
-            if nbytes > limits.DHT_PAGE_BYTES:
-                more = True
-                break
-            page.append(record)
-        near: list[Contact] = []
-        if not message.after:
-            near = self.table.closest(id_from_bytes(message.key), limits.DHT_K, peer)
-        return Values(message.request, tuple(page), _infos(near), more)
+    # --- records and peers ----------------------------------------------------------------------
 
     def accept(self, now: float, record: SignedRecord) -> str:
         """Validate and keep a record; returns ``ok`` or why not."""
@@ -298,59 +269,35 @@ class DhtCore:
             why = rec.refusal(self.keyring, self.run, record, wall_s)
             if why:
                 return why
-        code = self.held.put(record, wall_s, self.next_replication(now))
+        code = self.held.put(record, wall_s, self.replication.next_time(now))
         return "ok" if code in ("new", "same") else code
-
-    # --- upkeep ----------------------------------------------------------------------------------
-
-    def _keep_house(self, now: float) -> None:
-        self.held.purge(self.wall(now))
-        self.requests.sweep(now)
-        self._publisher.tick(now)
-        for record in self.held.due(now, limits.DHT_REPLICATE_BATCH_MAX):
-            self.held.schedule(record, self.next_replication(now))
-            for contact in self.table.closest(id_from_bytes(record.key), limits.DHT_K):
-                self.push(now, contact, record)
-        if now >= self._refresh_at:
-            target = self.table.stalest(now, self.rng, limits.DHT_REFRESH_S)
-            if target is None:
-                self._refresh_at = now + limits.DHT_REFRESH_S / 30
-            else:
-                self.searches.start(now, Search(target, _nothing))
-
-    def next_replication(self, now: float) -> float:
-        """Jittered, so that one holder is first and its copies put the others off."""
-        return now + limits.DHT_REPLICATE_S * (1.0 + self.rng.random())
-
-    def push(self, now: float, contact: Contact, record: SignedRecord) -> None:
-        """Give a copy of ``record`` to ``contact``; nobody waits for the outcome."""
-        self.ask_to_store(now, contact, record, partial(self.heard_store, contact))
 
     def ask_to_store(
         self,
         now: float,
         contact: Contact,
         record: SignedRecord,
-        done: Callable[[float, Reply | None], None],
+        token: bytes,
+        done: Done,
     ) -> None:
-        message = StoreRecord(self.requests.next_number(), record)
+        """Give ``contact`` a copy; ``token`` comes from its recent answer for this key."""
+        message = StoreRecord(self.requests.next_number(), record, token)
         self.requests.ask(now, contact, message, StoreReply, done)
 
-    def heard_store(self, contact: Contact, now: float, reply: Reply | None) -> None:
-        self.heard(now, contact, reply)
-
-    def heard(self, now: float, contact: Contact, reply: Reply | None) -> None:
+    def heard(self, now: float, reply: Reply | None, *, contact: Contact) -> None:
         """A request to ``contact`` was answered, or not."""
-        if reply is None:
-            self.table.failed(contact)
-        else:
-            self._alive(now, contact)
+        if reply is not None:
+            self.hearsay.found(contact)
+            self.book.seen(self._alive(now, contact), self.wall(now))
+            return
+        if self.table.failed(contact):
+            self.replication.left(now, contact)
 
-    def _alive(self, now: float, contact: Contact) -> None:
+    def _alive(self, now: float, contact: Contact) -> Contact:
         """``contact`` has shown that it lives: routing table, and records it should hold."""
         addresses = self._links.get(contact.peer) or contact.addresses
         if not addresses or contact.peer == self.me.peer:
-            return
+            return contact
         known = self.table.get(contact)
         if known is not None and known.addresses == addresses:
             contact = known
@@ -361,37 +308,62 @@ class DhtCore:
             if oldest.peer in self._links:  # keepalive of the link has just shown that it lives
                 self.table.seen(Contact(oldest.peer, oldest.addresses, oldest.id))
             else:
-                number = self.requests.next_number()
-                ping = FindNode(number, id_bytes(self.me.id))
-                done = partial(self.heard_store, oldest)
-                self.requests.ask(now, oldest, ping, Nodes, done)
+                self.ping(now, oldest)
         if known is None and contact in self.table:
-            self._hand_off(now, contact)
+            self.replication.newcomer(now, contact)
+        return contact
 
-    def _hand_off(self, now: float, newcomer: Contact) -> None:
-        """Give a new contact the records that it is among the k nearest for.
+    def ping(self, now: float, contact: Contact, done: Done | None = None) -> None:
+        """Ask ``contact`` for nodes near this one, to see whether it lives."""
+        question = FindNode(self.requests.next_number(), id_bytes(self.me.id))
+        heard = done or partial(self.heard, contact=contact)
+        self.requests.ask(now, contact, question, Nodes, heard)
 
-        Only the nearest holder does, so that the newcomer gets one copy of each.
-        """
-        for key in self.held.keys()[: limits.DHT_HANDOFF_KEYS_MAX]:
-            target = id_from_bytes(key)
-            nearest = self.table.closest(target, 1, newcomer.peer)
-            if nearest and nearest[0].id ^ target < self.me.id ^ target:
-                continue
-            if newcomer in self.table.closest(target, limits.DHT_K):
-                for record in self.held.under(key, self.wall(now)):
-                    self.push(now, newcomer, record)
+    def _unlinked(self, contact: Contact, now: float, reply: Reply | None) -> None:
+        """A contact whose link broke does not answer on a new one: once more, and it is gone."""
+        self.heard(now, reply, contact=contact)
+        if reply is None and contact in self.table:
+            self.ping(now, contact)
 
     # --- small things ----------------------------------------------------------------------------
 
-    def hinted(self, infos: Iterable[NodeInfo], lookup: Lookup) -> list[Contact]:
-        """New contacts by hearsay: dialled in this lookup, believed only once they answer."""
-        return [
-            Contact(PeerId(info.peer), addresses)
-            for info in infos
-            if not lookup.knows(PeerId(info.peer))
-            and ((addresses := usable(info.addresses)) or info.peer in self._links)
-        ]
+    def hinted(self, infos: Iterable[NodeInfo], lookup: Lookup, by: PeerId) -> list[Contact]:
+        """Contacts by hearsay: dialled in this lookup, believed only once they answer.
+
+        Without those that the path of ``by``, who names them, knows already.
+        """
+        found: list[Contact] = []
+        for info in infos:
+            peer = PeerId(info.peer)
+            if not lookup.is_news(by, peer):
+                continue
+            addresses = usable(info.addresses)
+            if addresses or peer in self._links:
+                found.append(Contact(peer, addresses))
+        return found
+
+    def may_ask(self, now: float, contact: Contact) -> bool:
+        """False for a contact by hearsay at a place where others that were named are not."""
+        if contact.peer in self._links or contact in self.table:
+            return True
+        if not self.hearsay.allowed(now, contact.addresses):
+            return False
+        self.hearsay.tried(now, contact)
+        return True
+
+    def _keep_house(self, now: float) -> None:
+        self.held.purge(self.wall(now))
+        self.book.purge(self.wall(now))
+        self.requests.sweep(now)
+        self._publisher.tick(now)
+        self.replication.tick(now)
+        self.healing.tick(now)
+        if now >= self._refresh_at:
+            target = self.table.stalest(now, self.rng, limits.DHT_REFRESH_S)
+            if target is None:
+                self._refresh_at = now + limits.DHT_REFRESH_S / 30
+            else:
+                self.searches.start(now, Search(target, nothing, gauge=True))
 
     def _settle(self, now: float) -> None:
         while self.requests.settle(now):
@@ -412,7 +384,8 @@ class DhtCore:
         self.emit(fault)
 
 
-def usable(addresses: Iterable[str]) -> tuple[str, ...]:
+@lru_cache(maxsize=4096)
+def usable(addresses: tuple[str, ...]) -> tuple[str, ...]:
     """The well-formed ones among ``addresses``."""
     found: list[str] = []
     for address in addresses:
@@ -424,10 +397,6 @@ def usable(addresses: Iterable[str]) -> tuple[str, ...]:
     return tuple(found[: limits.ADDRESSES_PER_PEER_MAX])
 
 
-def _infos(contacts: Iterable[Contact]) -> tuple[NodeInfo, ...]:
-    return tuple(NodeInfo(contact.peer, contact.addresses) for contact in contacts)
-
-
 def _name(key: str | bytes) -> bytes:
     name = key.encode() if isinstance(key, str) else key
     if not 0 < len(name) <= limits.DHT_KEY_BYTES_MAX:
@@ -435,7 +404,3 @@ def _name(key: str | bytes) -> bytes:
             "DHT key refused", f"it must have 1 to {limits.DHT_KEY_BYTES_MAX} bytes"
         )
     return name
-
-
-def _nothing(_now: float, _search: Search) -> None:
-    """A lookup whose only purpose is what it leaves in the routing table."""

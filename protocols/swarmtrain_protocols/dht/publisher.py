@@ -1,5 +1,7 @@
 """What this site publishes: sign, find the k nearest, place a copy on each, renew in time.
 
+Where the paths of the lookup disagree on who is nearest, each path's nearest get a copy.
+
 Sequence numbers are wall-clock milliseconds (or one more than the last), so that a restarted site
 goes on above what it published before without having kept anything.
 """
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.dht.events import DhtFailed, DhtStored
-from swarmtrain_protocols.dht.ids import Contact, id_bytes, key_id
+from swarmtrain_protocols.dht.ids import Contact, key_id
 from swarmtrain_protocols.dht.records import sign_record
 from swarmtrain_protocols.dht.search import Search
 from swarmtrain_protocols.errors import LocalProtocolError
@@ -76,7 +78,7 @@ class Publisher:
             # Its copies may still be under way, but they lose against the new ones everywhere.
             self._core.emit(DhtFailed(before.handle, name, "replaced"))
         target = key_id(name)
-        record = self._sign(now, target, value, ttl_s)
+        record = self._sign(now, name, value, ttl_s)
         mine = _Publication(name, target, value, ttl_s, keep, handle, record)
         self._all[name] = mine
         self._place(now, mine)
@@ -105,21 +107,20 @@ class Publisher:
                 self._place(now, mine)
 
     def _renew(self, now: float, mine: _Publication) -> None:
-        mine.record = self._sign(now, mine.target, mine.value, mine.ttl_s)
+        mine.record = self._sign(now, mine.name, mine.value, mine.ttl_s)
         mine.resigned = False
 
-    def _sign(self, now: float, target: int, value: bytes, ttl_s: float) -> SignedRecord:
+    def _sign(self, now: float, name: bytes, value: bytes, ttl_s: float) -> SignedRecord:
         core = self._core
         wall_s = core.wall(now)
         self._sequence = max(self._sequence + 1, int(wall_s * 1000))
         expires_s = max(int(wall_s) + 1, int(wall_s + ttl_s))
-        return sign_record(
-            core.keyring, core.run, id_bytes(target), self._sequence, expires_s, value
-        )
+        return sign_record(core.keyring, core.run, name, self._sequence, expires_s, value)
 
     def _place(self, now: float, mine: _Publication) -> None:
         mine.again_at = math.inf
-        if not self._core.searches.start(now, Search(mine.target, partial(self._spread, mine))):
+        search = Search(mine.target, partial(self._spread, mine), guarded=True)
+        if not self._core.searches.start(now, search):
             self._finish(now, _Placement(mine, mine.record, refused="busy"))
 
     def _spread(self, mine: _Publication, now: float, search: Search) -> None:
@@ -129,14 +130,12 @@ class Publisher:
         assert search.lookup is not None
         core = self._core
         placement = _Placement(mine, mine.record)
-        targets = search.lookup.closest()
+        targets = search.lookup.spread()
         distance = core.me.id ^ mine.target
-        if len(targets) >= limits.DHT_K and distance < targets[-1].id ^ mine.target:
-            stays = bool(core.me.addresses)
-            if stays:
-                targets.pop()
-        else:
-            stays = not targets or (bool(core.me.addresses) and len(targets) < limits.DHT_K)
+        nearer = sum(contact.id ^ mine.target < distance for contact in targets)
+        stays = not targets or (bool(core.me.addresses) and nearer < limits.DHT_K)
+        if stays and len(targets) == limits.DHT_K:
+            targets.pop()
         if stays:
             code = core.accept(now, mine.record)
             placement.replicas += code == "ok"
@@ -144,7 +143,11 @@ class Publisher:
         placement.awaited = len(targets)
         for contact in targets:
             core.ask_to_store(
-                now, contact, mine.record, partial(self._answered, placement, contact)
+                now,
+                contact,
+                mine.record,
+                search.tokens.get(contact.peer, b""),
+                partial(self._answered, placement, contact),
             )
         if not targets:
             self._finish(now, placement)
@@ -152,7 +155,7 @@ class Publisher:
     def _answered(
         self, placement: _Placement, contact: Contact, now: float, reply: Reply | None
     ) -> None:
-        self._core.heard(now, contact, reply)
+        self._core.heard(now, reply, contact=contact)
         placement.awaited -= 1
         if isinstance(reply, StoreReply):
             if reply.code == "ok":

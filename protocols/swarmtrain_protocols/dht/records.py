@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from blake3 import blake3
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.dht.validators import breaks_its_rule
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.messages.dht import SignedRecord
 
@@ -50,27 +52,27 @@ def is_messagepack(data: bytes) -> bool:
 
 
 def _payload(
-    run: bytes, key: bytes, publisher: bytes, sequence: int, expires_s: int, value: bytes
+    run: bytes, name: bytes, publisher: bytes, sequence: int, expires_s: int, value: bytes
 ) -> bytes:
-    return _encoder.encode((run, key, publisher, sequence, expires_s, value))
+    return _encoder.encode((run, name, publisher, sequence, expires_s, value))
 
 
 def sign_record(
-    keyring: Keyring, run: bytes, key: bytes, sequence: int, expires_s: int, value: bytes
+    keyring: Keyring, run: bytes, name: bytes, sequence: int, expires_s: int, value: bytes
 ) -> SignedRecord:
     """A record of this site. ``run`` keeps records of one run out of every other."""
-    assert len(key) == limits.DHT_ID_BYTES and len(value) <= limits.DHT_VALUE_BYTES_MAX
+    assert 0 < len(name) <= limits.DHT_KEY_BYTES_MAX and len(value) <= limits.DHT_VALUE_BYTES_MAX
     publisher = bytes(keyring.peer_id)
-    payload = _payload(run, key, publisher, sequence, expires_s, value)
+    payload = _payload(run, name, publisher, sequence, expires_s, value)
     signature = keyring.sign(_DOMAIN, payload)
-    return SignedRecord(key, publisher, sequence, expires_s, value, signature)
+    return SignedRecord(name, publisher, sequence, expires_s, value, signature)
 
 
 def refusal(keyring: Keyring, run: bytes, record: SignedRecord, wall_s: float) -> str:
     """Why ``record`` is not believed at wall clock ``wall_s``, or "".
 
-    ``oversize``, ``malformed`` and ``forged`` are faults of whoever sent it; ``expired`` and
-    ``far`` may come from a wrong clock. Cheap checks come before the signature.
+    ``oversize``, ``malformed``, ``forged`` and ``invalid`` are faults of whoever sent it;
+    ``expired`` and ``far`` may come from a wrong clock. Cheap checks come before the signature.
     """
     if len(record.value) > limits.DHT_VALUE_BYTES_MAX:
         return "oversize"
@@ -79,16 +81,23 @@ def refusal(keyring: Keyring, run: bytes, record: SignedRecord, wall_s: float) -
     if record.expires_s > wall_s + limits.DHT_TTL_S_MAX + limits.DHT_CLOCK_SKEW_S:
         return "far"
     payload = _payload(
-        run, record.key, record.publisher, record.sequence, record.expires_s, record.value
+        run, record.name, record.publisher, record.sequence, record.expires_s, record.value
     )
     if not keyring.verify(record.publisher, _DOMAIN, payload, record.signature):
         return "forged"
     if not is_messagepack(record.value):
         return "malformed"
+    if breaks_its_rule(record.name, record.publisher, record.value):
+        return "invalid"
     return ""
 
 
-FAULTS = {"oversize": "oversize", "malformed": "malformed", "forged": "bad_signature"}
+FAULTS = {
+    "oversize": "oversize",
+    "malformed": "malformed",
+    "forged": "bad_signature",
+    "invalid": "dht_invalid",
+}
 """Refusals that an honest sender cannot cause, as it validates before it sends, and their codes."""
 
 
@@ -100,6 +109,22 @@ def rank(record: SignedRecord) -> tuple[int, int, bytes]:
 def latest(records: Iterable[SignedRecord]) -> SignedRecord | None:
     """The record with the latest expiry; among equals that of the smallest publisher id."""
     return min(records, key=lambda record: (-record.expires_s, record.publisher), default=None)
+
+
+def digest_of(records: Iterable[SignedRecord]) -> bytes:
+    """8 bytes that are equal where the same records (in order of publisher) are held; "" of none.
+
+    BLAKE3 over publisher, sequence and expiry (8 big-endian bytes each), signature of each record.
+    """
+    hasher = blake3()
+    count = 0
+    for record in records:
+        count += 1
+        hasher.update(record.publisher)
+        hasher.update(record.sequence.to_bytes(8, "big"))
+        hasher.update(record.expires_s.to_bytes(8, "big"))
+        hasher.update(record.signature)
+    return hasher.digest(limits.DHT_DIGEST_BYTES) if count else b""
 
 
 class Marks:
@@ -219,6 +244,11 @@ class RecordStore:
     def schedule(self, record: SignedRecord, replicate_at: float) -> None:
         """Set the next time at which ``due`` gives a held record."""
         self._schedule((record.key, record.publisher), replicate_at)
+
+    def put_off(self, key: bytes, replicate_at: float) -> None:
+        """Somebody else has looked after the copies of all records under ``key``."""
+        for record in self._records.get(key, {}).values():
+            self._schedule((key, record.publisher), replicate_at)
 
     def next_replication(self) -> float | None:
         while self._replications:

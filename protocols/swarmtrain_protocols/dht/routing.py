@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.addresses import is_private, subnet
 from swarmtrain_protocols.core import PeerId
-from swarmtrain_protocols.dht.ids import ID_BITS, Contact, bucket_index
+from swarmtrain_protocols.dht.ids import ID_BITS, Contact, bucket_index, subnets
 
 
 @dataclass(slots=True)
@@ -26,15 +25,6 @@ class _Bucket:
     """Replacement cache: seen while the bucket was full; the newest is the first to come in."""
     pinged: PeerId | None = None
     looked_up_at: float = -math.inf
-
-
-def _blocks(contact: Contact) -> tuple[str, ...]:
-    """The public subnets of a contact, each once."""
-    found: dict[str, None] = {}
-    for address in contact.addresses:
-        if not is_private(address):
-            found[subnet(address)] = None
-    return tuple(found)
 
 
 class RoutingTable:
@@ -181,10 +171,10 @@ class RoutingTable:
         return self._buckets[bucket_index(self._own, contact.id)]
 
     def _fits(self, bucket: _Bucket, contact: Contact) -> bool:
-        for block in _blocks(contact):
+        for block in subnets(contact.addresses):
             if self._subnets.get(block, 0) >= limits.DHT_PER_SUBNET_IN_TABLE_MAX:
                 return False
-            inside = sum(block in _blocks(other) for other in bucket.contacts.values())
+            inside = sum(block in subnets(other.addresses) for other in bucket.contacts.values())
             if inside >= limits.DHT_PER_SUBNET_IN_BUCKET_MAX:
                 return False
         return True
@@ -192,13 +182,13 @@ class RoutingTable:
     def _put_in(self, bucket: _Bucket, contact: Contact) -> None:
         bucket.contacts[contact.peer] = contact
         bucket.waiting.pop(contact.peer, None)
-        for block in _blocks(contact):
+        for block in subnets(contact.addresses):
             self._subnets[block] = self._subnets.get(block, 0) + 1
         self._size += 1
 
     def _take_out(self, bucket: _Bucket, contact: Contact) -> None:
         del bucket.contacts[contact.peer]
-        for block in _blocks(contact):
+        for block in subnets(contact.addresses):
             self._subnets[block] -= 1
             if not self._subnets[block]:
                 del self._subnets[block]

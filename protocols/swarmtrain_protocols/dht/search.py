@@ -1,7 +1,8 @@
 """Lookups with a purpose: drives ``Lookup`` with real requests, and collects records on the way.
 
 Records are validated as they come in. A node that answers with one that does not verify is named,
-and counts as if it had not answered.
+and counts as if it had not answered. Where the nearest nodes lie denser than chance allows, the
+search also asks whoever is found around random points nearby (``density.py``).
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.dht.events import DhtCrowded
 from swarmtrain_protocols.dht.ids import Contact, id_bytes
 from swarmtrain_protocols.dht.lookup import Lookup
 from swarmtrain_protocols.dht.records import FAULTS, rank, refusal
+from swarmtrain_protocols.dht.replication import Holdings
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.dht import (
     FindNode,
@@ -34,16 +38,26 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """A lookup with a purpose. ``key``: records are collected on the way."""
+    """A lookup with a purpose. ``key``: records are collected on the way.
+
+    ``guarded``: somebody may profit from crowding the target (it is a key). ``gauge``: nobody may
+    (it is this node's id, or random), so that the density there tells the size of the network.
+    """
 
     target: int
     finish: Callable[[float, Search], None]
     key: bytes = b""
     seeds: tuple[Contact, ...] = ()
+    guarded: bool = False
+    gauge: bool = False
     found: dict[bytes, SignedRecord] = field(default_factory=dict)
+    holdings: Holdings = field(default_factory=dict)
+    tokens: dict[PeerId, bytes] = field(default_factory=dict)
     lookup: Lookup | None = None
     give_up_at: float = math.inf
     ended: bool = False
+    probes: int = 0
+    """Lookups around random points nearby that have not ended yet."""
 
 
 class Searches:
@@ -71,6 +85,7 @@ class Searches:
         for search in [s for s in self._active if s.give_up_at <= now]:
             if search.lookup is not None:
                 search.lookup.stop()
+            search.probes = 0
             self._advance(now, search)
 
     def deadline(self) -> float:
@@ -98,14 +113,49 @@ class Searches:
         """Ask whoever is to be asked next; end the search if it is done."""
         if search.ended or search.lookup is None:
             return
-        for contact in search.lookup.next_queries():
-            self._query(now, search, contact, b"", 0)
-        if not search.lookup.done:
+        while queries := search.lookup.next_queries():
+            for contact in queries:
+                if self._core.may_ask(now, contact):
+                    self._query(now, search, contact, b"", 0)
+                else:
+                    search.lookup.failed(contact.peer)
+        if search.probes or not search.lookup.done:
             return
+        if search.guarded and not search.lookup.stopped:
+            search.guarded = False
+            if self._core.density.crowded(search.target, search.lookup.closest()):
+                self._look_around(now, search)
+                return
         search.ended = True
         self._active.remove(search)
+        if search.gauge and not search.lookup.stopped:
+            self._core.density.observe(search.target, search.lookup.closest())
         search.finish(now, search)
         self._start_queued(now)
+
+    def _look_around(self, now: float, search: Search) -> None:
+        """The k nearest may all belong to one: find those that chance has put near the target.
+
+        Points nearby are drawn at random, so that nobody can have made keys for them.
+        """
+        core = self._core
+        core.count("dht_crowded")
+        core.emit(DhtCrowded(id_bytes(search.target)))
+        search.probes = limits.DHT_CROWD_PROBES
+        for _ in range(limits.DHT_CROWD_PROBES):
+            point = search.target ^ core.rng.randrange(core.density.radius())
+            self._begin(now, Search(point, partial(self._looked_around, search)))
+
+    def _looked_around(self, search: Search, now: float, probe: Search) -> None:
+        if search.probes == 0:
+            return  # given up meanwhile
+        assert search.lookup is not None and probe.lookup is not None
+        reach = 2 * self._core.density.radius()
+        near = [c for c in probe.lookup.spread() if c.id ^ search.target < reach]
+        search.lookup.widen(near)
+        search.probes -= 1
+        if search.probes == 0:
+            self._advance(now, search)
 
     def _query(
         self, now: float, search: Search, contact: Contact, after: bytes, taken: int
@@ -135,7 +185,7 @@ class Searches:
         now: float,
         reply: Reply | None,
     ) -> None:
-        self._core.heard(now, contact, reply)
+        self._core.heard(now, reply, contact=contact)
         lookup = search.lookup
         if search.ended or lookup is None:
             return
@@ -143,44 +193,69 @@ class Searches:
             lookup.failed(contact.peer)
         else:
             assert not isinstance(reply, StoreReply)
+            if reply.token:
+                search.tokens[contact.peer] = reply.token
             page = reply if isinstance(reply, Values) else None
             if page is not None and not self._collect(now, search, contact, after, page):
                 lookup.failed(contact.peer)
             elif page is not None and page.more and taken < limits.DHT_RECORDS_PER_KEY_MAX:
-                lookup.learn(self._core.hinted(page.contacts, lookup))
+                hinted = self._core.hinted(page.contacts, lookup, contact.peer)
+                lookup.hear(contact.peer, hinted)
                 taken += len(page.records)
                 self._query(now, search, contact, page.records[-1].publisher, taken)
             else:
-                lookup.answered(contact.peer, self._core.hinted(reply.contacts, lookup))
+                hinted = self._core.hinted(reply.contacts, lookup, contact.peer)
+                lookup.answered(contact.peer, hinted)
         self._advance(now, search)
 
     def _collect(
         self, now: float, search: Search, contact: Contact, after: bytes, page: Values
     ) -> bool:
         """Take the valid records of a page; False (and a fault) if the page breaks the rules."""
+        records = self.checked(now, contact, search.key, after, page, search.found)
+        if records is None:
+            return False
+        holdings = search.holdings.setdefault(contact.peer, {})
+        for record in records:
+            holdings[record.publisher] = rank(record)
+            held = search.found.get(record.publisher)
+            if held is None or rank(record) > rank(held):
+                search.found[record.publisher] = record
+        return True
+
+    def checked(
+        self,
+        now: float,
+        contact: Contact,
+        key: bytes,
+        after: bytes,
+        page: Values,
+        verified: dict[bytes, SignedRecord] | None = None,
+    ) -> list[SignedRecord] | None:
+        """The believable records of a page; None (and a fault) if the page breaks the rules.
+
+        ``verified``: by publisher, records that need not be checked again.
+        """
         core = self._core
         last = after
+        good: list[SignedRecord] = []
         for record in page.records:
-            if record.key != search.key or record.publisher <= last:
-                self._core.blame(
-                    PeerFault("dht_page", "other records than asked for", contact.peer)
-                )
-                return False
+            if record.key != key or record.publisher <= last:
+                core.blame(PeerFault("dht_page", "other records than asked for", contact.peer))
+                return None
             last = record.publisher
-            held = search.found.get(record.publisher)
-            if held == record:
-                continue  # already verified
-            why = refusal(core.keyring, core.run, record, core.wall(now))
+            known = verified is not None and verified.get(record.publisher) == record
+            why = "" if known else refusal(core.keyring, core.run, record, core.wall(now))
             if why in FAULTS:
-                self._core.blame(
-                    PeerFault(FAULTS[why], "a DHT record that does not verify", contact.peer)
-                )
-                return False
-            if not why and (held is None or rank(record) > rank(held)):
-                search.found[record.publisher] = record
+                core.blame(PeerFault(FAULTS[why], "a DHT record that does not hold", contact.peer))
+                return None
+            if not why:
+                good.append(record)
         if page.more and not page.records:
-            self._core.blame(
-                PeerFault("dht_page", "an empty page that is not the last", contact.peer)
-            )
-            return False
-        return True
+            core.blame(PeerFault("dht_page", "an empty page that is not the last", contact.peer))
+            return None
+        return good
+
+
+def nothing(_now: float, _search: Search) -> None:
+    """A lookup whose only purpose is what it leaves in the routing table."""

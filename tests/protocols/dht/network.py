@@ -45,6 +45,7 @@ class Network:
         self.faults: list[PeerFault] = []
         self.tampers: dict[PeerId, Tamper] = {}
         self.sent = 0
+        self.reachable: Callable[[PeerId, PeerId], bool] | None = None
         self._links: dict[tuple[PeerId, PeerId], bool] = {}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
@@ -72,6 +73,10 @@ class Network:
     def link(self, one: PeerId, two: PeerId) -> None:
         """Both ends learn of a link and of each other's addresses."""
         if (one, two) in self._links or one not in self.nodes or two not in self.nodes:
+            return
+        if not self._can_reach(one, two):
+            self.nodes[one].disconnected(self.now, two)
+            self._after(self.nodes[one])
             return
         self._links[one, two] = self._links[two, one] = True
         for here, there in ((one, two), (two, one)):
@@ -140,9 +145,12 @@ class Network:
             delay_s += 2 * self.latency_s  # the message waits for the link
         self._at(delay_s, lambda: self._deliver(sender, receiver, changed))
 
+    def _can_reach(self, one: PeerId, two: PeerId) -> bool:
+        return self.reachable is None or self.reachable(one, two)
+
     def _deliver(self, sender: PeerId, receiver: PeerId, message: messages.Message) -> None:
         node = self.nodes.get(receiver)
-        if node is not None:
+        if node is not None and self._can_reach(sender, receiver):
             node.receive(self.now, sender, message)
             self._after(node)
 

@@ -105,7 +105,7 @@ def test_thirty_per_cent_liars_get_no_forged_value_accepted() -> None:
             return message
         false = tuple(
             SignedRecord(
-                r.key,
+                r.name,
                 r.publisher,
                 r.sequence + 1,
                 r.expires_s + 1,

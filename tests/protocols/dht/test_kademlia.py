@@ -57,13 +57,15 @@ def emitted(node: DhtCore) -> list[object]:
 
 
 def record(sequence: int = 1, ttl_s: int = 60, value: bytes = VALUE) -> SignedRecord:
-    return sign_record(ALICE, RUN, KEY, sequence, int(WALL_S) + ttl_s, value)
+    return sign_record(ALICE, RUN, b"somewhere", sequence, int(WALL_S) + ttl_s, value)
 
 
 def give(node: DhtCore, item: SignedRecord) -> tuple[StoreReply, list[object]]:
-    """Hand a record over as BOB; returns the answer and the events."""
-    node.drain()
-    node.receive(5.0, BOB.peer_id, StoreRecord(9, item))
+    """Hand a record over as BOB, who has read first; returns the answer and the events."""
+    node.receive(5.0, BOB.peer_id, FindValue(8, item.key))
+    (page,) = answers(node)
+    assert isinstance(page, Values)
+    node.receive(5.0, BOB.peer_id, StoreRecord(9, item, page.token))
     effects = node.drain()
     replies = [e.message for e in effects if isinstance(e, Send) and e.peer == BOB.peer_id]
     (reply,) = [message for message in replies if isinstance(message, StoreReply)]
@@ -77,7 +79,7 @@ def test_a_valid_record_is_kept_and_given() -> None:
     assert (reply.code, events) == ("ok", [])
     node.receive(5.0, BOB.peer_id, FindValue(10, KEY))
     (page,) = answers(node)
-    assert page == Values(10, (record(),), (), False)
+    assert page == Values(10, (record(),), (), False, page.token)
 
 
 BAD = {
@@ -123,7 +125,7 @@ def test_refusals_without_blame_name_the_peer_and_change_nothing(
 
 
 def test_a_record_of_another_run_is_forged_here() -> None:
-    other = sign_record(ALICE, bytes(32), KEY, 1, int(WALL_S) + 60, VALUE)
+    other = sign_record(ALICE, bytes(32), b"somewhere", 1, int(WALL_S) + 60, VALUE)
     reply, _ = give(real(BOB), other)
     assert reply.code == "forged"
 
@@ -132,7 +134,7 @@ def test_many_publishers_come_in_pages_that_fit_a_frame() -> None:
     node = core("holder")
     value = encode_value(b"x" * 1000)
     for number in range(limits.DHT_RECORDS_PER_KEY_MAX):
-        item = sign_record(FakeKeyring(f"p{number}"), RUN, KEY, 1, int(WALL_S) + 60, value)
+        item = sign_record(FakeKeyring(f"p{number}"), RUN, b"somewhere", 1, int(WALL_S) + 60, value)
         assert node.accept(0.0, item) == "ok"
     found: list[bytes] = []
     after = b""
@@ -167,7 +169,7 @@ def test_unknown_senders_take_bounded_memory() -> None:
     for number in range(limits.DHT_METERS_MAX + 500):
         node.receive(1.0, PeerId(number.to_bytes(32, "big")), FindNode(1, bytes(20)))
         node.drain()
-    assert len(node._served) == limits.DHT_METERS_MAX
+    assert len(node.serving) == limits.DHT_METERS_MAX
     assert len(node.table) == 0  # nobody of them has an address
     assert len(node.requests) == 0
 
@@ -337,7 +339,7 @@ def test_the_deadline_is_honoured() -> None:
 
 
 def test_only_well_formed_addresses_are_used() -> None:
-    assert usable(["h:1", "nonsense", "[::1]:2", "h:99999", ""]) == ("h:1", "[::1]:2")
+    assert usable(("h:1", "nonsense", "[::1]:2", "h:99999", "")) == ("h:1", "[::1]:2")
 
 
 def test_a_later_flood_is_reported_again() -> None:

@@ -71,7 +71,7 @@ def test_each_is_asked_once_and_never_ourselves() -> None:
 
 
 def test_a_slow_peer_does_not_hold_up_the_others() -> None:
-    lookup = Lookup(TARGET, [contact(i) for i in range(1, 8)], own=OWN, k=3)
+    lookup = Lookup(TARGET, [contact(i) for i in range(1, 8)], own=OWN, k=3, paths=1)
     first = lookup.next_queries()
     assert [c.id for c in first] == [1, 2, 3]
     for asked in first:
@@ -104,8 +104,10 @@ def test_invented_contacts_cannot_fill_the_memory() -> None:
     for _ in range(200):
         for asked in lookup.next_queries():
             lookup.answered(asked.peer, [contact(rng.getrandbits(160)) for _ in range(20)])
-    assert len(lookup._states) <= limits.DHT_CANDIDATES_MAX
-    assert len(lookup._order) == len(lookup._states) == len(lookup._contacts)
+    views = [len(view.order) for view in lookup._views]
+    assert views == [len(view.peers) for view in lookup._views]
+    assert max(views) <= limits.DHT_CANDIDATES_MAX
+    assert len(lookup._states) == len(lookup._contacts) <= sum(views)
 
 
 def test_a_stopped_lookup_asks_nobody_and_keeps_what_it_has() -> None:

@@ -86,7 +86,7 @@ def test_a_clock_that_went_back_is_overcome_by_one_retry() -> None:
     network = Network(6)
     one, two, three = network.grow(3)
     ahead_ms = int((WALL_S + network.now + 300) * 1000)
-    old = sign_record(one.keyring, RUN, KEY, ahead_ms, int(WALL_S) + 500, encode_value("old"))
+    old = sign_record(one.keyring, RUN, b"k", ahead_ms, int(WALL_S) + 500, encode_value("old"))
     for node in (two, three):
         assert node.accept(network.now, old) == "ok"
     stored = network.settle(one, one.store(network.now, "k", encode_value("new"), 500.0))

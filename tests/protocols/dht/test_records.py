@@ -29,7 +29,8 @@ from swarmtrain_protocols.testing.keyring import FakeKeyring
 
 RUN = bytes(range(32))
 WALL_S = 1_700_000_000
-KEY = id_bytes(key_id(b"somewhere"))
+NAME = b"somewhere"
+KEY = id_bytes(key_id(NAME))
 ALICE = Ed25519Keyring(b"\x01" * 32)
 BOB = Ed25519Keyring(b"\x02" * 32)
 VALUE = encode_value({"at": "h:1"})
@@ -37,23 +38,23 @@ change = msgspec.structs.replace
 
 
 def signed(
-    sequence: int = 1, expires_s: int = WALL_S + 60, value: bytes = VALUE, key: bytes = KEY
+    sequence: int = 1, expires_s: int = WALL_S + 60, value: bytes = VALUE, name: bytes = NAME
 ) -> SignedRecord:
-    return sign_record(ALICE, RUN, key, sequence, expires_s, value)
+    return sign_record(ALICE, RUN, name, sequence, expires_s, value)
 
 
-def cheap(name: str, sequence: int = 1, ttl_s: int = 60, value: bytes = VALUE, key: bytes = KEY):
-    return sign_record(FakeKeyring(name), RUN, key, sequence, WALL_S + ttl_s, value)
+def cheap(who: str, sequence: int = 1, ttl_s: int = 60, value: bytes = VALUE, name: bytes = NAME):
+    return sign_record(FakeKeyring(who), RUN, name, sequence, WALL_S + ttl_s, value)
 
 
 def test_the_signature_covers_every_field_and_the_run() -> None:
     record = signed()
     assert refusal(BOB, RUN, record, WALL_S) == ""
-    covered = msgpack.packb([RUN, KEY, ALICE.peer_id, 1, WALL_S + 60, VALUE], use_bin_type=True)
+    covered = msgpack.packb([RUN, NAME, ALICE.peer_id, 1, WALL_S + 60, VALUE], use_bin_type=True)
     assert record.signature == ALICE.sign(b"dht record", covered)
     assert signed_bytes(b"dht record", covered).startswith(b"swarmtrain/1 dht record\0")
     forged = [
-        change(record, key=id_bytes(1)),
+        change(record, name=b"elsewhere"),
         change(record, publisher=bytes(BOB.peer_id)),
         change(record, sequence=2),
         change(record, expires_s=WALL_S + 61),
@@ -172,10 +173,10 @@ def test_memory_per_key_and_per_publisher_is_bounded() -> None:
     assert codes == ["new"] * limits.DHT_RECORDS_PER_KEY_MAX + ["full"] * 6
     assert store.put(cheap("p0", 2, value=encode_value("new")), WALL_S, 0.0) == "new"
     store = RecordStore()
-    codes = [store.put(cheap("p", key=id_bytes(n)), WALL_S, 0.0) for n in range(260)]
+    codes = [store.put(cheap("p", name=b"n%d" % n), WALL_S, 0.0) for n in range(260)]
     assert codes == ["new"] * limits.DHT_RECORDS_PER_PUBLISHER_MAX + ["full"] * 4
     store.purge(WALL_S + 60)
-    assert store.put(cheap("p", 2, 90, key=id_bytes(999)), WALL_S + 60, 0.0) == "new"
+    assert store.put(cheap("p", 2, 90, name=b"n999"), WALL_S + 60, 0.0) == "new"
 
 
 def test_memory_in_total_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def forged(record: SignedRecord) -> SignedRecord:
 
 def other_key(record: SignedRecord) -> SignedRecord:
     keyring = FakeKeyring("n0")
-    return sign_record(keyring, RUN, id_bytes(5), 1, record.expires_s, record.value)
+    return sign_record(keyring, RUN, b"other", 1, record.expires_s, record.value)
 
 
 def lie(change: Callable[[SignedRecord], SignedRecord]) -> Tamper:
@@ -70,7 +70,7 @@ def test_among_liars_only_the_answer_is_nothing() -> None:
 def test_one_reader_never_sees_a_sequence_go_back() -> None:
     network = Network(3)
     writer, holder, reader = network.grow(3)
-    old = sign_record(writer.keyring, RUN, KEY, 1, int(WALL_S + network.now) + 500, b"\x01")
+    old = sign_record(writer.keyring, RUN, b"k", 1, int(WALL_S + network.now) + 500, b"\x01")
     network.settle(writer, writer.store(network.now, "k", b"\x02", 2.0))
     first = network.settle(reader, reader.get(network.now, "k"))
     assert isinstance(first, DhtFound)
@@ -98,7 +98,7 @@ def test_all_pages_of_a_crowded_key_are_read() -> None:
     value = encode_value(b"x" * 1000)
     publishers = [FakeKeyring(f"p{n}") for n in range(limits.DHT_RECORDS_PER_KEY_MAX)]
     for keyring in publishers:
-        record = sign_record(keyring, RUN, KEY, 1, int(WALL_S) + 300, value)
+        record = sign_record(keyring, RUN, b"k", 1, int(WALL_S) + 300, value)
         assert holder.accept(network.now, record) == "ok"
     found = network.settle(reader, reader.get_all(network.now, "k"))
     assert isinstance(found, DhtFound)
@@ -109,7 +109,7 @@ def page_of(publisher: int, request: int) -> Values:
     """One valid record by an invented publisher, and the claim that there are more."""
     keyring = FakeKeyring("invented")
     keyring._peer_id = PeerId(publisher.to_bytes(32, "big"))
-    record = sign_record(keyring, RUN, KEY, 1, int(WALL_S) + 300, b"\x01")
+    record = sign_record(keyring, RUN, b"k", 1, int(WALL_S) + 300, b"\x01")
     return Values(request, (record,), (), True)
 
 

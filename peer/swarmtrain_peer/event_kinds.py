@@ -376,6 +376,11 @@ KINDS: dict[str, Kind] = {
         Kind(
             "peer_unreachable", "warning", "N620", "No address of a peer answers.", ("peer",), True
         ),
+        Kind("dht_rejoined", "info", "N630", "A remembered peer answers again.", ("peer",)),
+        Kind(
+            "dht_crowded", "warning", "N631", "Keys were made to crowd a DHT key.", ("key",), True
+        ),
+        Kind("contacts_unreadable", "warning", "N632", "Contacts are not kept.", ("reason",)),
         # The run
         Kind("paused", "warning", "U700", "The run is paused.", ("reason",)),
         Kind("resumed", "info", "U701", "The run goes on.", ("reason?",)),

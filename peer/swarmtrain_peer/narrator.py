@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swarmtrain_peer.events import EventLog
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.dht.events import DhtCrowded, DhtRejoined
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.log.events import Conflict, LeaderChanged, LedgerDiverged, Superseded
 from swarmtrain_protocols.node import NodeCore
@@ -43,6 +44,10 @@ class Narrator:
         elif isinstance(event, PeerFault):
             peer = event.peer.hex() if event.peer is not None else ""
             self._events.emit("peer_fault", peer=peer, fault=event.code, why=event.why)
+        elif isinstance(event, DhtCrowded):
+            self._events.emit("dht_crowded", key=event.key.hex())
+        elif isinstance(event, DhtRejoined):
+            self._events.emit("dht_rejoined", peer=event.peer.hex())
         elif isinstance(event, JoinFailed):
             self._events.emit("join_refused", reason=f"{event.code}: {event.reason}")
         elif isinstance(event, Conflict):

@@ -9,6 +9,8 @@ from typing import Any
 from swarmtrain_peer.events import EventLog, read_events
 from swarmtrain_peer.narrator import Narrator
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.dht.events import DhtCrowded, DhtRejoined
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.node_events import LedgerChanged
 
@@ -53,6 +55,17 @@ def test_the_life_of_a_stage(tmp_path: Path) -> None:
     assert (found[2]["attempt"], found[2]["reason"]) == (0, "holders differ")
     assert (found[3]["attempt"], found[3]["loss"], found[3]["scale"]) == (1, 2.5, 0.25)
     assert found[5]["choice"] == "snapshot" and found[5]["losses"] == [2.0, 3.0]
+
+
+def test_the_dht_tells_of_crowds_and_of_those_found_back(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl", "me")
+    node: Any = SimpleNamespace(ledger=Ledger())
+    for event in (DhtCrowded(b"k" * 20), DhtRejoined(PeerId(KEY))):
+        Narrator(log).tell(node, event)
+    log.close()
+    crowded, rejoined = read_events(tmp_path / "events.jsonl")
+    assert (crowded["name"], crowded["key"]) == ("dht_crowded", (b"k" * 20).hex())
+    assert (rejoined["name"], rejoined["peer"]) == ("dht_rejoined", KEY.hex())
 
 
 def test_refused_entries_are_not_told(tmp_path: Path) -> None:

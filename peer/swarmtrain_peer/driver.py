@@ -25,7 +25,6 @@ from swarmtrain_peer.recordfile import RecordFile
 from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.tensors import FIRST_TICKET
 from swarmtrain_peer.transport import Transport
-from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import (
     CancelFetch,
     Connect,
@@ -105,7 +104,7 @@ class Driver:
         self._pumping = False
         self._asked: dict[int, _Asked] = {}
         self._closed = False
-        self.released: dict[RoundKey, None] = {}
+        transport.on_leaves(self.leaves_known)
         self.guest: Guest | None = None
         self.stages: Stages | None = None
 
@@ -306,24 +305,42 @@ class Driver:
             # The attempt was released meanwhile; the core no longer waits for the answer.
             self._loop.call_soon(self.fetch_failed, effect.ticket, "released")
             return
-        nbytes = sum(place.nbytes for place in places)
-        asked = _Asked(effect.purpose, effect.first, nbytes, host.mono_s())
-        self._asked[effect.ticket] = asked
+        self._asked[effect.ticket] = _Asked(effect.purpose, effect.first, 0, host.mono_s())
+        purpose, span = effect.purpose, (effect.first, effect.count)
+        incoming = self.data.incoming(purpose) if isinstance(purpose, fx.Snapshot) else None
+        if incoming is not None and incoming.was_asked_for(effect.first):
+            ask = partial(self._ask, effect, total, places)
+            self.offload(partial(incoming.missing, *span), ask)
+        else:
+            self._ask(effect, total, places, span)
+
+    def _ask(
+        self, effect: Fetch, total: int, places: list[memoryview], span: tuple[int, int]
+    ) -> None:
+        """``span``: what is not here; another fetch of the range may have failed late."""
+        ticket, (first, count) = effect.ticket, span
+        asked = self._asked.get(ticket)
+        if asked is None:
+            return  # cancelled meanwhile
+        if not count:
+            self.fetched(ticket, ())
+            return
+        places = places[first - effect.first :][:count]
+        asked.first, asked.nbytes = first, sum(place.nbytes for place in places)
         self._transport.fetch(
-            effect.ticket, effect.peer, effect.root, effect.first, total, places, FETCH_TIMEOUT_S
+            ticket, effect.peer, effect.root, first, total, places, FETCH_TIMEOUT_S
         )
+
+    def leaves_known(self, ticket: int, first: int, leaves: Sequence[bytes]) -> None:
+        """Leaf hashes of chunks that are on their way are proven: remember them."""
+        if (asked := self._asked.get(ticket)) is not None:
+            self.data.expect(asked.purpose, first, leaves)
 
     def _fetch_hashes(self, effect: Fetch, total: int) -> None:
         self._asked[effect.ticket] = _Asked(effect.purpose, effect.first, 0, host.mono_s())
-        self._transport.fetch_hashes(
-            effect.ticket,
-            effect.peer,
-            effect.root,
-            effect.first,
-            effect.count,
-            total,
-            FETCH_TIMEOUT_S,
-        )
+        ticket, first, count = effect.ticket, effect.first, effect.count
+        fetch = self._transport.fetch_hashes
+        fetch(ticket, effect.peer, effect.root, first, count, total, FETCH_TIMEOUT_S)
 
     def fetched(self, ticket: int, leaves: Sequence[bytes]) -> None:
         """The transport has verified chunks in place; check that they are valid values."""
@@ -338,10 +355,7 @@ class Driver:
             return
         purpose = asked.purpose
         self._time_fetch(asked)
-        if isinstance(purpose, fx.SnapshotLeaves):
-            if (incoming := self.data.incoming(purpose.snapshot)) is not None:
-                incoming.expect(asked.first, leaves)
-        elif isinstance(purpose, fx.Snapshot) and (found := self.data.incoming(purpose)):
+        if isinstance(purpose, fx.Snapshot) and (found := self.data.incoming(purpose)):
             found.proven(asked.first, leaves)
         if isinstance(purpose, fx.WholeResult | fx.Snapshot | fx.SnapshotLeaves):
             self.run(self.node.fetched, ticket)
@@ -482,6 +496,3 @@ class Driver:
 def _failure(error: SwarmError) -> str:
     """A fetch whose bytes match their root and are not a valid vector is nobody's transport."""
     return "invalid" if isinstance(error, PeerFault) else "released"
-
-
-assert INLINE_BYTES_MAX <= limits.FRAME_BYTES_BULK_MAX

@@ -2,10 +2,11 @@
 
 ::
 
-    incoming/train-0-0.<hash>.incoming    one page that says which state, then leaf hashes of
-                                          the chunks that are in place (else zeros), then chunks
+    incoming/train-0-0.<hash>.incoming    one page that says which state, then the leaf hashes
+                                          that are known (else zeros), then the chunks
 
-Whoever finds such a file hashes what it claims to have: pages may have been lost in a power cut.
+Whoever finds such a file hashes what has a leaf: some chunks were on their way, and pages may have
+been lost in a power cut.
 There is one per channel, of the snapshot that was asked for last.
 """
 
@@ -127,14 +128,21 @@ class IncomingFile(Incoming):
             data[: len(front) + HASH_BYTES] = front + blake3(front).digest()
 
     def _look(self) -> None:
-        """Hash what an earlier life claims to have had."""
+        """What an earlier life has left that matches its leaf hash."""
         for index, chunk in enumerate(self.chunks):
             leaf = bytes(self._table[index * HASH_BYTES : (index + 1) * HASH_BYTES])
             if leaf != _ABSENT and leaf_hash(chunk) == leaf:
-                super().proven(index, [leaf])
+                self._proven[index] = leaf
 
     def proven(self, first: int, leaves: Sequence[bytes]) -> None:
         super().proven(first, leaves)
+        self._write(first, leaves)
+
+    def expect(self, first: int, leaves: Sequence[bytes]) -> None:
+        super().expect(first, leaves)
+        self._write(first, leaves)
+
+    def _write(self, first: int, leaves: Sequence[bytes]) -> None:
         self._table[first * HASH_BYTES : (first + len(leaves)) * HASH_BYTES] = b"".join(leaves)
 
     def close(self) -> None:

@@ -215,6 +215,8 @@ class Fetches:
         self._active: dict[PeerId, int] = {}
         self._queues: dict[PeerId, deque[Fetch]] = {}
         self._repeat_soon: set[PeerId] = set()
+        self.on_leaves: Callable[[int, int, tuple[bytes, ...]], None] = lambda t, f, leaves: None
+        """Hears (ticket, first chunk, leaf hashes) as soon as they are proven."""
         self.proven: tuple[bytes, ...] = ()
         """Leaf hashes of the fetch that ``handler.fetched`` is being told of."""
 
@@ -365,7 +367,10 @@ class Fetches:
     def _proven(self, fetch: Fetch, accepted: FetchAccepted, proven: bool) -> None:
         if not proven:
             self._corrupt(fetch, "the leaves do not prove")
-        elif fetch.active and fetch.add_leaves(accepted.leaves):
+            return
+        if fetch.active:
+            self.on_leaves(fetch.ticket, fetch.first, accepted.leaves)
+        if fetch.active and fetch.add_leaves(accepted.leaves):
             self._finish(fetch)
 
     def _inline(self, fetch: Fetch, index: int, payload: bytes) -> None:

@@ -227,6 +227,10 @@ class Transport:
         fetch = self._fetches.fetch
         fetch(ticket, peer, root, first, total_chunks, (), timeout_s, hashes=count)
 
+    def on_leaves(self, hear: Callable[[int, int, tuple[bytes, ...]], None]) -> None:
+        """Have ``hear(ticket, first, leaves)`` called when hashes are proven, before the chunks."""
+        self._fetches.on_leaves = hear
+
     @property
     def proven_leaves(self) -> tuple[bytes, ...]:
         """Within ``handler.fetched``: leaf hashes of what was fetched, so nobody hashes twice."""

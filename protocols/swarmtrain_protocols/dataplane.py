@@ -191,6 +191,13 @@ class DataPlane:
         foreign = found is None or purpose.foreign or found.root != purpose.root
         return None if foreign else found
 
+    def expect(self, purpose: object, first: int, leaves: Sequence[bytes]) -> None:
+        """Leaf hashes of a fetch are proven; those of snapshots are remembered."""
+        if isinstance(purpose, fx.SnapshotLeaves):
+            purpose = purpose.snapshot
+        if isinstance(purpose, fx.Snapshot) and (incoming := self.incoming(purpose)):
+            incoming.expect(first, leaves)
+
     def _received(self, purpose: fx.WholeResult | fx.Snapshot) -> list[memoryview]:
         found = self._incoming.get((purpose.channel, type(purpose)))
         if found is None or found.root != purpose.root:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from swarmtrain_protocols.merkle import leaf_hash
 from swarmtrain_protocols.state import CanonicalState, chunk_buffers
 
 
@@ -43,6 +44,24 @@ class Incoming:
         """Leaf hashes that lead to the root; their chunks may be anywhere."""
         for index, leaf in enumerate(leaves, first):
             self._expected[index] = leaf
+
+    def missing(self, first: int, count: int) -> tuple[int, int]:
+        """(first, count) of what is not here of a range whose leaf hashes are known; hashes it.
+
+        A fetch that has failed may have brought most of it.
+        """
+        lacking = []
+        for index in range(first, first + count):
+            leaf = self._expected.get(index)
+            if index not in self._proven and leaf == leaf_hash(self.chunks[index]):
+                self.proven(index, [leaf])
+            if index not in self._proven:
+                lacking.append(index)
+        return (lacking[0], lacking[-1] + 1 - lacking[0]) if lacking else (first, 0)
+
+    def was_asked_for(self, first: int) -> bool:
+        """The leaf hash of that chunk is known: somebody has begun to send it, or its hash."""
+        return first in self._expected
 
     def prepare(self, state: CanonicalState | None) -> tuple[tuple[int, ...], bool]:
         """(chunks that are here already, whether the leaf hashes of all are wanted).

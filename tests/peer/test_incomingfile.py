@@ -53,6 +53,18 @@ def test_bytes_that_were_lost_or_flipped_are_not_believed(tmp_path: Path) -> Non
     assert open_for(tmp_path, wanted).there() == [0, 10]
 
 
+def test_chunks_that_were_on_their_way_count_once_they_are_whole(tmp_path: Path) -> None:
+    """Their leaf hashes are known before they come; the process is killed in between."""
+    wanted = state()
+    file = open_for(tmp_path, wanted)
+    file.expect(2, wanted.leaves[2:8])
+    for index in (2, 3, 6):
+        file.chunks[index][:] = wanted.chunk(index)
+    file.chunks[4][:50] = wanted.chunk(4)[:50]
+    again = open_for(tmp_path, wanted)
+    assert again.there() == [2, 3, 6]
+
+
 def test_another_snapshot_takes_its_place(tmp_path: Path) -> None:
     put(open_for(tmp_path, state(7)), state(7), 0, 1, 2)
     assert open_for(tmp_path, state(8)).there() == []

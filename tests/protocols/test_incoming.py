@@ -41,12 +41,29 @@ def test_only_chunks_that_differ_are_left() -> None:
     assert incoming.prepare(old) == ((1, 3), False)
     for index in (1, 3):
         assert bytes(incoming.chunks[index]) == wanted.chunk(index)
-    assert not any(incoming.chunks[2]), "what differs is not copied"
+    assert bytes(incoming.chunks[2]) != old.chunk(2), "what differs is not copied"
 
 
 def test_a_state_of_another_length_is_no_help() -> None:
     longer = CanonicalState.first("train/0/0", np.zeros(99, np.float32), chunk_values=CHUNK)
     assert begin(state(7)).prepare(longer) == ((), False)
+
+
+def test_what_a_failed_fetch_has_brought_is_not_asked_for_again() -> None:
+    wanted = state(7)
+    incoming = begin(wanted)
+    for chunk in incoming.chunks:
+        chunk[:] = bytes(len(chunk))  # fresh memory may hold anything, the right bytes too
+    assert not incoming.was_asked_for(1)
+    incoming.expect(0, wanted.leaves)
+    assert incoming.was_asked_for(1) and incoming.missing(0, 4) == (0, 4)
+    incoming.chunks[0][:] = wanted.chunk(0)
+    incoming.chunks[3][:] = wanted.chunk(3)
+    incoming.chunks[2][:9] = wanted.chunk(2)[:9]
+    assert incoming.missing(0, 4) == (1, 2)
+    incoming.chunks[1][:] = wanted.chunk(1)
+    incoming.chunks[2][:] = wanted.chunk(2)
+    assert incoming.missing(0, 4) == (0, 0) and incoming.there() == [0, 1, 2, 3]
 
 
 def test_with_everything_here_no_hashes_are_wanted() -> None:

@@ -332,8 +332,7 @@ class Site:
 
     def accept(self, purpose: object, first: int, chunks: list[bytes]) -> None:
         if isinstance(purpose, fx.SnapshotLeaves):
-            if (incoming := self.plane.incoming(purpose.snapshot)) is not None:
-                incoming.expect(first, chunks)
+            self.plane.expect(purpose, first, chunks)
             return
         try:
             places = self.plane.destinations(purpose, first, len(chunks))

@@ -10,8 +10,9 @@ from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.librarian import Librarian
-from swarmtrain_peer.orders import give_order
+from swarmtrain_peer.orders import access_document, give_order
 from swarmtrain_peer.progress import is_behind
+from swarmtrain_peer.rollback import held
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
@@ -68,6 +69,9 @@ class Backend:
             "events": self._events,
             "leave": self._leave,
             "ticket": self._ticket,
+            "tickets": self._tickets,
+            "access": self._access,
+            "states": self._states,
             "order": lambda args, _: give_order(runtime, args),
             "checkpoints": self._checkpoints,
             "metrics": self._metrics,
@@ -155,6 +159,12 @@ class Backend:
             "ended": ledger.ended or None,
             "paused": ledger.paused or None,
             "disk_full": list(runtime.alarm.failing),
+            "founder": ledger.founder.hex(),
+            "is_founder": runtime.founder_key() is not None,
+            "changes": [
+                {"at_round": first, "key": key, "value": value}
+                for first, key, value in sorted(ledger.changes)
+            ],
             "overlap": outer.overlap,
             "overlap_key": runtime.manifest.keys.overlap,
             "outer_lr": outer.lr,
@@ -207,6 +217,8 @@ class Backend:
             "may_vote": node.ledger.may_vote(member.id),
             "holds_state": member.holds_state,
             "reachable": member.reachable,
+            "role": member.role,
+            "ticket": member.ticket.hex() or None,
             "connected": member.id == node.me or PeerId(member.id) in node.linked(),
             "is_self": member.id == node.me,
             "is_leader": member.id == node.log.leader,
@@ -301,9 +313,10 @@ class Backend:
         """A ticket that points here; a new capability where the founder's key is at hand."""
         settings = self._runtime.settings
         vote, role = bool(args.get("vote")), str(args.get("role") or "trainer")
+        founder = self._runtime.founder_key()
         given_s = args.get("expires_s")
         expires_s = TICKET_S if given_s is None else int(given_s)
-        if settings.founder is not None:
+        if founder is not None:
             if role not in ("trainer", "observer", "seed"):
                 raise ConfigError(f"role {role!r}", "no such role", "trainer, observer or seed")
             capability = Capability(
@@ -314,7 +327,8 @@ class Backend:
                 int(host.wall_s()) + expires_s if expires_s else 0,
                 int(args.get("uses") or 0),
             )
-            secret = sign_capability(settings.founder, capability)
+            secret = sign_capability(founder, capability)
+            self._runtime.tickets.made(capability, host.wall_s(), str(args.get("note") or ""))
         elif settings.ticket is not None and not (vote or given_s or args.get("uses")):
             secret = settings.ticket.capability
         else:
@@ -326,6 +340,22 @@ class Backend:
         if not self._runtime.addresses:
             raise SwarmError("this site cannot be dialled", "it has no address to put in a ticket")
         return {"ticket": str(Ticket(self._runtime.addresses, settings.run, secret))}
+
+    async def _tickets(self, args: Document, connection: ControlConnection) -> Document:
+        return {"tickets": self._runtime.tickets.rows(self._runtime.node.ledger)}
+
+    async def _access(self, args: Document, connection: ControlConnection) -> Document:
+        return access_document(self._runtime.node.ledger)
+
+    async def _states(self, args: Document, connection: ControlConnection) -> Document:
+        found = await held(self._runtime)
+        names = [c.name for c in self._runtime.node.ledger.train_channels()]
+        return {
+            "rounds": [
+                {"round": number, "states": dict(zip(names, (r.hex() for r in roots), strict=True))}
+                for number, roots in found.items()
+            ]
+        }
 
     async def _checkpoints(self, args: Document, connection: ControlConnection) -> Document:
         keeper = self._runtime.keeper

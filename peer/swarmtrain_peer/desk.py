@@ -331,6 +331,12 @@ class TrainerDesk:
             encode_s=round(flight.encode_s, 6),
         )
         samples, base_round = float(args["samples"]), int(args["base_round"])
+        state = runtime.data.states.get(channel)
+        if state is not None and base_round > state.round:  # the run was rewound meanwhile
+            runtime.data.drop(blob.root)
+            key = RoundKey(runtime.node.ledger.generation, channel, state.round, 0)
+            self._decided(fx.ContributionDecided(channel, blob.root, "aborted", 0.0, key))
+            return
         steps = runtime.manifest.keys.inner_steps / len(self._layout)
         times = steps * float(args.get("step_s", 0.0)), flight.encode_s
         offer = Offer(channel, blob.root, nvalues, codec, samples, base_round, 0, *times)
@@ -440,12 +446,8 @@ class TrainerDesk:
 
     def _is_evaluator(self) -> bool:
         node = self._runtime.node
-        linked = node.linked()
-        trainers = [
-            m.id
-            for m in node.ledger.ordered_members()
-            if m.trains and (m.id == node.me or m.id in linked)
-        ]
+        linked = [*node.linked(), node.me]
+        trainers = [m.id for m in node.ledger.ordered_members() if m.trains and m.id in linked]
         return self.attached and bool(trainers) and trainers[0] == node.me
 
     def _maybe_evaluate(self, event: fx.StateAdvanced) -> None:

@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from swarmtrain_peer.admission import MEANINGS
 from swarmtrain_peer.link import DialFailed
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import split_address
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import Message
 
-_HOPELESS = ("wrong_run", "version", "expired", "not_authorised", "banned", "duplicate")
+_HOPELESS = ("wrong_run", "version", *MEANINGS)
 """Refusals that soon asking again will not change: the longest pause at once."""
 
 

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from swarmtrain_peer import host
@@ -317,7 +318,32 @@ class Keeper:
 
     def rewound(self, body: Rewound) -> None:
         """Forget the old generation's later results, once, however often the log is replayed."""
+        for channel, number in zip(body.channels, body.rounds, strict=True):
+            self.offers.retire_beyond(channel, number)
         self._disk.submit(self._rewind, body)
+
+    async def state_at(self, channel: str, number: int, root: bytes) -> CanonicalState | None:
+        """The state of this hash before round ``number``, if a good checkpoint here has it.
+
+        Whatever lies beyond it is of an older generation and goes.
+        """
+        work = partial(self._read_state, channel, number, root)
+        state = await self._loop.run_in_executor(self._disk, work)
+        if state is not None:
+            self._based[channel] = number  # it is on disk, so what follows leads somewhere
+        return state
+
+    def _read_state(self, channel: str, number: int, root: bytes) -> CanonicalState | None:
+        for checkpoint in self.store.checkpoints()[0]:
+            entry = checkpoint.entry(channel)
+            if entry is None or (entry.round, entry.root) != (number, root):
+                continue
+            try:
+                self.store.rewind({channel: number})
+                return self.store.state(checkpoint, entry)
+            except SwarmError as error:
+                self._events.emit("checkpoint_refused", reason=str(error), path=str(self._folder))
+        return None
 
     def _rewind(self, body: Rewound) -> None:
         try:
@@ -326,7 +352,8 @@ class Keeper:
             known = 0
         if body.generation <= known:
             return
-        self._events.emit("data_loss", reason=body.reason, generation=body.generation)
+        if not body.ordered:
+            self._events.emit("data_loss", reason=body.reason, generation=body.generation)
         try:
             self.store.rewind(dict(zip(body.channels, body.rounds, strict=True)))
             write_atomic(FileSystem(), self._generation_path, [str(body.generation).encode()])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+from swarmtrain_peer.admission import MEANINGS
 from swarmtrain_peer.bulk import BulkPool
 from swarmtrain_peer.sockets import address_of
 from swarmtrain_protocols import limits
@@ -24,10 +25,7 @@ from swarmtrain_protocols.session_events import Closed, SessionEvent
 _ERRORS: dict[str, tuple[type[SwarmError], str]] = {
     "wrong_run": (RunMismatch, "use a ticket of the run that this address serves"),
     "version": (VersionMismatch, "install the same release on both sides"),
-    "expired": (NotAuthorised, "ask for a new ticket"),
-    "not_authorised": (NotAuthorised, "ask the founder for a ticket"),
-    "banned": (NotAuthorised, "ask the founder"),
-    "duplicate": (NotAuthorised, "stop the other process that runs with this identity"),
+    **{code: (NotAuthorised, todo) for code, (_, todo) in MEANINGS.items()},
 }
 
 

@@ -73,7 +73,15 @@ class Narrator:
         elif isinstance(body, e.MemberLeft):
             emit("member_left", peer=body.member.hex(), reason=body.reason)
         elif isinstance(body, e.MemberBanned):
-            emit("member_banned", peer=body.member.hex(), reason=body.reason)
+            name = "ban_lifted" if body.lifted else "member_banned"
+            emit(name, peer=body.member.hex(), reason=body.reason)
+        elif isinstance(body, e.TicketRevoked):
+            emit("ticket_revoked", ticket=body.ticket.hex(), reason=body.reason)
+        elif isinstance(body, e.AllowChanged):
+            listed = {"peer": body.member.hex() or None, "allowed": body.allowed}
+            emit("allow_changed", **listed)
+        elif isinstance(body, e.FounderChanged):
+            emit("founder_changed", peer=body.founder.hex(), reason=body.reason)
         elif isinstance(body, e.StewardsChanged):
             if not body.joint:
                 emit("stewards_changed", voters=[v.hex() for v in body.voters])
@@ -85,7 +93,8 @@ class Narrator:
         elif isinstance(body, e.Resumed):
             emit("resumed", reason=body.reason)
         elif isinstance(body, e.Rewound):
-            emit("rewound", reason=body.reason, generation=body.generation)
+            first = min(body.rounds, default=0)
+            emit("rewound", reason=body.reason, generation=body.generation, round=first)
         elif isinstance(body, e.RunEnded):
             emit("run_ended", reason=body.reason)
         elif isinstance(body, e.ConfigChanged):

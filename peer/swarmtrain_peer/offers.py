@@ -73,6 +73,12 @@ class Offers:
         have = self._snapshots.get(offer.channel, [])
         have[:] = [item for item in have if item[1] != root]
 
+    def retire_beyond(self, channel: str, number: int) -> None:
+        """Offer no state of this channel that is later than the one before round ``number``."""
+        for root, offer in list(self._known.items()):
+            if offer.channel == channel and offer.round > number:
+                self.retire(root)
+
     def withdraw(self, channel: str) -> None:
         """Nothing of this channel is offered or served any more."""
         self._snapshots.pop(channel, None)

@@ -13,6 +13,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from swarmtrain_peer import rollback
+from swarmtrain_peer.admission import refused_error
 from swarmtrain_peer.backend import Backend, Desk
 from swarmtrain_peer.control import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
@@ -27,7 +29,7 @@ from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_peer.token_desk import TokenDesk
 from swarmtrain_peer.writer import Writer
-from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
+from swarmtrain_protocols.errors import ConfigError, SwarmError
 
 LINGER_S = 1.0
 DISMISS_S = 10.0
@@ -62,6 +64,7 @@ def settings_of(site: Site) -> PeerSettings:
         ticket=ticket,
         records=site.log_path,
         state=site.state_path,
+        tickets=site.tickets_path,
         save_manifest=site.save_manifest,
         port=site.port_path,
         contacts=site.contacts_path,
@@ -103,6 +106,7 @@ class PeerProcess:
             stages: list[StageLife] = []
             runtime.on_node = lambda: _open_stages(runtime, site, stages)
             await runtime.start()
+            rollback.watch(runtime)
             desk = stages[0] if stages else TrainerDesk(runtime, site.folder)
             librarian = Librarian(runtime, site.corpus_path)
             backend = Backend(runtime, desk, librarian, self.stop)
@@ -150,7 +154,7 @@ class PeerProcess:
             await asyncio.sleep(0.2)
             refused = runtime.node.joiner.refused
             if refused and not runtime.failure.done():
-                runtime.failure.set_result(_refusal(refused))
+                runtime.failure.set_result(refused_error(refused))
             if desk.over:
                 await desk.figures.see_everybody_off(FAREWELL_S)
                 await asyncio.sleep(LINGER_S)
@@ -184,10 +188,6 @@ def _open_writer(runtime: PeerRuntime, desk: Desk, backend: Backend) -> Writer:
         writer = Writer(runtime, tokens.tensors, lambda: tokens.model)
     backend.offer({"generate": writer.generate})
     return writer
-
-
-def _refusal(code: str) -> SwarmError:
-    return NotAuthorised("the run refuses this site", code, "ask for a new ticket")
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer import host
+from swarmtrain_peer.admission import FINAL, admit, refused_error
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.contactsfile import ContactsFile
 from swarmtrain_peer.driver import Driver
@@ -30,17 +31,15 @@ from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.siterate import SiteRate
+from swarmtrain_peer.ticketbook import TicketBook
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
+from swarmtrain_protocols.access import founder_of
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
-from swarmtrain_protocols.errors import (
-    ConfigError,
-    NoPeerReachable,
-    NotAuthorised,
-    SwarmError,
-)
+from swarmtrain_protocols.errors import ConfigError, NoPeerReachable, SwarmError
+from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import Manifest, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
@@ -51,7 +50,7 @@ from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.schedule import OuterStep, outer_at
 from swarmtrain_protocols.state import CanonicalState
-from swarmtrain_protocols.tickets import Capability, Ticket, parse_capability, sign_capability
+from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
 
 JOIN_TIMEOUT_S = 60.0
 RECHECK_S = 0.5
@@ -79,6 +78,8 @@ class PeerRuntime:
         self.failure: asyncio.Future[BaseException]
         self.archives: dict[bytes, None] = {}
         """Roots of large blobs of no round, such as the corpus: rounds go before them."""
+        self.offer_listeners: list[Callable[[PeerId, mm.SnapshotOffer], None]] = []
+        self.tickets = TicketBook(settings.tickets)
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
         self._changed = asyncio.Event()
@@ -225,11 +226,24 @@ class PeerRuntime:
         s = self.settings
         if s.ticket is not None:
             return s.ticket.capability
-        if s.founder is not None:
+        founder = self.founder_key() or s.founder
+        if founder is not None:
             return sign_capability(
-                s.founder, Capability(host.entropy(8), s.run, "trainer", True, 0, 0)
+                founder, Capability(host.entropy(8), s.run, "trainer", True, 0, 0)
             )
         return b""
+
+    def founder_key(self) -> Ed25519Keyring | None:
+        """The key that signs orders and tickets now, if this site has it.
+
+        It is the one the run was founded with, or this site's own after a hand-over.
+        """
+        s = self.settings
+        wanted = self.manifest.founder
+        if self._started:
+            wanted = founder_of(self.node.ledger, wanted)
+        mine = [key for key in (s.founder, s.keyring) if key is not None]
+        return next((key for key in mine if key.peer_id == wanted), None)
 
     def _dial_ticket(self, ticket: Ticket) -> None:
         """A restarted member dials the ticket's addresses besides those the log knows."""
@@ -262,21 +276,8 @@ class PeerRuntime:
         if self.driver.stuck:
             return Refused("disk_full", "no space for the log")
         ledger = self.node.ledger
-        if peer in ledger.banned:
-            return Refused("banned", ledger.banned[peer][:256])
-        if peer in ledger.members or peer == ledger.genesis_steward:
-            return None
-        try:
-            parse_capability(
-                hello.capability,
-                founder=self.manifest.founder,
-                run=self.settings.run,
-                wall_s=host.wall_s(),
-            )
-        except NotAuthorised as error:
-            code = "expired" if "expired" in error.why else "not_authorised"
-            return Refused(code, error.why[:256])
-        return None
+        run, founder = self.settings.run, self.manifest.founder
+        return admit(ledger, peer, hello.capability, run, founder, host.wall_s())
 
     def provide(self, root: bytes) -> Blob | None:
         """Any blob this peer can serve: in memory, or a mapped result file."""
@@ -319,6 +320,9 @@ class PeerRuntime:
                 for listener in self.metrics_listeners:
                     listener(peer, message.body)
             return
+        if isinstance(message, mm.SnapshotOffer):
+            for heard in self.offer_listeners:
+                heard(peer, message)
         self._pass("message", peer, message)
 
     def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
@@ -329,8 +333,8 @@ class PeerRuntime:
         self.turned_away(address, peer, code, reason)
         # What one peer says ends nobody whom the log lists as a member.
         member = self._started and self.node.joiner.is_member
-        if code in ("banned", "duplicate", "expired") and not member:
-            self.fail(NotAuthorised(f"refused by {address}", f"{code}: {reason}", ""))
+        if code in FINAL and not member:
+            self.fail(refused_error(code, address))
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
         self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
@@ -376,6 +380,11 @@ class PeerRuntime:
             hook(state)
         self.driver.run(self.node.restore, state.channel, state.round, state.root())
 
+    def adopt_state(self, state: CanonicalState) -> None:
+        """Go on from a state that lay on this site's disk and that the log pins."""
+        self.data.states[state.channel] = state
+        self._restored(state)
+
     def send_metrics(self, body: bytes, only: PeerId | None = None) -> None:
         """Tell every linked member, or ``only`` one, this site's figures; at most 4 kB."""
         message = mm.Metrics(self.node.me, body)
@@ -395,7 +404,7 @@ class PeerRuntime:
             lambda: joiner.is_member or bool(joiner.refused) or self.failure.done(), timeout_s
         )
         if joiner.refused:
-            raise NotAuthorised("the run refuses this site", joiner.refused, "get a new ticket")
+            raise refused_error(joiner.refused)
         if self.failure.done():
             raise self.failure.result()
         if not joiner.is_member:

@@ -30,6 +30,8 @@ class PeerSettings:
     records: Path | None = None
     state: Path | None = None
     events: Path | None = None
+    tickets: Path | None = None
+    """Which tickets were made here; no secrets."""
     save_manifest: Callable[[bytes], object] | None = None
     port: Path | None = None
     """Remembers which port was free: others find a restarted site where the log says it is."""

@@ -7,6 +7,7 @@
 ``ticket``            how to find and enter the run, 0600; absent on the founder's site
 ``founder.key``       only where the run was founded, 0600
 ``peer.json``         ``config.PeerConfig``
+``tickets.json``      which tickets were made here, without their secrets
 ``port``              the port it listened on, to be found there again after a restart
 ``corpus``            the run's corpus, as one file that the trainer reads and others fetch
 ``log`` ``state``     durable records of the log; checkpoints and result bytes
@@ -123,6 +124,10 @@ class Site:
     @property
     def founder_path(self) -> Path:
         return self.folder / "founder.key"
+
+    @property
+    def tickets_path(self) -> Path:
+        return self.folder / "tickets.json"
 
     @property
     def config_path(self) -> Path:

@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import typer
 
-from swarmtrain.cli import dashboard, demo, export, generate, join, manage, query, recover, run
+from swarmtrain.cli import (
+    dashboard,
+    demo,
+    export,
+    generate,
+    join,
+    manage,
+    query,
+    recover,
+    run,
+    ticket,
+)
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
 
@@ -40,7 +51,8 @@ for command in COMMANDS:
     app.command()(command)
 run.run_app.command("recover")(recover.recover)
 app.add_typer(run.run_app, name="run")
-app.add_typer(manage.ticket_app, name="ticket")
+app.add_typer(run.allow_app, name="allow")
+app.add_typer(ticket.ticket_app, name="ticket")
 app.add_typer(manage.ckpt_app, name="ckpt")
 app.add_typer(manage.config_app, name="config")
 

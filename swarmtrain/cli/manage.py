@@ -1,4 +1,4 @@
-"""Tickets, checkpoints, settings, new projects, versions."""
+"""Checkpoints, settings, new projects, versions."""
 
 from __future__ import annotations
 
@@ -10,61 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from swarmtrain.cli.options import CALL_TIMEOUT_S, Home, Json, SiteOption, connect, site_of
+from swarmtrain.cli.options import Home, Json, SiteOption, site_of
 from swarmtrain.cli.output import Output, human_bytes, table
 from swarmtrain_peer.config import Settings, load_settings
-from swarmtrain_protocols.errors import CheckpointError, ConfigError, UsageError
+from swarmtrain_protocols.errors import CheckpointError, ConfigError
 from swarmtrain_protocols.manifest import PROTOCOL_VERSION
-from swarmtrain_protocols.tickets import ROLES
 
-ticket_app = typer.Typer(help="Tickets let machines in.", no_args_is_help=True)
 ckpt_app = typer.Typer(help="Checkpoints on this site's disk.", no_args_is_help=True)
 config_app = typer.Typer(help="Settings and where they come from.", no_args_is_help=True)
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-def parse_duration(text: str) -> int:
-    """Seconds of ``90s``, ``15m``, ``12h``, ``7d``, ``2w`` or ``never`` (0).
-
-    Raises:
-        UsageError: anything else.
-    """
-    if text == "never":
-        return 0
-    number, unit = text[:-1], text[-1:]
-    if not number.isdigit() or unit not in _UNITS_S or int(number) == 0:
-        raise UsageError(f"--expires {text!r:.40}", "not a duration", "write 12h, 7d or never")
-    return int(number) * _UNITS_S[unit]
-
-
-@ticket_app.command("create")
-def ticket_create(
-    role: Annotated[str, typer.Option("--role", help=f"One of {', '.join(ROLES)}.")] = "trainer",
-    vote: Annotated[bool, typer.Option("--vote", help="The bearer may vote in the log.")] = False,
-    expires: Annotated[
-        str | None,
-        typer.Option(
-            "--expires", help="12h, 7d or never.  [default: 7d; elsewhere as its own ticket]"
-        ),
-    ] = None,
-    uses: Annotated[int, typer.Option("--uses", min=0, help="0: any number.")] = 0,
-    site: SiteOption = None,
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """Make a ticket that leads to this site. Its text is a secret.
-
-    Rights are granted where the run was founded; elsewhere it has those of the site's own ticket.
-    """
-    if role not in ROLES:
-        raise UsageError(f"--role {role!r:.40}", "no such role", f"one of {', '.join(ROLES)}")
-    expires_s = None if expires is None else parse_duration(expires)
-    arguments = {"role": role, "vote": vote, "expires_s": expires_s, "uses": uses}
-    with connect(home, site) as client:
-        answer = client.call("ticket", arguments, timeout_s=CALL_TIMEOUT_S)
-    Output(as_json=as_json).result({"ok": True, **answer}, [str(answer["ticket"])])
-
 
 def read_checkpoints(folder: Path) -> tuple[list[dict[str, Any]], list[CheckpointError]]:
     """What lies on disk, newest first, by its manifests; nothing is changed."""

@@ -189,9 +189,9 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns; cells are escaped, so that no peer's name can move the cursor."""
-    cells = [list(header), *([escape_text(str(cell), 60) for cell in row] for row in rows)]
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int = 60) -> list[str]:
+    """Aligned columns of at most ``width``; escaped, so that no name can move the cursor."""
+    cells = [list(header), *([escape_text(str(cell), width) for cell in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""Results that are announced to a member before it knows of their attempt."""
+"""What comes at the wrong time: results before their attempt, contributions after a rewind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
 from swarmtrain_protocols.rounds.member import EARLY_RESULTS_MAX
 from tests.protocols.rounds_kit import (
+    GROUP,
     IDS,
     RINGS,
     RUN,
+    TRAIN,
     A,
     B,
     C,
@@ -22,7 +24,7 @@ from tests.protocols.rounds_kit import (
     of_kind,
     opening,
 )
-from tests.protocols.test_rounds_member import Seat
+from tests.protocols.test_rounds_member import Seat, decided
 
 
 def test_a_result_that_is_announced_before_the_attempt_begins_here_is_kept() -> None:
@@ -53,3 +55,20 @@ def test_early_results_are_bounded_and_of_what_is_ahead() -> None:
         ahead = m.PartResult(key(2 + number), 0, hash_of("x"), A, bytes(64))
         seat.member.receive(0.0, PeerId(A), ahead)
     assert len(seat.member._early) == EARLY_RESULTS_MAX
+
+
+def test_what_was_begun_from_a_state_that_was_rewound_is_returned() -> None:
+    """A trainer hands over after the rewind what it had begun before; no leader would take it."""
+    seat = Seat()
+    seat.log.add(e.Rewound(1, "by order", (TRAIN,), (0,), (hash_of("state 0"),), True))
+    seat.member.rewound(1.0)
+    seat.offer(base_round=2)
+    seat.take()
+    seat.member.state_is(TRAIN, 2)
+    seat.member.state_is(GROUP, 0)
+    assert decided(seat.take()) == [] and seat.member.undecided(TRAIN) is not None
+    seat.member.state_is(TRAIN, 0)
+    assert decided(seat.take()) == [("aborted", 0.0)]
+    seat.offer(base_round=0)
+    seat.member.state_is(TRAIN, 0)
+    assert decided(seat.take()) == [] and seat.member.undecided(TRAIN) is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from swarmtrain_protocols.channels import Outcome
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
 from swarmtrain_protocols.identity import Keyring
@@ -357,3 +358,13 @@ class Attempt:
             if want.ticket is not None:
                 self.fetches.cancel(want.ticket)
         self.wanted.clear()
+
+
+@dataclass(slots=True)
+class Closing:
+    """A committed attempt whose bytes are not all here yet."""
+
+    attempt: Attempt
+    outcome: Outcome
+    deadline: float
+    next_query: float

@@ -93,6 +93,7 @@ class CatchUp:
         track = Track(channel, round_number, state_hash)
         track.generation = self.ledger.generation
         self.tracks[channel] = track
+        self._member.state_is(channel, round_number)
 
     def partly_here(self, channel: str, round_number: int, root: bytes) -> None:
         """The shell has chunks of this snapshot from an earlier life."""
@@ -416,6 +417,7 @@ class CatchUp:
         track.round, track.state_hash = round_number, state_hash
         self._member.pace.applied(now, channel, round_number - 1)
         self._member.in_place.pop((channel, round_number - 1), None)
+        self._member.state_is(channel, round_number)
         known = self.ledger.channels.get(channel)
         caught_up = known is not None and known.round == round_number
         self._out.append(Emit(fx.StateAdvanced(channel, round_number, state_hash, caught_up)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
@@ -17,7 +16,7 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.pipeline.book import stage_channel
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.rounds.attempt import Attempt
+from swarmtrain_protocols.rounds.attempt import Attempt, Closing
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.offer import Offer
 from swarmtrain_protocols.rounds.pace import Pace
@@ -30,16 +29,6 @@ RECENT_ATTEMPTS_MAX = 16
 EARLY_RESULTS_MAX = 2 * limits.PARTS_MAX
 ANNOUNCE_AGAIN_S = 10.0
 """What waits this long is announced again: a round trip of a link that is five seconds away."""
-
-
-@dataclass(slots=True)
-class _Closing:
-    """A committed attempt whose bytes are not all here yet."""
-
-    attempt: Attempt
-    outcome: Outcome
-    deadline: float
-    next_query: float
 
 
 class RoundMember:
@@ -65,7 +54,7 @@ class RoundMember:
         self._max_base_age = max_base_age_rounds
         self._offers: dict[str, Offer] = {}
         self._attempts: dict[str, Attempt] = {}
-        self._closing: list[_Closing] = []
+        self._closing: list[Closing] = []
         self._recent: dict[RoundKey, list[m.PartResult]] = {}
         self._early: deque[tuple[PeerId, m.PartResult]] = deque(maxlen=EARLY_RESULTS_MAX)
         self.pace = Pace()
@@ -177,6 +166,13 @@ class RoundMember:
         for slot in [s for s in self.in_place if s[0] in self.ledger.channels]:
             if slot[1] >= self.ledger.channels[slot[0]].round:
                 del self.in_place[slot]
+
+    def state_is(self, channel: str, number: int) -> None:
+        """The state here is the one before ``number``: what began later is void."""
+        offer = self._offers.get(channel)
+        if offer is not None and offer.bound is None and offer.base_round > number:
+            key = RoundKey(self.ledger.generation, channel, number, 0)
+            self._close_offer(offer, "aborted", 0.0, key)
 
     def connected(self, peer: PeerId) -> None:
         """A new link: what ``peer`` computed may have been said on the old one, and lost."""
@@ -292,7 +288,7 @@ class RoundMember:
         if attempt.stored_root is not None:
             self._settle(attempt, outcome)
         elif self._me in attempt.receivers():
-            closing = _Closing(attempt, outcome, now + CLOSING_TIMEOUT_S, now + QUERY_INTERVAL_S)
+            closing = Closing(attempt, outcome, now + CLOSING_TIMEOUT_S, now + QUERY_INTERVAL_S)
             attempt.ask_at = math.inf  # from now on everybody is asked, and often
             self._closing.append(closing)
         else:
@@ -474,7 +470,7 @@ class RoundMember:
                         self._out.append(Send(peer, m.RoundQuery(closing.attempt.key)))
         self.flush_reports()
 
-    def _give_up(self, closing: _Closing) -> None:
+    def _give_up(self, closing: Closing) -> None:
         """The normal path did not bring all parts; the catch-up fetches by the committed root."""
         self._closing.remove(closing)
         closing.attempt.cancel()

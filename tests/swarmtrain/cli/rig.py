@@ -18,6 +18,38 @@ from tests.swarmtrain.fake_run import FakeClient, FakeRun
 T = TypeVar("T")
 
 
+KEY = "ab" * 32
+ORDERED: dict[str, dict[str, Any]] = {
+    "set": {"key": "inner_lr", "value": "0.001", "at_round": 40},
+    "rollback": {"round": 10, "generation": 1},
+    "revoke": {"ticket": "12345678" * 2},
+    "allow": {"member": KEY},
+    "handover": {"founder": KEY},
+}
+TICKET_ROW: dict[str, Any] = {
+    "id": "12345678" * 2,
+    "role": "trainer",
+    "vote": False,
+    "expires_s": 0,
+    "uses": 2,
+    "made_s": 1_790_000_000,
+    "note": "for bob",
+    "bearers": [KEY],
+    "revoked": None,
+}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "states": {"rounds": [{"round": 10, "states": {"train/0/0": "cd" * 32}}]},
+    "tickets": {"tickets": [TICKET_ROW]},
+    "access": {
+        "founder": KEY,
+        "closed": True,
+        "allowed": [{"key": KEY, "note": "bob"}],
+        "banned": [{"key": KEY, "reason": "noise"}],
+    },
+}
+"""What a peer process says to calls that the made-up run does not know."""
+
+
 class FakeBackend:
     """Answers like a peer process; remembers what it was asked."""
 
@@ -35,7 +67,9 @@ class FakeBackend:
         if name == "leave":
             return {}
         if name == "order":
-            return {"index": 7}
+            return {"index": 7, **ORDERED.get(args["kind"], {})}
+        if name in ANSWERS:
+            return ANSWERS[name]
         if name == "ticket":
             if args["vote"] and args["uses"] == 99:
                 raise NotAuthorised("no vote for you", "the founder said so", "ask nicely")

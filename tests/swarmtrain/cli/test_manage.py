@@ -1,4 +1,4 @@
-"""Tickets, checkpoints, settings, new projects, versions."""
+"""Checkpoints, settings, new projects, versions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from swarmtrain.cli.main import app
-from swarmtrain.cli.manage import parse_duration
 from swarmtrain_peer.config import load_settings
-from swarmtrain_protocols.errors import ConfigError, NotAuthorised, UsageError
-from swarmtrain_protocols.manifest import RunKeys, Ticket
+from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.manifest import RunKeys
 from tests.swarmtrain.cli.rig import Rig
 
 
@@ -26,32 +25,6 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
-
-
-def test_a_ticket_is_one_line_that_parses(rig: Rig) -> None:
-    result = invoke("ticket", "create", "--vote", "--expires", "12h", "--home", str(rig.home))
-    assert result.exit_code == 0
-    ticket = Ticket.parse(result.stdout)
-    assert ticket.run == rig.site.run_id
-    assert ticket.unverified.vote
-    assert rig.backend.asked == [
-        ("ticket", {"role": "trainer", "vote": True, "expires_s": 43200, "uses": 0})
-    ]
-    refused = invoke("ticket", "create", "--vote", "--uses", "99", "--home", str(rig.home))
-    assert isinstance(refused.exception, NotAuthorised)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("15m", 900), ("7d", 604800), ("never", 0)]
-)
-def test_durations(text: str, seconds: int) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "7", "d", "0d", "-3h", "1y", "1.5h"])
-def test_bad_durations(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_duration(text)
 
 
 def test_settings_with_their_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

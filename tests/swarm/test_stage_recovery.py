@@ -8,6 +8,7 @@ import pytest
 
 from swarmtrain_peer.events import Record
 from swarmtrain_protocols.pipeline.book import stage_channel
+from tests.swarm.harness import poll_until
 from tests.swarm.stage_crew import LONG_S, Crew
 
 STAGES, BATCHES, STEPS = 4, 4, 80
@@ -119,3 +120,33 @@ def test_who_comes_back_after_others_went_on_trains_with_them(tmp_path: Path) ->
         crew.witness.wait_event("run_ended", timeout_s=LONG_S)
         crew.check_steps(STEPS, BATCHES)
         crew.check_replicas({stage: back["step"]})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stage_that_steps_by_itself_is_rebuilt(tmp_path: Path) -> None:
+    """Mode ``diloco``: rounds of the others go on, and those of the new stage after them."""
+    rounds = 12
+    keys = {**KEYS, "pipeline_mode": "diloco", "inner_steps": 4, "max_rounds": rounds}
+    with Crew(tmp_path) as crew:
+        crew.open(6, replicas_min=1, total_steps=4 * rounds, **keys)
+        crew.witness.wait_event("round_committed", lambda r: r["round"] >= 3, timeout_s=LONG_S)
+        stage, victims = crew.only_stage(2, 3)
+        crew.destroy(*victims)
+        lost = crew.witness.wait_event("stage_lost", timeout_s=LONG_S)
+        back = crew.witness.wait_event("stage_recovered", timeout_s=LONG_S)
+        assert lost["stage"] == back["stage"] == stage
+        scores = dict(zip(back["candidates"], back["losses"], strict=True))
+        assert scores[back["choice"]] == min(scores.values()) > 0.0, scores
+        crew.witness.wait_event("run_ended", timeout_s=LONG_S)
+        for channel in (stage_channel(number) for number in range(STAGES + 1)):
+            poll_until(
+                lambda channel=channel: any(rounds in s.hashes(channel) for s in crew.seats),
+                f"the last state of {channel}",
+            )
+            found: dict[int, set[str]] = {}
+            for seat in crew.seats:
+                for round_, hashes in seat.hashes(channel).items():
+                    found.setdefault(round_, set()).update(hashes)
+            last = [hashes for round_, hashes in found.items() if round_ > back["step"]]
+            assert all(len(hashes) == 1 for hashes in last), channel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
@@ -17,7 +18,12 @@ from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
-from swarmtrain_protocols.errors import ConfigError, NotAuthorised, SwarmError
+from swarmtrain_protocols.errors import (
+    CheckpointError,
+    ConfigError,
+    NotAuthorised,
+    SwarmError,
+)
 from swarmtrain_protocols.ledger import ChannelState, Member
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.tickets import Capability, Ticket, sign_capability
@@ -74,6 +80,7 @@ class Backend:
             "states": self._states,
             "order": lambda args, _: give_order(runtime, args),
             "checkpoints": self._checkpoints,
+            "curate": self._curate,
             "metrics": self._metrics,
             "corpus": lambda args, _: librarian.obtain(args),
             "scalars": self._scalars,
@@ -356,6 +363,15 @@ class Backend:
                 for number, roots in found.items()
             ]
         }
+
+    async def _curate(self, args: Document, connection: ControlConnection) -> Document:
+        keeper = self._runtime.keeper
+        if keeper is None:
+            raise CheckpointError("no checkpoints", "this site holds no state")
+        number, keep = int(args.get("number") or 0), int(args.get("keep") or 0)
+        work = partial(keeper.curate, str(args.get("action")), number, keep)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._runtime.disk_pool, work)
 
     async def _checkpoints(self, args: Document, connection: ControlConnection) -> Document:
         keeper = self._runtime.keeper

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
@@ -21,11 +22,12 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.files import FileSystem, write_atomic
 from swarmtrain_peer.incomingfile import IncomingFile, find_begun
 from swarmtrain_peer.offers import Offers
+from swarmtrain_peer.pruning import Curator
 from swarmtrain_peer.store import StateStore
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
-from swarmtrain_protocols.errors import DiskFull, SwarmError
+from swarmtrain_protocols.errors import ConfigError, DiskFull, SwarmError
 from swarmtrain_protocols.incoming import Incoming
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.merkle import Blob
@@ -139,6 +141,21 @@ class Keeper:
             if state is not None and state.round >= item.head.round:
                 item.path.unlink(missing_ok=True)  # it was got in another way
         return [(i.head.channel, i.head.round, i.head.root) for i in found if i.path.exists()]
+
+    def curate(self, action: str, number: int, keep: int) -> dict[str, Any]:
+        """What people ask of the checkpoints here; disk thread. See ``pruning.Curator``.
+
+        Raises:
+            CheckpointError: it must stay, or there is no such one. ConfigError: no such action.
+        """
+        curator = Curator(self.store, self.offers.fetched_now)
+        if action == "prune" and keep >= 1:
+            return curator.prune(keep)
+        if action == "remove":
+            return curator.remove(number)
+        if action in ("pin", "unpin"):
+            return curator.pin(number, action == "pin")
+        raise ConfigError(f"{action!r:.20} of checkpoints", "no such action", "prune, pin or unpin")
 
     def look(self, ledger: Ledger) -> None:
         """The ledger moved: which stages may be lost with the next member?"""

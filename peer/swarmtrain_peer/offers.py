@@ -7,6 +7,7 @@ removal of its file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ class _Offer:
     channel: str
     round: int
     used_s: float
+    asked_s: float = -math.inf
+    """When somebody asked for some of it; ``used_s`` counts its being offered too."""
     retired: bool = False
 
 
@@ -93,7 +96,16 @@ class Offers:
         """Somebody asks for chunks of ``root``; any thread."""
         offer = self._known.get(root)
         if offer is not None:
-            offer.used_s = self._mono_s()
+            offer.used_s = offer.asked_s = self._mono_s()
+
+    def fetched_now(self) -> dict[str, list[int]]:
+        """By channel the rounds of what somebody has lately asked for; any thread."""
+        rounds: dict[str, list[int]] = {}
+        since_s = self._mono_s() - IDLE_S
+        for offer in list(self._known.values()):
+            if offer.asked_s >= since_s:
+                rounds.setdefault(offer.channel, []).append(offer.round)
+        return rounds
 
     def oldest(self) -> dict[str, int]:
         """By channel the oldest round that somebody may be fetching; any thread."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.state import CanonicalState, header_chunk
 
 MANIFEST = "manifest.json"
+PIN = "pinned"
 BLOBS_CACHED_MAX = 8
 """Verified blobs that are kept: joiners ask range by range, and hashing takes a second per 5 GB."""
 
@@ -87,6 +88,11 @@ class Checkpoint:
     def entry(self, channel: str) -> Entry | None:
         """What it has of a channel."""
         return next((entry for entry in self.entries if entry.channel == channel), None)
+
+
+def is_pinned(path: Path) -> bool:
+    """Whether somebody wants the checkpoint in this folder to stay."""
+    return (path / PIN).exists()
 
 
 class _BlobCache:
@@ -204,11 +210,42 @@ class StateStore:
         """Whether the checkpoint of that number is there; its bytes are not looked at."""
         return (self._checkpoints / f"checkpoint-{number:08d}" / MANIFEST).exists()
 
-    def prune(self, keep: int, since: Mapping[str, int] | None = None) -> list[CheckpointError]:
+    def pin(self, checkpoint: Checkpoint, pinned: bool) -> None:
+        """Have it stay, or not.
+
+        Raises:
+            CheckpointError: the disk failed.
+        """
+        path = checkpoint.path / PIN
+        with disk_errors("pin", path):
+            if pinned:
+                write_atomic(self._fs, path, [])
+            elif path.exists():
+                self._fs.remove(path)
+                self._fs.sync_folder(path.parent)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Remove one checkpoint, whatever it is good for.
+
+        Raises:
+            CheckpointError: the disk failed.
+        """
+        self._cache.forget()
+        with disk_errors("clean up", self._checkpoints):
+            remove_tree(self._fs, checkpoint.path)
+            self._fs.sync_folder(self._checkpoints)
+
+    def prune(
+        self,
+        keep: int,
+        since: Mapping[str, int] | None = None,
+        held: Collection[int] = (),
+    ) -> list[CheckpointError]:
         """Keep the newest ``keep`` good states of each channel, and all results since the oldest.
 
         ``since``: by channel a round from which on results are kept in any case, for those who
-        fetch a state that has just been replaced by a newer one.
+        fetch a state that has just been replaced by a newer one. Pinned checkpoints, and those with
+        numbers in ``held``, stay beside the newest.
 
         States that count are verified by hash, so the only good one of a channel is never removed,
         however many broken ones are newer. Returns what was found broken.
@@ -234,7 +271,7 @@ class StateStore:
                     broken.append(error)
                 else:
                     rounds.append(entry.round)
-            if not needed:
+            if not needed and checkpoint.number not in held and not is_pinned(checkpoint.path):
                 unneeded.append(checkpoint)
         self._cache.forget()
         with disk_errors("clean up", self._checkpoints):

@@ -14,6 +14,7 @@ from swarmtrain.cli import (
     generate,
     join,
     manage,
+    prune,
     query,
     recover,
     run,
@@ -50,6 +51,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 for command in COMMANDS:
     app.command()(command)
 run.run_app.command("recover")(recover.recover)
+prune.register(manage.ckpt_app)
 app.add_typer(run.run_app, name="run")
 app.add_typer(run.allow_app, name="allow")
 app.add_typer(ticket.ticket_app, name="ticket")

@@ -19,9 +19,10 @@ from swarmtrain_protocols.manifest import PROTOCOL_VERSION
 ckpt_app = typer.Typer(help="Checkpoints on this site's disk.", no_args_is_help=True)
 config_app = typer.Typer(help="Settings and where they come from.", no_args_is_help=True)
 
+
 def read_checkpoints(folder: Path) -> tuple[list[dict[str, Any]], list[CheckpointError]]:
     """What lies on disk, newest first, by its manifests; nothing is changed."""
-    from swarmtrain_peer.store import StateStore
+    from swarmtrain_peer.store import StateStore, is_pinned
 
     found, broken = StateStore(folder, writable=False).checkpoints()
     rows: list[dict[str, Any]] = [
@@ -31,6 +32,7 @@ def read_checkpoints(folder: Path) -> tuple[list[dict[str, Any]], list[Checkpoin
             "round": entry.round,
             "state_hash": entry.root.hex(),
             "values": entry.values,
+            "pinned": is_pinned(checkpoint.path),
         }
         for checkpoint in found
         for entry in checkpoint.entries
@@ -44,8 +46,15 @@ def ckpt_list(site: SiteOption = None, home: Home = None, as_json: Json = False)
     place = site_of(home, site, stopped=True)
     rows, broken = read_checkpoints(place.state_path)
     lines = table(
-        ("checkpoint", "channel", "round", "values", "state"),
-        [(r["number"], r["channel"], r["round"], r["values"], r["state_hash"][:16]) for r in rows],
+        ("checkpoint", "channel", "round", "values", "state", "pinned"),
+        [
+            (
+                *(row[key] for key in ("number", "channel", "round", "values")),
+                row["state_hash"][:16],
+                "yes" if row["pinned"] else "",
+            )
+            for row in rows
+        ],
     )
     lines += [f"refused: {error}" for error in broken]
     document = {"checkpoints": rows, "refused": [str(error) for error in broken]}

@@ -18,6 +18,7 @@ from swarmtrain_peer.events import EventLog, Record
 from swarmtrain_peer.files import FileSystem
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_protocols.dataplane import DataPlane
+from swarmtrain_protocols.errors import CheckpointError, ConfigError
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.rounds import effects as fx
@@ -417,5 +418,31 @@ def test_results_before_the_oldest_offer_are_let_go(
         assert [site.keeper.provide(root) is not None for root in roots] == [
             number >= oldest for number in range(len(roots))
         ]
+
+    run(tmp_path, story)
+
+
+def test_people_prune_and_pin_what_a_live_site_has(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        site.begin(ONE)
+        for _ in range(EVERY + 1):
+            await site.step(ONE)
+            await site.settle()
+        assert site.keeper.curate("pin", 1, 0) == {"number": 1, "pinned": True}
+        assert site.keeper.curate("prune", 0, 1)["removed"] == []
+        site.keeper.curate("unpin", 1, 0)
+        site.keeper.provide(site.snapshots[ONE][0][1])  # somebody fetches it
+        assert site.keeper.curate("prune", 0, 1)["removed"] == []
+        with pytest.raises(CheckpointError, match="fetches it"):
+            site.keeper.curate("remove", 1, 0)
+        for action, keep in (("prune", 0), ("shred", 1)):
+            with pytest.raises(ConfigError):
+                site.keeper.curate(action, 0, keep)
+        first = site.snapshots[ONE][0][1]
+        monotonic = host.mono_s()
+        site.keeper.offers._mono_s = lambda: monotonic + 60.0
+        assert site.keeper.curate("prune", 0, 1)["removed"] == [1]
+        blob = site.keeper.provide(first, site.data.provide(first))
+        assert blob is not None and Blob.of(blob.chunks).root == first, "its mapping stays"
 
     run(tmp_path, story)

@@ -79,3 +79,14 @@ def test_a_withdrawn_channel_takes_nothing_of_others_with_it() -> None:
     bench.offers.retire(one)
     bench.offers.used(one)
     assert bench.offers.oldest() == {TWO: 0}
+
+
+def test_what_is_fetched_now_is_known_by_who_asks() -> None:
+    bench = Bench()
+    first = bench.add(1)
+    bench.add(2)
+    assert bench.offers.fetched_now() == {}, "to be offered is not to be asked for"
+    bench.offers.used(first)
+    assert bench.offers.fetched_now() == {ONE: [1]}
+    bench.now += IDLE_S + 1
+    assert bench.offers.fetched_now() == {}

@@ -27,6 +27,7 @@ from swarmtrain_peer.site import write_private
 from swarmtrain_peer.tempo import tempo_of
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.changes import inner_step
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import RoundKey
@@ -156,7 +157,7 @@ class TrainerDesk:
 
     def _attached(self, path: str, args: Document) -> Document:
         runtime, node = self._runtime, self._runtime.node
-        run = msgspec.to_builtins(runtime.manifest.keys)
+        run = msgspec.to_builtins(runtime.keys_at())
         outer = runtime.outer_at()
         run |= {"overlap": outer.overlap, "outer_lr": outer.lr, "outer_momentum": outer.momentum}
         outcomes = {
@@ -337,7 +338,7 @@ class TrainerDesk:
             key = RoundKey(runtime.node.ledger.generation, channel, state.round, 0)
             self._decided(fx.ContributionDecided(channel, blob.root, "aborted", 0.0, key))
             return
-        steps = runtime.manifest.keys.inner_steps / len(self._layout)
+        steps = runtime.keys_at().inner_steps / len(self._layout)
         times = steps * float(args.get("step_s", 0.0)), flight.encode_s
         offer = Offer(channel, blob.root, nvalues, codec, samples, base_round, 0, *times)
         runtime.driver.run(runtime.node.contribute, offer)
@@ -439,8 +440,8 @@ class TrainerDesk:
     def _on_state(self, state: CanonicalState) -> None:
         """On a pool thread, while the state holds still."""
         if self._port.is_open:
-            outer = self._runtime.outer_at(state.round)
-            self._port.publish(state.channel, state.round, state.theta, outer)
+            outer, keys = self._runtime.outer_at(state.round), self._runtime.keys_at(state.round)
+            self._port.publish(state.channel, state.round, state.theta, outer, inner_step(keys))
 
     # -- evaluation and the end -------------------------------------------------------------------
 

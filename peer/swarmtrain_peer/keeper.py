@@ -76,7 +76,7 @@ class Keeper:
         self._events = events
         self._alarm = alarm
         self._disk = disk
-        self._every = every_rounds
+        self.every_rounds = every_rounds
         self._kept = kept
         self._loop = asyncio.get_running_loop()
         self._results: dict[bytes, _Kept] = {}
@@ -173,7 +173,7 @@ class Keeper:
         any case: later results need something to follow.
         """
         channel = state.channel
-        due = self._every and state.round % self._every == 0
+        due = self.every_rounds and state.round % self.every_rounds == 0
         if channel in self._gaps and not self._saving.get(channel):
             due = True  # what is written from here on leads nowhere without it
         if channel in self._endangered and not self._saving.get(channel):

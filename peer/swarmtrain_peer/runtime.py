@@ -35,12 +35,13 @@ from swarmtrain_peer.ticketbook import TicketBook
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.access import founder_of
+from swarmtrain_protocols.changes import front, keys_at
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.entries import Rewound
 from swarmtrain_protocols.errors import ConfigError, NoPeerReachable, SwarmError
 from swarmtrain_protocols.identity import Ed25519Keyring
-from swarmtrain_protocols.manifest import Manifest, make_genesis
+from swarmtrain_protocols.manifest import Manifest, RunKeys, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
@@ -217,9 +218,14 @@ class PeerRuntime:
     def outer_at(self, round_number: int | None = None) -> OuterStep:
         """Overlap mode and outer step of a round, by default of the newest."""
         ledger = self.node.ledger
-        if round_number is None:
-            round_number = max((c.round for c in ledger.train_channels()), default=0)
-        return outer_at(self.manifest.keys, ledger, round_number)
+        number = front(ledger) if round_number is None else round_number
+        return outer_at(self.manifest.keys, ledger, number)
+
+    def keys_at(self, round_number: int | None = None) -> RunKeys:
+        """The run's keys in a round, by default in the newest, with what was changed in flight."""
+        ledger = self.node.ledger
+        number = front(ledger) if round_number is None else round_number
+        return keys_at(self.manifest.keys, ledger, number)
 
     def capability(self) -> bytes:
         """The bearer's right to be a member: from the ticket, or the founder's own."""
@@ -356,6 +362,7 @@ class PeerRuntime:
         self._changed.set()
         if isinstance(event, LedgerChanged) and self.keeper is not None:
             self.keeper.look(self.node.ledger)
+            self.keeper.every_rounds = self.keys_at().checkpoint_every_rounds
             for _, body, accepted in event.entries:
                 if accepted and isinstance(body, Rewound):
                     self.keeper.rewound(body)

@@ -24,6 +24,9 @@ channel i  4096·(1+i), one page each
            256     u64 hand-over that the peer process reads, 0 if none
            320     of θ slot 0, then of slot 1: u64 overlap mode (0 not said, 1 off, 2 delayed,
                    3 eager), f64 outer learning rate, f64 outer momentum, all of θ's round
+           384     of θ slot 0, then of slot 1: u64 1 if said, then of a phase that begins from θ:
+                   u64 inner steps, f64 learning rate, weight decay, largest norm, u64 warm-up and
+                   total steps, f64 extra steps as a multiple
            512     ranges, 64 bytes each: u64 rank, first, count, generation (``2·seq - 1`` while
                    hand-over ``seq`` is written, ``2·seq`` once it is complete: written last),
                    u64 base round, f64 samples, u64 steps, u64 unused
@@ -55,6 +58,7 @@ from swarmtrain_peer.shm_layout import (
     AT_DECISION,
     AT_HANDOVER,
     AT_HELD,
+    AT_INNER,
     AT_N,
     AT_OUTCOME,
     AT_OUTER,
@@ -66,6 +70,7 @@ from swarmtrain_peer.shm_layout import (
     HEADER_BEAT,
     HEADER_READY,
     HEADER_STOP,
+    INNER_WORDS,
     MAGIC,
     OUTCOMES,
     OVERLAPS,
@@ -80,6 +85,7 @@ from swarmtrain_peer.shm_layout import (
     read_places,
 )
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import (
     DiskFull,
     LocalProtocolError,
@@ -190,10 +196,18 @@ class PeerSide(_Side):
         _fence()
         self._header[HEADER_READY] = 1
 
-    def publish(self, name: str, round: int, theta: F32, outer: OuterStep | None = None) -> None:
+    def publish(
+        self,
+        name: str,
+        round: int,
+        theta: F32,
+        outer: OuterStep | None = None,
+        inner: InnerStep | None = None,
+    ) -> None:
         """Copy θ (f32[n]) of ``round`` into the slot nobody is told to read, then point at it.
 
-        ``outer`` is the outer step of that round, whose result θ does not have yet.
+        ``outer`` is the outer step of that round, whose result θ does not have yet; ``inner`` is
+        how a phase is trained that begins from θ.
         """
         channel = self.channel(name)
         if theta.shape != (channel.at.n,) or theta.dtype != np.float32:
@@ -206,6 +220,7 @@ class PeerSide(_Side):
         at = AT_OUTER + 3 * slot
         channel.words[at] = 0 if outer is None else OVERLAPS.index(outer.overlap)
         channel.doubles[at + 1 : at + 3] = (0.0, 0.0) if outer is None else outer[1:]
+        _write_inner(channel, slot, inner)
         _fence()
         channel.words[AT_SLOT_GENERATION + slot] = (generation | 1) + 1
         channel.words[AT_PUBLISHED] = (round << 1 | slot) + 1
@@ -283,6 +298,8 @@ class TrainerSide(_Side):
     def __init__(self, path: Path, fd: int, where: Places, rank: int) -> None:
         super().__init__(path, fd, where)
         self.rank = rank
+        self.inner: dict[str, InnerStep | None] = {}
+        """By channel, of the θ that was read last."""
 
     @classmethod
     def open(cls, path: Path, schema_hash: bytes, rank: int = 0) -> TrainerSide:
@@ -342,10 +359,11 @@ class TrainerSide(_Side):
             before = channel.word(AT_SLOT_GENERATION + slot)
             _fence()
             np.copyto(out, channel.theta[slot])
-            step = self._step(channel, slot)
+            step, inner = self._step(channel, slot), _read_inner(channel, slot)
             _fence()
             after = channel.word(AT_SLOT_GENERATION + slot)
             if before == after and before & 1 == 0 and channel.word(AT_PUBLISHED) == word:
+                self.inner[name] = inner
                 return (word - 1) >> 1, step
         raise LocalProtocolError("theta", f"{name} changed under {limits.SHM_READ_TRIES_MAX} reads")
 
@@ -432,6 +450,22 @@ class TrainerSide(_Side):
     def beat_ns(self) -> int:
         """Monotonic ns of the peer process's last heartbeat, 0 before the first."""
         return int(self._header[HEADER_BEAT])
+
+
+def _write_inner(channel: _Channel, slot: int, inner: InnerStep | None) -> None:
+    at = AT_INNER + INNER_WORDS * slot
+    channel.words[at] = inner is not None
+    for index, value in enumerate(inner or ()):
+        (channel.words if isinstance(value, int) else channel.doubles)[at + 1 + index] = value
+
+
+def _read_inner(channel: _Channel, slot: int) -> InnerStep | None:
+    at = AT_INNER + INNER_WORDS * slot
+    if channel.word(at) != 1:
+        return None
+    whole, real = channel.words[at + 1 :], channel.doubles[at + 1 :]
+    lr, decay, clip, extra = (float(real[index]) for index in (1, 2, 3, 6))
+    return InnerStep(int(whole[0]), lr, decay, clip, int(whole[4]), int(whole[5]), extra)
 
 
 def _reserve(fd: int, path: Path, nbytes: int) -> None:

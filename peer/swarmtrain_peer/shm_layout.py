@@ -14,7 +14,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError, RunMismatch
 
 MAGIC = b"SWTRNSHM"
-ABI_VERSION = 2
+ABI_VERSION = 3
 PAGE = 4096
 RANGES_OFFSET = 512
 RANGE_BYTES = 64
@@ -28,10 +28,14 @@ AT_DECISION, AT_DECIDED_SEQ, AT_OUTCOME, AT_COEFFICIENT, AT_DECIDED_ROUND = 24, 
 AT_HELD = 32
 AT_OUTER = 40
 """Three words per θ slot: overlap mode, outer learning rate, outer momentum."""
+AT_INNER = 48
+"""Eight words per θ slot: 1 if said, then the fields of ``changes.InnerStep``."""
+INNER_WORDS = 8
 AT_RANGE_WORDS = RANGES_OFFSET // 8
 HEADER_READY, HEADER_BEAT, HEADER_STOP = 7, 8, 9
 
 assert RANGES_OFFSET + limits.SHM_RANGES_MAX * RANGE_BYTES <= PAGE
+assert AT_INNER + 2 * INNER_WORDS <= RANGES_OFFSET // 8
 assert limits.CHANNEL_NAME_CHARS_MAX <= 64
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from swarmtrain_peer import host
 from swarmtrain_peer.shm import Decision, HandoverInfo, PeerSide, Places, Range, places
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import DiskFull, LocalProtocolError
 from swarmtrain_protocols.schedule import OuterStep
 
@@ -102,9 +103,16 @@ class TrainerPort:
     def is_open(self) -> bool:
         return self._side is not None
 
-    def publish(self, channel: str, round: int, theta: F32, outer: OuterStep | None = None) -> None:
-        """Show θ (f32[n], copied) of ``round`` to the trainer, and that round's outer step."""
-        self.side.publish(channel, round, theta, outer)
+    def publish(
+        self,
+        channel: str,
+        round: int,
+        theta: F32,
+        outer: OuterStep | None = None,
+        inner: InnerStep | None = None,
+    ) -> None:
+        """Show θ (f32[n], copied) of ``round`` to the trainer, and what holds in that round."""
+        self.side.publish(channel, round, theta, outer, inner)
 
     def handover(self, channel: str, seq: int) -> F32 | None:
         """View of hand-over ``seq`` (f32[n], read-only), or ``None`` if it is torn or another.

@@ -15,7 +15,7 @@ is treated as aborted: its progress goes into the next one (``Overlay`` keeps it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from swarmtrain.training.flat import Flat
 from swarmtrain.training.port import Document, Notify, Port, Session
 from swarmtrain.training.tempo import Tempo
 from swarmtrain_peer.shm import Decision, HandoverInfo
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
 from swarmtrain_protocols.overlap import MODES, Mode, Overlay
 from swarmtrain_protocols.schedule import OuterStep
@@ -112,6 +113,8 @@ class Phase:
         self.channel = channel
         self.rules = rules
         self.tempo = tempo or Tempo(rules.inner_steps)
+        self.inner: InnerStep | None = None
+        """What holds in the phase of now, once the peer process has said it."""
         self.steps = 0
         self.samples = 0.0
         self.base_round = 0
@@ -168,6 +171,7 @@ class Phase:
         assert round_ is not None
         self.overlay.start(self._theta, self._x)
         self._flat.write(self.channel, self._x)
+        self._retune(session, round_)
         self._begin_phase(round_)
         self._momentum_round = round_
         self.in_flight = None
@@ -179,6 +183,16 @@ class Phase:
         self.base_round = round_
         self.steps, self.samples = 0, 0.0
         self.retime()
+
+    def _retune(self, session: Session, round_: int) -> None:
+        """Run keys may change in flight: they are those of the round that θ is of."""
+        inner = session.side.inner.get(self.channel)
+        if inner is None or inner == self.inner:
+            return
+        self.inner = inner
+        extra = int(inner.inner_steps * inner.max_extra_steps_factor)
+        self.rules = replace(self.rules, inner_steps=inner.inner_steps, extra_steps_max=extra)
+        self.tempo.retune(round_, inner.inner_steps)
 
     def retime(self) -> None:
         """The phase that begins has as many steps as the tempo says by now."""
@@ -305,6 +319,7 @@ class Phase:
             self._restart(session)
             return
         self._pass_rounds(round_)
+        self._retune(session, round_)
         if step is not None:
             self._switch(step, notify)
         seq = self._seq = max(self._seq + 1, side.next_seq(self.channel))
@@ -357,6 +372,7 @@ class Phase:
         self._adopt_at = -1
         round_ = session.side.theta(self.channel, self._theta)
         assert round_ is not None
+        self._retune(session, round_)
         kept = mix > 0 and not self.overlay.requeued
         if kept:
             self._flat.read(self.channel, self._x)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from swarmtrain.training.model import ByteGPT, Sizes, loss_of
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.stageopt import lr_factor
 
@@ -38,6 +39,13 @@ class Preset:
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean nats per byte of a batch, int64 [batch, context] each."""
         return loss_of(self.model, tokens, targets)
+
+    def follow(self, inner: InnerStep) -> None:
+        """Train from here on as the run wants it."""
+        self.lr, self.clip = inner.inner_lr, inner.inner_clip
+        self.warmup, self.total = inner.inner_warmup_steps, inner.total_steps
+        for group in self.optimizer.param_groups[:-1]:  # the last one's does not decay
+            group["weight_decay"] = inner.inner_weight_decay
 
     def set_lr(self, own_step: int, run_step: int) -> None:
         """Learning rate of the next step: warm-up by own steps, decay by the run's."""

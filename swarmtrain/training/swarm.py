@@ -25,6 +25,7 @@ from swarmtrain.training.tempo import Progress, Tempo
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClosed, ControlTimeout
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import Diverged, QuorumLost, SwarmError
 
 Batch = TypeVar("Batch")
@@ -307,6 +308,15 @@ class Swarm:
     def state(self) -> SwarmState:
         """What is known here and now."""
         return self._state
+
+    @property
+    def inner(self) -> InnerStep | None:
+        """How the run wants phases to be trained now; None offline.
+
+        The built-in trainer follows it. In a loop of your own the number of steps between rounds
+        follows by itself, and the rest is yours to obey (the founder may change it in flight).
+        """
+        return self._phases[0].inner if self._phases else None
 
     @property
     def progress(self) -> float:

@@ -31,12 +31,31 @@ class Tempo:
 
     def __init__(self, inner_steps: int, fragments: int = 1, steps_min: int = 1) -> None:
         self.steps = inner_steps
-        self._usual = inner_steps
         self._fragments = max(1, fragments)
-        self._least = max(1, steps_min, round(inner_steps * STEPS_MIN_SHARE))
-        self._most = max(self._least, round(inner_steps * STEPS_MAX_SHARE))
+        self._steps_min = steps_min
         self._pace_s = 0.0
+        self._round = -1
+        self._begin(inner_steps)
+
+    def _begin(self, inner_steps: int) -> None:
+        self._usual = inner_steps
+        self._least = max(1, self._steps_min, round(inner_steps * STEPS_MIN_SHARE))
+        self._most = max(self._least, round(inner_steps * STEPS_MAX_SHARE))
         self._in_a_row = 0
+
+    def retune(self, round_number: int, inner_steps: int) -> None:
+        """From this round on ``inner_steps`` are usual; the share of them that fits here stays.
+
+        Fragments come to a round one after the other: what an earlier one says is old news.
+        """
+        if round_number < self._round:
+            return
+        self._round = round_number
+        if inner_steps == self._usual:
+            return
+        steps = round(self.steps * inner_steps / self._usual)
+        self._begin(inner_steps)
+        self.steps = min(self._most, max(self._least, steps))
 
     def heard(self, pace_s: float) -> None:
         """The swarm's pace: seconds between two contributions of any channel, 0: not known."""

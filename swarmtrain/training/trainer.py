@@ -29,6 +29,7 @@ from swarmtrain.training.swarm import Swarm
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import NoDevice, SwarmError
 from swarmtrain_protocols.manifest import RunKeys
 
@@ -94,6 +95,7 @@ class PresetTrainer:
         assert attached is not None, "it is not offline"
         self._ordinal = attached.attached.ordinal
         self._counter = attached.attached.next_position
+        self._inner: InnerStep | None = None
         # A step of the schedule is one of each of ``start_peers`` members, whoever made it.
         self._samples_per_step = keys.batch_size * keys.start_peers
 
@@ -120,6 +122,9 @@ class PresetTrainer:
         )
         self._counter += 1
         swarm.next_position = self._counter
+        if swarm.inner is not None and swarm.inner != self._inner:
+            self._inner = swarm.inner
+            preset.follow(swarm.inner)
         preset.set_lr(swarm.state.step, int(swarm.progress / self._samples_per_step))
         loss = preset.loss(
             torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device)

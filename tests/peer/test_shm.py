@@ -17,6 +17,7 @@ from swarmtrain_peer.shm import (
     TrainerSide,
     places,
 )
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import (
     ConfigError,
     LocalProtocolError,
@@ -24,6 +25,8 @@ from swarmtrain_protocols.errors import (
     VersionMismatch,
 )
 from swarmtrain_protocols.schedule import OuterStep
+
+LATER = InnerStep(7, 1e-4, 0.0, 0.0, 0, 9_000_000, 0.5)
 
 SCHEMA = bytes(range(32))
 LAYOUT = [("train/0/0", 1500), ("train/0/1", 3)]
@@ -46,7 +49,8 @@ def test_places_are_pinned():
 def test_bytes_are_pinned(tmp_path):
     peer, trainer = make(tmp_path)
     step = OuterStep("eager", 0.5, 0.875)
-    peer.publish("train/0/1", 7, np.array([1, 2, 3], np.float32), step)
+    inner = InnerStep(20, 0.5, 0.25, 1.0, 50, 1000, 2.0)
+    peer.publish("train/0/1", 7, np.array([1, 2, 3], np.float32), step, inner)
     ((_, view),) = trainer.begin("train/0/1", 5)
     view[:] = [4, 5, 6]
     trainer.commit("train/0/1", HandoverInfo(5, 7, 80.0, 20))
@@ -59,7 +63,7 @@ def test_bytes_are_pinned(tmp_path):
         return struct.unpack_from("<Q", raw, offset)[0]
 
     assert raw[:8] == b"SWTRNSHM"
-    assert struct.unpack_from("<II", raw, 8) == (2, 2)
+    assert struct.unpack_from("<II", raw, 8) == (3, 2)
     assert raw[16:48] == SCHEMA
     assert [u64(48), u64(56), u64(64), u64(72)] == [49152, 1, 123456789, 1]
     assert struct.unpack_from("<I", raw, 80) == (4,) and raw[84:88] == b"done"
@@ -72,6 +76,7 @@ def test_bytes_are_pinned(tmp_path):
     assert struct.unpack_from("<d", raw, page + 216) == (0.25,)
     assert u64(page + 256) == 0
     assert struct.unpack_from("<Qdd", raw, page + 320) == (3, 0.5, 0.875)
+    assert struct.unpack_from("<QQdddQQd", raw, page + 384) == (1, *inner)
     assert [u64(page + 512 + 8 * k) for k in (0, 1, 2, 3, 4, 6)] == [0, 0, 3, 10, 7, 20]
     assert struct.unpack_from("<d", raw, page + 512 + 40) == (80.0,)
     assert struct.unpack_from("<3f", raw, 36864) == (1, 2, 3)
@@ -90,6 +95,15 @@ def test_each_theta_comes_with_the_outer_step_of_its_round(tmp_path):
         assert trainer.theta(name, out) == round_
     damage(peer.path, 8192 + 320, struct.pack("<Q", 99))
     assert trainer.theta_and_step(name, out) == (2, None)
+
+
+def test_each_theta_comes_with_how_a_phase_is_trained_from_it(tmp_path):
+    peer, trainer = make(tmp_path)
+    out, name = np.zeros(3, np.float32), "train/0/1"
+    for round_, inner in enumerate([InnerStep(20, 3e-3, 0.1, 1.0, 50, 0, 2.0), None, LATER, LATER]):
+        peer.publish(name, round_, np.full(3, round_, np.float32), None, inner)
+        assert trainer.theta(name, out) == round_
+        assert trainer.inner[name] == inner
 
 
 def test_file_is_private_exclusive_and_reserved(tmp_path):
@@ -245,7 +259,7 @@ def damage(path: Path, offset: int, data: bytes) -> None:
     "offset, data, error",
     [
         (0, b"X", RunMismatch),
-        (8, b"\x03", VersionMismatch),
+        (8, b"\x04", VersionMismatch),
         (12, struct.pack("<I", 0), RunMismatch),
         (12, struct.pack("<I", 257), RunMismatch),
         (16, b"\xff", RunMismatch),

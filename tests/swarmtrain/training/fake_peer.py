@@ -16,6 +16,7 @@ import numpy as np
 from swarmtrain.training.port import Document
 from swarmtrain_peer.control import ControlClosed
 from swarmtrain_peer.trainer_port import TrainerPort
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import RunMismatch
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.schedule import OuterStep
@@ -184,6 +185,7 @@ class FakeRun:
         self.fate: Callable[[str, int], str] = lambda site, round_: "committed"
         """Says what happens to a site's contribution in a round."""
         self.step_of: Callable[[int], OuterStep | None] = lambda round_: None
+        self.inner_of: Callable[[int], InnerStep | None] = lambda round_: None
         """The outer step that is said with θ of a round; None: that of ``resolved``."""
         self.decisions: list[tuple[str, int, dict[str, float]]] = []
         self.sites = {
@@ -242,4 +244,5 @@ class FakeRun:
 
     def publish(self, site: FakeSite, channel: str) -> None:
         round_ = self.rounds[channel]
-        site.port.publish(channel, round_, self.theta[channel], self.step_of(round_))
+        told = self.step_of(round_), self.inner_of(round_)
+        site.port.publish(channel, round_, self.theta[channel], *told)

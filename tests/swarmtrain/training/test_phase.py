@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from swarmtrain.training.swarm import Swarm
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.schedule import OuterStep
 from tests.swarmtrain.training.fake_peer import FakeRun
@@ -289,3 +290,20 @@ def test_an_excluded_contribution_goes_into_the_next_round(tmp_path):
     assert np.abs(trainers[1].swarm._phases[0].overlay.A - expected).max() < 1e-6
     for trainer in trainers:
         trainer.swarm.close()
+
+
+def test_the_number_of_inner_steps_changes_with_the_round(tmp_path):
+    """What the founder changes in flight holds in the phase that begins from that round's θ."""
+    steps_of = {0: 4, 1: 4, 2: 2, 3: 2, 4: 6, 5: 6}
+    run = FakeRun(tmp_path, 1, {"overlap": "off"}, inner_steps=4)
+    run.inner_of = lambda round_: InnerStep(steps_of[round_], 0.1, 0.0, 1.0, 0, 0, 1.0)
+    trainer = Trainer(run, 0)
+    done = []
+    for round_ in range(5):
+        before = trainer.swarm.state.step
+        while run.rounds[CHANNEL] == round_:
+            trainer.step(1)
+        done.append(trainer.swarm.state.step - before)
+        assert trainer.swarm.inner == run.inner_of(round_ + 1), "the phase of the new θ has begun"
+    assert done == [4, 4, 2, 2, 6]
+    trainer.swarm.close()

@@ -11,6 +11,7 @@ from swarmtrain.training.data import load_corpus
 from swarmtrain.training.model import BYTES, ByteGPT, Sizes, loss_of
 from swarmtrain.training.presets import PRESETS, build, evaluate
 from swarmtrain.training.stages.decoder import DECODERS
+from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.pipeline.generation import TextModel, text_model
@@ -108,3 +109,15 @@ def test_processes_without_torch_know_what_presets_read() -> None:
         assert text_model(name, {}) == TextModel(sizes.context, BYTES)
     for name, decoder in DECODERS.items():
         assert text_model(name, {}) == TextModel(decoder.context, decoder.vocabulary)
+
+
+def test_what_the_run_changes_in_flight_is_followed():
+    preset = build(keys(), CPU)
+    preset.follow(InnerStep(20, 0.5, 0.25, 2.0, 0, 0, 2.0))
+    preset.set_lr(10, 10)
+    assert [group["lr"] for group in preset.optimizer.param_groups] == [0.5, 0.5]
+    decays = [group["weight_decay"] for group in preset.optimizer.param_groups]
+    assert decays == [0.25, 0.0] and preset.clip == 2.0, "vectors do not decay"
+    plain = build(keys(inner_optimizer="sgd"), CPU)
+    plain.follow(InnerStep(20, 0.5, 0.25, 2.0, 0, 0, 2.0))
+    assert [group["weight_decay"] for group in plain.optimizer.param_groups] == [0]

@@ -58,6 +58,20 @@ def test_where_members_share_after_few_steps_all_do_the_same() -> None:
     assert after(tempo, 5.0, 5.0, 0.01, 0.01) == [7] * 4
 
 
+def test_a_new_number_of_steps_keeps_the_share_that_fits_here() -> None:
+    tempo = Tempo(20)
+    tempo.heard(2.0)
+    assert after(tempo, 0.2, 0.2)[1] == 10
+    tempo.retune(5, 40)
+    assert tempo.steps == 20
+    tempo.retune(4, 20)
+    assert tempo.steps == 20, "another fragment is not that far yet"
+    tempo.retune(6, 4)
+    assert tempo.steps == 2
+    tempo.retune(7, 1)
+    assert tempo.steps == 1
+
+
 @pytest.mark.parametrize("pace_s", [0.0, -1.0, math.nan])
 def test_without_a_pace_nothing_changes(pace_s: float) -> None:
     tempo = Tempo(20)

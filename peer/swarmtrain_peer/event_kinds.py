@@ -81,6 +81,14 @@ KINDS: dict[str, Kind] = {
             ("peer", "peer_name?", "trains?", "holds_state?", "votes?"),
         ),
         Kind("member_left", "info", "M201", "The log let a member go.", ("peer", "reason")),
+        Kind(
+            "member_suspended",
+            "warning",
+            "M209",
+            "A member was silent or lied as the owner of a part: for some rounds it owns none, and "
+            "its contributions to the model are not taken.",
+            ("peer", "reason"),
+        ),
         Kind("member_banned", "warning", "M202", "The log banned a member.", ("peer", "reason")),
         Kind("ban_lifted", "info", "M204", "A banned member may return.", ("peer", "reason?")),
         Kind("ticket_revoked", "info", "M205", "A ticket is void.", ("ticket", "reason?")),

@@ -72,6 +72,8 @@ class Narrator:
             )
         elif isinstance(body, e.MemberLeft):
             emit("member_left", peer=body.member.hex(), reason=body.reason)
+        elif isinstance(body, e.MemberSuspended):
+            emit("member_suspended", peer=body.member.hex(), reason=body.reason)
         elif isinstance(body, e.MemberBanned):
             name = "ban_lifted" if body.lifted else "member_banned"
             emit(name, peer=body.member.hex(), reason=body.reason)

@@ -72,6 +72,16 @@ class MemberBanned(msgspec.Struct, frozen=True, tag="banned"):
     lifted: bool = False
 
 
+class MemberSuspended(msgspec.Struct, frozen=True, tag="suspended"):
+    """For some rounds the member owns no part and is no contributor of a state channel (08 §2.9).
+
+    It has cost the others an attempt, or much of one.
+    """
+
+    member: Key
+    reason: Reason
+
+
 class TicketRevoked(msgspec.Struct, frozen=True, tag="revoked"):
     """Nobody new enters with the ticket of this id; who is in stays."""
 
@@ -349,6 +359,7 @@ EntryBody = Union[  # noqa: UP007
     MemberJoined,
     MemberLeft,
     MemberBanned,
+    MemberSuspended,
     TicketRevoked,
     AllowChanged,
     FounderChanged,

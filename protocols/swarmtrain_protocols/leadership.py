@@ -22,7 +22,10 @@ from swarmtrain_protocols.messages import rounds as rm
 EARLY_MESSAGES_MAX = 4 * limits.MEMBERS_MAX
 """What members tell a leader that does not know yet whether it knows all that is committed."""
 
-FOR_ROUND_LEADER = (rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, mm.StateReport)
+FOR_ROUND_LEADER = (
+    *(rm.Ready, rm.Withdraw, rm.PartsHeld, rm.Holding, rm.Complaint),
+    mm.StateReport,
+)
 FOR_STEP_LEADER = (pm.LeaseRequest, pm.MicroBatchDone, pm.CloseAnswer, pm.StepReady)
 FOR_LEADER = (*FOR_ROUND_LEADER, *FOR_STEP_LEADER, pm.WorkerReport, mm.Finished, mm.Propose)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from swarmtrain_protocols import access, changes, limits
+from swarmtrain_protocols import access, changes, limits, suspension
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome, are_ranges
 from swarmtrain_protocols.errors import PeerFault
@@ -73,6 +73,8 @@ class Ledger(msgspec.Struct):
     changes: list[tuple[int, str, str]] = []
     """(first round, run key, text) of what the founder has changed in flight; see ``changes``."""
     access: access.Access = msgspec.field(default_factory=access.Access)
+    suspended: dict[bytes, suspension.Suspension] = {}
+    """Who has cost others an attempt, by key; also those whose time is over."""
 
     def apply(self, index: int, body: e.EntryBody) -> bool:
         """Apply entry ``index``; False if the entry does not fit and is ignored."""
@@ -379,6 +381,7 @@ _HANDLERS: dict[type, Callable[[Ledger, int, Any], bool]] = {
     e.MemberJoined: _joined,
     e.MemberLeft: _left,
     e.MemberBanned: access.banned,
+    e.MemberSuspended: suspension.suspended,
     e.TicketRevoked: access.revoked,
     e.AllowChanged: access.allow_changed,
     e.FounderChanged: access.founder_changed,

@@ -144,6 +144,7 @@ class NodeCore:
             policy=self.policy,
             propose=self._proposals.propose,
             connected=self.linked,
+            verify=self._keyring.verify,
         )
         self.pipeline = PipelineCore(
             me=self.me,
@@ -457,7 +458,6 @@ class NodeCore:
         self._changed = True
 
     def _rewound(self, now: float) -> None:
-        """A new generation began."""
         self.member.rewound(now)
         self.catchup.rewound()
         self.catchup.announce()

@@ -300,7 +300,10 @@ class Net:
         elif isinstance(effect, fx.BeginAttempt):
             data.begin(effect.opened)
         elif isinstance(effect, fx.ReducePart):
-            root = data.reduce(effect.key, effect.part, effect.chosen)
+            try:
+                root = data.reduce(effect.key, effect.part, effect.chosen)
+            except PeerFault:
+                return  # no legal sum: there will be no result from here
             node.reduced(self.now, effect.key, effect.part, root)
         elif isinstance(effect, fx.StoreResult):
             node.stored(self.now, effect.key, data.assemble(effect.key).root, True)

@@ -112,6 +112,14 @@ class Holding(msgspec.Struct, frozen=True, tag="holding"):
     square_norm: float = 0.0
 
 
+class Complaint(msgspec.Struct, frozen=True, tag="complaint"):
+    """Results that the sender lacks, and signed ones that are not legal; receiver -> leader."""
+
+    key: RoundKey
+    missing: Annotated[tuple[Count, ...], Meta(max_length=limits.PARTS_MAX)]
+    spoiled: Annotated[tuple[PartResult, ...], Meta(max_length=limits.SPOILED_TOLD_MAX)] = ()
+
+
 class RoundQuery(msgspec.Struct, frozen=True, tag="round?"):
     """Asks for what the receiver knows of an attempt; its PartResult messages come back."""
 

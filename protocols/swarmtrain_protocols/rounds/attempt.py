@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.channels import Outcome
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
@@ -77,6 +78,9 @@ class Attempt:
     ask_at: float = math.inf
     """When to ask for results that nobody has announced here."""
     asked: int = 0
+    spoiled: dict[int, None] = field(default_factory=dict)
+    """Parts of which a signed result is not legal."""
+    complains: bool = False
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -160,6 +164,7 @@ class Attempt:
             self.out.append(fx.StoreResult(self.key))
         if self.ask_at <= now:
             self.asked += 1
+            self.complains = True
             self.ask_at = now + ASK_FIRST_S * 2 ** min(self.asked, ASK_DOUBLED_MAX)
             self._ask()
 
@@ -225,6 +230,8 @@ class Attempt:
             self.wanted.remove(want)
             owner = self.results[want.purpose.part].owner
             self._fault(PeerId(owner), "invalid_result")
+            self.spoiled[want.purpose.part] = None
+            self.complains = True
             return
         want.tries += 1
         backoff = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(want.tries, 8))
@@ -340,6 +347,13 @@ class Attempt:
         """Tell the leader what changed, or all there is after a change of leader."""
         parts = list(self.assigned) if everything else sorted(set(self.held_changed))
         self.held_changed.clear()
+        waits = self.complains or (everything and self.spoiled)
+        self.complains = False
+        if waits and self.me in self.receivers():  # other owners need no results
+            lacks = (i for i in range(len(self.opened.parts)) if i not in self.in_place)
+            bad = [self.results[i] for i in sorted(self.spoiled) if i in self.results]
+            told = tuple(bad[: limits.SPOILED_TOLD_MAX])
+            self.out.append(Send(leader, m.Complaint(self.key, tuple(lacks), told)))
         for part in parts:
             refused = tuple(sorted(set(self.refused)))
             held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])), refused)

@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
+from swarmtrain_protocols.core import Effect, Emit, PeerId
+from swarmtrain_protocols.identity import verify_ed25519
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
@@ -19,12 +20,14 @@ from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby
 from swarmtrain_protocols.rounds.loss import LossWatch
+from swarmtrain_protocols.rounds.owners import Owners
 from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 from swarmtrain_protocols.rounds.unlike import discount_of, lateness
 from swarmtrain_protocols.schedule import mode_at
+from swarmtrain_protocols.suspension import trusted
 
 ATTEMPT_BASE_S = 40.0
 RECHECK_S = 0.1
@@ -49,6 +52,7 @@ class RoundLeader:
         policy: RoundPolicy,
         propose: Callable[[float, e.EntryBody], bool],
         connected: Callable[[], list[PeerId]],
+        verify: Callable[[bytes, bytes, bytes, bytes], bool] = verify_ed25519,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -66,6 +70,7 @@ class RoundLeader:
         self._now = 0.0
         self._loss = LossWatch()
         self._choice = OverlapChoice(policy.measure_overlap)
+        self._owners = Owners(me=me, out=out, propose=propose, verify=verify)
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
@@ -103,16 +108,21 @@ class RoundLeader:
         if isinstance(message, m.Ready) and self.ledger.stepwise(message.channel):
             self._fault(peer, "unknown_channel")
         elif isinstance(message, m.Ready):
-            fault = self._lobbies.announced(now, self.ledger, peer, message)
-            if fault:
-                self._fault(peer, fault)
+            self._told(peer, self._lobbies.announced(now, self.ledger, peer, message))
         elif isinstance(message, m.Withdraw):
             self._lobbies.withdrawn(peer, message)
             self._lost(peer, message)
         elif isinstance(message, StateReport):
             self._lobbies.reported(self.ledger, peer, message)
         elif isinstance(message, m.PartsHeld):
-            self._held(peer, message)
+            phase = self._phase_of(message.key)
+            if phase is not None:  # else late, or not known yet here: it is repeated
+                self._told(peer, self._owners.held(now, phase, peer, message))
+        elif isinstance(message, m.Complaint):
+            phase = self._phase_of(message.key)
+            if phase is not None:
+                run = self.ledger.run
+                self._told(peer, self._owners.complained(phase, peer, message, run))
         elif isinstance(message, m.Holding):
             phase = self._phase_of(message.key)
             if phase is not None and peer in phase.opened.holders:
@@ -128,25 +138,9 @@ class RoundLeader:
             if (item.member, item.root) == (peer, message.root):
                 phase.refused[index] = None
 
-    def _held(self, peer: PeerId, message: m.PartsHeld) -> None:
-        """Only those who may compute a part know who has delivered it.
-
-        A deputy of a former leader is refused like any other, and heard once it is one of this
-        leader's: whoever is told to take over says again what it has.
-        """
-        phase = self._phase_of(message.key)
-        if phase is None:
-            return  # late, or of an attempt that this leader does not know yet: it is repeated
-        if message.part >= len(phase.opened.parts):
-            self._fault(peer, "bad_part")
-            return
-        part = phase.opened.parts[message.part]
-        if peer not in (part.owner, part.deputy, phase.deputies.get(message.part)):
-            self._fault(peer, "not_an_owner")
-            return
-        total = len(phase.opened.contributors)
-        phase.held.setdefault(message.part, {})[peer] = message.contributors
-        phase.refused.update(dict.fromkeys(i for i in message.refused if i < total))
+    def _told(self, peer: bytes, code: str) -> None:
+        if code:
+            self._fault(peer, code)
 
     def _fault(self, peer: bytes, code: str) -> None:
         """Say what is wrong with what ``peer`` said; nobody is accused of what may be honest."""
@@ -255,6 +249,8 @@ class RoundLeader:
         if key is None or lobby.proposed_open == key:
             return
         present = self.present()
+        if name.startswith("train/"):  # whoever calls in a group waits for an answer
+            present = trusted(self.ledger, present)
         self._lobbies.drop_stale(self.ledger, lobby, key.round)
         ready = lobby.agreeing(present)
         if not ready:
@@ -316,6 +312,7 @@ class RoundLeader:
     ) -> tuple[e.Part, ...]:
         """A part table: reachable ones of ``preferred`` own it, else any reachable member."""
         reachable = [k for k in present if self.ledger.members[k].reachable]
+        reachable = trusted(self.ledger, reachable)
         owners = [k for k in reachable if k in preferred] or reachable or [self._me]
         chunk_values = self.policy.chunk_values
         return plan_parts(values, owners, self._me, round_number, chunk_values, rates, receivers)
@@ -358,31 +355,13 @@ class RoundLeader:
         present = self.here()
         if channel.chosen is not None and phase.proposed == "set":
             phase.proposed = ""
-        self._replace_lost_owners(now, phase, present)
-        if channel.chosen is None:
+        lost = self._owners.look(now, phase, self.ledger, present, list(self._leaving))
+        if lost:
+            self._abort(now, phase, lost)
+        elif channel.chosen is None:
             self._gather(now, phase, present)
         else:
             self._decide(now, phase, present)
-
-    def _replace_lost_owners(self, now: float, phase: Phase, present: list[bytes]) -> None:
-        for index, part in enumerate(phase.opened.parts):
-            current = phase.deputies.get(index, part.owner)
-            if current in present or phase.proposed:
-                continue
-            reachable = [k for k in present if self.ledger.members[k].reachable]
-            reachable.sort(key=lambda k: k in self._leaving)
-            choices = [k for k in (part.deputy, *reachable) if k in present]
-            if not choices:
-                self._abort(now, phase, "owner lost, no deputy")
-                return
-            phase.deputies[index] = choices[0]
-            message = m.TakeOver(phase.key, index, choices[0])
-            people = {c.member for c in phase.opened.contributors} | set(phase.opened.holders)
-            for peer in sorted(people | {choices[0]}):
-                self._out.append(Send(PeerId(peer), message))
-            why = f"the owner of part {index} of {phase.key} is lost"
-            fields: dict[str, object] = {"what": "deputy", "why": why, "using": choices[0].hex()}
-            self._out.append(Emit(fx.Notice("fallback", fields)))
 
     def _gather(self, now: float, phase: Phase, present: list[bytes]) -> None:
         if phase.proposed:
@@ -486,6 +465,7 @@ class RoundLeader:
         for phase in self._phases.values():
             if phase.proposed not in ("commit", "abort"):
                 times += [phase.deadline, phase.lost_since + self.policy.lost_grace_s]
+                times.append(self._owners.deadline(phase))
                 if not phase.proposed and self.ledger.channels[phase.key.channel].chosen is None:
                     times.append(phase.close_at)
         # What is due already waits for somebody else (a link, a state report): look again soon.

@@ -449,7 +449,7 @@ class RoundMember:
         if self.leader is None:
             return
         for attempt in self._attempts.values():
-            if attempt.held_changed:
+            if attempt.held_changed or attempt.complains:
                 attempt.reports(self.leader, everything=False)
 
     # -- time ------------------------------------------------------------------------------

@@ -41,6 +41,18 @@ class Phase:
     holding: dict[bytes, m.Holding] = field(default_factory=dict)
     lost_since: float = math.inf
     proposed: str = ""
+    first_said: dict[bytes, float] = field(default_factory=dict)
+    """When each owner reported for the first time."""
+    full_at: dict[int, float] = field(default_factory=dict)
+    """When a part had all that is wanted."""
+    appointed: dict[int, float] = field(default_factory=dict)
+    chosen_at: float = math.inf
+    missing: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    """Parts whose results a receiver still lacks, by its own word."""
+    spoiled: dict[tuple[int, bytes], dict[bytes, None]] = field(default_factory=dict)
+    """By part and signer: who says that the result is not legal."""
+    silenced: dict[bytes, None] = field(default_factory=dict)
+    """Owners that are waited for no longer."""
     close_at: float = math.inf
     """When the set is closed without those that are late: half were delivered long before."""
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from swarmtrain_peer.allowance import DataCap, Hours
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import split_address
 from swarmtrain_protocols.errors import ConfigError
@@ -48,6 +49,10 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     up_bytes_per_s: Annotated[int, Meta(ge=0)] = 0
     """0: measured, no cap."""
     down_bytes_per_s: Annotated[int, Meta(ge=0)] = 0
+    data_cap: str = ""
+    """Bytes of all links, such as ``50GB/month``; empty: any number."""
+    hours: str = ""
+    """When the site works, such as ``22:00-06:00``; empty: always."""
     donor_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.2
     """Of the measured uplink, for members that fetch state, old results or a corpus."""
     device: str = "auto"
@@ -60,6 +65,8 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
+        Hours.parse(self.hours)
+        DataCap.parse(self.data_cap)
         for address in (self.listen, self.dashboard):
             if address:
                 _check_listen(address)
@@ -161,10 +168,12 @@ PEER_KEYS: dict[str, str] = {
     "peer.votes": "votes",
     "peer.device": "device",
     "peer.leave_grace_s": "leave_grace_s",
+    "peer.hours": "hours",
     "net.listen": "listen",
     "net.announce": "announce",
     "net.up": "up_bytes_per_s",
     "net.down": "down_bytes_per_s",
+    "net.data_cap": "data_cap",
     "net.donor_share": "donor_share",
     "dashboard.bind": "dashboard",
     "log.level": "log_level",
@@ -176,6 +185,8 @@ _SHORT_ENVIRONMENT = {
     "ANNOUNCE": "net.announce",
     "UP": "net.up",
     "DOWN": "net.down",
+    "DATA_CAP": "net.data_cap",
+    "HOURS": "peer.hours",
     "LOG": "log.level",
 }
 _NOT_SETTINGS = ("CONFIG", "HOME", "OFFLINE", "OWNED", "SITE", "TICKET", "TOKEN", "NO_TELEMETRY")

@@ -32,14 +32,16 @@ RUN_TEXTS = {
     "train.shards": "Shards in which an epoch of the data is dealt to members, each sample once; "
     "0: windows of text are drawn without end.",
     "train.batch_size": "Sequences in a batch, or in a micro-batch of a pipeline.",
-    "train.inner_steps": "Steps between two hand-overs; without meaning in a pipeline that is "
+    "train.inner_steps": "Steps between two hand-overs; from 8 on slow members do fewer and fast "
+    "ones more, so that all are done at the same time; without meaning in a pipeline that is "
     "`sync`.",
     "train.inner_optimizer": "What trainers step with; in a pipeline what stages step with.",
     "train.inner_lr": "Its learning rate.",
     "train.inner_weight_decay": "Its weight decay; not of vectors.",
     "train.inner_clip": "Largest gradient norm; in a pipeline over all stages; 0: no clipping.",
     "train.inner_warmup_steps": "Steps in which the learning rate rises.",
-    "train.total_steps": "Steps over which it then falls; 0: it does not.",
+    "train.total_steps": "Steps of each of `run.start_peers` members over which it then falls, by "
+    "the samples that all have contributed; 0: it does not.",
     "train.outer_lr": "Of the outer step; auto: by overlap, members and planned rounds.",
     "train.outer_momentum": "Of the outer step.",
     "train.overlap": "Whether rounds hide behind the next inner steps.",
@@ -81,11 +83,15 @@ PEER_TEXTS = {
     "peer.holds_state": "Keep the model, or in a pipeline the stages it serves.",
     "peer.votes": "Ask to become a steward, if the ticket grants it.",
     "peer.device": "auto, cpu, cuda, cuda:1, mps.",
+    "peer.hours": "When the site works, local time: `22:00-06:00`, or several windows with commas; "
+    "empty: always. Outside it leaves after the round, and comes back by itself.",
     "peer.leave_grace_s": "How long a polite leave may wait for the round to end.",
     "net.listen": "host:port; port 0: any free one; empty: outgoing links only.",
     "net.announce": "Addresses to tell others instead of those found by looking.",
     "net.up": "Upload cap such as `50Mbit`; auto: none.",
     "net.down": "Download cap.",
+    "net.data_cap": "Bytes of all links, both ways, such as `50GB/month`, `10GB/week` or "
+    "`2GB/day`; empty: any number. When it is used up the site rests until the next period.",
     "net.donor_share": (
         "Of the measured uplink (or of `net.up`), for members that fetch the state, old results or "
         "the corpus from here; a quarter of that while a round's bytes are on their way."

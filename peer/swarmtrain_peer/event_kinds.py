@@ -398,6 +398,27 @@ KINDS: dict[str, Kind] = {
         Kind("resumed", "info", "U701", "The run goes on.", ("reason?",)),
         Kind("leaving", "info", "U702", "This site leaves the run.", ("now", "reason?")),
         Kind(
+            "resting",
+            "info",
+            "U704",
+            "This site leaves after the round and comes back by itself: `--hours`, `--data-cap`.",
+            ("reason", "until"),
+        ),
+        Kind(
+            "data_cap_near",
+            "warning",
+            "U705",
+            "Most of the data cap of this period is used.",
+            ("used_bytes", "cap_bytes", "period"),
+        ),
+        Kind(
+            "data_cap_reached",
+            "warning",
+            "U706",
+            "Another round might not fit into the data cap of this period.",
+            ("used_bytes", "cap_bytes", "period"),
+        ),
+        Kind(
             "config_changed",
             "info",
             "U703",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from datetime import UTC, datetime
 
 
 def mono_s() -> float:
@@ -19,6 +20,16 @@ def mono_s() -> float:
 def wall_s() -> float:
     """Seconds since 1970-01-01 UTC, for people and for expiry of tickets; never to order events."""
     return time.time()
+
+
+def local_now() -> datetime:
+    """Date and time of day as people here read them, with their time zone; for nothing else."""
+    return datetime.fromtimestamp(wall_s(), UTC).astimezone()
+
+
+def doze(seconds: float) -> None:
+    """Let ``seconds`` pass; a signal handler that raises ends it."""
+    time.sleep(seconds)
 
 
 def thread_cpu_s() -> float:

@@ -8,12 +8,13 @@ within the grace time). Errors are three lines on standard error and the error's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from functools import partial
 from pathlib import Path
 
-from swarmtrain_peer import rollback
+from swarmtrain_peer import host, rollback
 from swarmtrain_peer.admission import refused_error
 from swarmtrain_peer.backend import Backend, Desk
 from swarmtrain_peer.control import ControlServer
@@ -22,16 +23,23 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.loop import run
 from swarmtrain_peer.onlooker import Onlooker
-from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.settings import PeerSettings
+from swarmtrain_peer.shifts import Watch, rest_of
 from swarmtrain_peer.site import Site
-from swarmtrain_peer.spawn import watch_owner
+from swarmtrain_peer.spawn import is_owned, watch_owner
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_peer.token_desk import TokenDesk
 from swarmtrain_peer.writer import Writer
-from swarmtrain_protocols.errors import ConfigError, SwarmError
+from swarmtrain_protocols.entries import RoundCommitted
+from swarmtrain_protocols.errors import ConfigError, SiteRests, SwarmError
+from swarmtrain_protocols.node_events import LedgerChanged
 
 LINGER_S = 1.0
+SHIFT_S = 1.0
+"""How often hours and data cap are looked at, besides after every round."""
+REST_LOOK_S = 60.0
+"""Whoever rests looks at the clock so often: it may be set, and summer time comes and goes."""
 DISMISS_S = 10.0
 """A leaver's trainer gets this long to end by itself; a script may never ask whether it should."""
 FAREWELL_S = 20.0
@@ -80,6 +88,8 @@ class PeerProcess:
         self._stop = asyncio.Event()
         self._now = False
         self._reason = "run ended"
+        self.rests = False
+        """It has left for the time being; ``shifts.rest_of`` says until when."""
 
     def stop(self, now: bool) -> None:
         """Leave politely, or at once."""
@@ -97,6 +107,7 @@ class PeerProcess:
         settings = settings_of(site)
         events = EventLog(site.events_path, settings.keyring.peer_id.hex())
         runtime = PeerRuntime(settings, events)
+        watch = Watch(site, events)
         desk: Desk | None = None
         librarian: Librarian | None = None
         writer: Writer | None = None
@@ -117,6 +128,7 @@ class PeerProcess:
             tasks = [
                 asyncio.ensure_future(desk.beat()),
                 asyncio.ensure_future(self._watch_end(runtime, desk)),
+                asyncio.ensure_future(self._watch_shift(runtime, watch)),
             ]
             if not settings.trains and not settings.holds_state:
                 tasks.append(asyncio.ensure_future(Onlooker(runtime).watch()))
@@ -137,6 +149,7 @@ class PeerProcess:
             if desk is not None:
                 desk.close()
             await runtime.close(self._reason)
+            watch.ended(host.local_now(), _moved_bytes(runtime))
             events.close()
 
     async def _until_done(self, runtime: PeerRuntime) -> None:
@@ -160,6 +173,23 @@ class PeerProcess:
                 await asyncio.sleep(LINGER_S)
                 self._stop.set()
                 return
+
+    async def _watch_shift(self, runtime: PeerRuntime, watch: Watch) -> None:
+        """Leave politely when the hours are over or the data cap is used."""
+        round_over = asyncio.Event()
+        runtime.listeners.append(partial(_count_rounds, watch, round_over))
+        while True:
+            round_over.clear()
+            rest = watch.look(host.local_now(), _moved_bytes(runtime))
+            if rest is not None:
+                until = rest.until.isoformat(timespec="minutes")
+                runtime.events.emit("resting", reason=rest.reason, until=until)
+                self.rests = True
+                self.stop(now=False)
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SHIFT_S):
+                    await round_over.wait()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -190,6 +220,41 @@ def _open_writer(runtime: PeerRuntime, desk: Desk, backend: Backend) -> Writer:
     return writer
 
 
+def _moved_bytes(runtime: PeerRuntime) -> int:
+    """On all links, both ways, since the start of this process."""
+    if not hasattr(runtime, "transport"):
+        return 0
+    stats = runtime.transport.stats
+    return total_bytes(stats, "sent") + total_bytes(stats, "received")
+
+
+def _count_rounds(watch: Watch, round_over: asyncio.Event, event: object) -> None:
+    if isinstance(event, LedgerChanged) and any(
+        isinstance(body, RoundCommitted) for _, body, accepted in event.entries if accepted
+    ):
+        watch.round_done()
+        round_over.set()
+
+
+def serve_in_shifts(site: Site) -> None:
+    """Serve, rest, and serve again; a process that was started by another one leaves that to it.
+
+    Raises:
+        SwarmError: whatever ends a life of a peer process; ``SiteRests`` if it may not work now.
+    """
+    while True:
+        if (rest := rest_of(site, host.local_now())) is not None:
+            if is_owned():
+                raise SiteRests(f"site {site.folder.name}", rest.sentence, "start it again then")
+            time_left_s = (rest.until - host.local_now()).total_seconds()
+            host.doze(min(REST_LOOK_S, max(0.0, time_left_s)))
+            continue
+        process = PeerProcess(site)
+        run(process.serve())
+        if not process.rests or is_owned():
+            return
+
+
 def main(arguments: list[str]) -> int:
     """Serve the site whose folder is given; returns the exit code."""
     if len(arguments) != 1:
@@ -200,7 +265,7 @@ def main(arguments: list[str]) -> int:
     site = Site(Path(arguments[0]).resolve())
     try:
         with site.lock():
-            run(PeerProcess(site).serve())
+            serve_in_shifts(site)
     except SwarmError as error:
         for line in (error.what, error.why, error.todo):
             if line:

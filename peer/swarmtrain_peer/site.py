@@ -158,6 +158,11 @@ class Site:
         return self.folder / "contacts"
 
     @property
+    def traffic_path(self) -> Path:
+        """What has been used of a data cap."""
+        return self.folder / "traffic.json"
+
+    @property
     def stages_path(self) -> Path:
         """The line to the trainer of a pipeline run."""
         return self.folder / "stages.sock"

@@ -68,12 +68,17 @@ def start_process(
         )
 
 
+def is_owned() -> bool:
+    """Whether this process was started by ``start_process``."""
+    return os.environ.get("SWARMTRAIN_OWNED") == "1"
+
+
 def watch_owner(on_gone: Callable[[], None]) -> None:
     """In a started process: call ``on_gone`` on a thread when whoever started it is gone.
 
     Does nothing if this process was not started by ``start_process``.
     """
-    if os.environ.get("SWARMTRAIN_OWNED") != "1":
+    if not is_owned():
         return
 
     def wait() -> None:

@@ -18,6 +18,7 @@ SwarmError                      code, what, why, what to do
 ├── RunOver                     exit 22  the run has ended
 ├── NoWorker                    exit 75  nobody computes now: no trainer, or a stage without one
 ├── ShareUsedUp                 exit 75  ``generate_share`` of the workers' time is used up
+├── SiteRests                   exit 75  outside the site's hours, or its data cap is used
 ├── RoundFailed                 exit 75  a collective call failed; ``retry``: a later may work
 │   └── GroupLost               exit 75  no majority of stewards answers: nothing can be agreed on
 └── PeerFault                   a remote peer broke the protocol: an event with peer and
@@ -110,6 +111,12 @@ class NoWorker(SwarmError):
 
 class ShareUsedUp(SwarmError):
     """Generation has had its share of the workers' time, and they are busy with training."""
+
+    exit_code = 75
+
+
+class SiteRests(SwarmError):
+    """This site may not work now: outside its hours, or its data cap is used."""
 
     exit_code = 75
 

@@ -33,6 +33,12 @@ Announce = Annotated[
 ]
 Up = Annotated[str | None, typer.Option("--up", help="Upload cap, such as 50Mbit.")]
 Down = Annotated[str | None, typer.Option("--down", help="Download cap, such as 200Mbit.")]
+DataCap = Annotated[
+    str | None, typer.Option("--data-cap", help="Bytes of all links, such as 50GB/month.")
+]
+Hours = Annotated[
+    str | None, typer.Option("--hours", help="When to work, local time, such as 22:00-06:00.")
+]
 Config = Annotated[
     Path | None, typer.Option("--config", envvar="SWARMTRAIN_CONFIG", help="A TOML file.")
 ]
@@ -52,6 +58,8 @@ def settings_of(config: Path | None, **flags: object) -> Settings:
         "announce": "net.announce",
         "up": "net.up",
         "down": "net.down",
+        "data_cap": "net.data_cap",
+        "hours": "peer.hours",
         "trains": "peer.trains",
         "holds_state": "peer.holds_state",
         "votes": "peer.votes",
@@ -74,6 +82,20 @@ def split_command(
     return ticket, command
 
 
+def refuse_run_keys(settings: Settings, config: Path | None) -> None:
+    """Whoever enters a run brings no keys for it.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if settings.given_run:
+        raise ConfigError(
+            f"run keys in {config or 'the environment'}",
+            f"{', '.join(sorted(settings.given_run))}: the run has its own, equal on every peer",
+            "leave them out, or found a run with `swarmtrain up`",
+        )
+
+
 def join(
     ticket: Annotated[str | None, typer.Argument(help="swarm://… or - for standard input.")] = None,
     command: Annotated[
@@ -86,6 +108,8 @@ def join(
     announce: Announce = None,
     up: Up = None,
     down: Down = None,
+    data_cap: DataCap = None,
+    hours: Hours = None,
     vote: Annotated[
         bool | None, typer.Option("--vote/--no-vote", help="Vote in the log if the ticket grants.")
     ] = None,
@@ -109,14 +133,11 @@ def join(
         announce=announce,
         up=up,
         down=down,
+        data_cap=data_cap,
+        hours=hours,
         votes=parsed.unverified.vote if vote is None else vote,
     )
-    if settings.given_run:
-        raise ConfigError(
-            f"run keys in {config or 'the environment'}",
-            f"{', '.join(sorted(settings.given_run))}: the run has its own, equal on every peer",
-            "leave them out, or found a run with `swarmtrain up`",
-        )
+    refuse_run_keys(settings, config)
     if parsed.unverified.role != "trainer":
         raise NotAuthorised(
             "this ticket does not let you train",
@@ -140,6 +161,10 @@ def seed(
     name: Name = None,
     listen: Listen = None,
     announce: Announce = None,
+    up: Up = None,
+    down: Down = None,
+    data_cap: DataCap = None,
+    hours: Hours = None,
     hold_state: Annotated[
         bool, typer.Option("--hold-state", help="Keep the model too; needs disk, no torch.")
     ] = False,
@@ -155,6 +180,10 @@ def seed(
         name=name,
         listen=listen,
         announce=announce,
+        up=up,
+        down=down,
+        data_cap=data_cap,
+        hours=hours,
         trains=False,
         holds_state=hold_state,
         votes=parsed.unverified.vote,
@@ -181,6 +210,8 @@ def up(
     announce: Announce = None,
     up: Up = None,
     down: Down = None,
+    data_cap: DataCap = None,
+    hours: Hours = None,
     site: SiteOption = None,
     home: Home = None,
     as_json: Json = False,
@@ -198,6 +229,8 @@ def up(
         announce=announce,
         up=up,
         down=down,
+        data_cap=data_cap,
+        hours=hours,
         dashboard=dashboard,
         trains=None if train else False,
         votes=True,

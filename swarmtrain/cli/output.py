@@ -94,6 +94,7 @@ NEWS = (
     "corpus_progress",
     "corpus_ready",
     "leaving",
+    "resting",
     "run_ended",
     "resumed",
 )
@@ -137,6 +138,9 @@ SENTENCES: dict[str, str] = {
     "corpus_progress": "the corpus comes from {donors} member(s): {bytes_have} of {bytes} bytes",
     "corpus_ready": "the corpus is here: {bytes} bytes in {fetch_s} s",
     "leaving": "leaving the run",
+    "resting": "{reason}: this site rests until {until} and comes back by itself",
+    "data_cap_near": "{used_bytes} of {cap_bytes} bytes of this {period} are used",
+    "data_cap_reached": "the data cap of this {period} is used: {used_bytes} of {cap_bytes} bytes",
     "run_ended": "the run ended: {reason}",
 }
 

@@ -21,6 +21,7 @@ from typing import Any
 from swarmtrain.cli.output import EXIT_SCRIPT, EXIT_SIGINT, EXIT_SIGTERM, Output
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClient, ControlClosed
+from swarmtrain_peer.shifts import rest_of
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import (
     Supervisor,
@@ -108,6 +109,7 @@ class MemberSession:
         self._commit: dict[str, Any] | None = None
         self._next_step_s = -math.inf
         self._checkpoint: int | None = None
+        self._resting = ""
 
     @property
     def client(self) -> ControlClient:
@@ -122,26 +124,65 @@ class MemberSession:
         return self._client
 
     def start(self) -> None:
-        """Start the peer process and follow its events.
+        """Start the peer process, as soon as its site may work, and follow its events.
 
         Raises:
             SwarmError: it did not start.
         """
-        self._supervisor.add("peer", lambda: spawn_peer(self.site))
-        self._connect()
+        while True:
+            while self._rests():
+                host.doze(POLL_S)
+            try:
+                self._supervisor.add("peer", lambda: spawn_peer(self.site))
+            except SwarmError:
+                if not self._rests():  # its hours may have ended at this very moment
+                    raise
+                continue
+            self._connect()
+            return
 
     def run(self) -> int:
-        """Start the trainer, wait for the end, clean up. Returns the exit code."""
+        """Start the trainer, wait for the end, clean up. Returns the exit code.
+
+        A site that rests is not at its end: it is started again when it may work.
+        """
         with self._signal_handlers():
             try:
-                if self._trainer is not None:
-                    trainer = self._trainer
-                    self._supervisor.add("trainer", lambda: trainer.start(self.site))
-                while not self._step():
-                    pass
+                self._work()
+                while self._rested():
+                    self._work()
             finally:
                 self.close()
         return self._exit_code
+
+    def _work(self) -> None:
+        if self._trainer is not None:
+            trainer = self._trainer
+            self._supervisor.add("trainer", lambda: trainer.start(self.site))
+        while not self._step():
+            pass
+
+    def _rested(self) -> bool:
+        """Whether the site left for a rest, which is over now, and works again."""
+        if self._exit_code or not self._rests():
+            return False
+        self.close()
+        while self._rests():
+            if self._interrupts or self._terminated or not self._signals.empty():
+                return False
+            host.doze(POLL_S)
+        self._supervisor = Supervisor(self._report)
+        self.start()
+        return not (self._interrupts or self._terminated)
+
+    def _rests(self) -> bool:
+        """Whether the site may not work now; says so when that begins."""
+        rest = rest_of(self.site, host.local_now())
+        sentence = "" if rest is None else rest.sentence
+        if sentence and sentence != self._resting:
+            self._output.note(sentence)
+        self._resting = sentence
+        return bool(sentence)
 
     def close(self) -> None:
         """End whatever still runs."""

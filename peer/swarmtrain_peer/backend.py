@@ -15,6 +15,7 @@ from swarmtrain_peer.orders import access_document, give_order
 from swarmtrain_peer.progress import is_behind
 from swarmtrain_peer.rollback import held
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
+from swarmtrain_peer.shard_desk import ShardDesk
 from swarmtrain_peer.stage_life import StageLife
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
@@ -85,8 +86,11 @@ class Backend:
             "corpus": lambda args, _: librarian.obtain(args),
             "scalars": self._scalars,
         }
+        self._shards = ShardDesk(runtime) if runtime.manifest.keys.shards else None
         if isinstance(desk, TrainerDesk):
             self._calls |= _trainer_calls(desk)
+        if self._shards is not None:
+            self._calls["data"] = self._shards.data
         runtime.listeners.append(self._watch)
 
     def offer(self, calls: dict[str, Handler]) -> None:
@@ -185,6 +189,7 @@ class Backend:
             },
             "listen": list(runtime.addresses),
             "scalars": dict(self._scalars_seen),
+            **({"data": self._shards.document()} if self._shards is not None else {}),
             **self._pipeline(),
         }
 
@@ -232,6 +237,7 @@ class Backend:
             "round": last.get("round"),
             "last_report_age_s": host.mono_s() - last["mono_s"] if last else None,
             "metrics": {k: v for k, v in last.items() if k not in ("id", "mono_s")},
+            **(self._shards.of_member(member.id) if self._shards is not None else {}),
             **(desk.board.of_member(member.id) if isinstance(desk, StageLife) else {}),
         }
 

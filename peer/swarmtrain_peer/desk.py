@@ -1,7 +1,6 @@
 """Serves the trainer of this site: attach, θ⁰, hand-overs, decisions, evaluation, the end.
 
-The trainer's side of these calls is ``swarmtrain/training/port.py``, which lists them. Values pass
-through shared memory; what is decided stands there too.
+The calls are listed in ``swarmtrain/training/port.py``; values and decisions are in shared memory.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.memo import Sent, read_memo
 from swarmtrain_peer.model import log_model
 from swarmtrain_peer.runtime import PeerRuntime
+from swarmtrain_peer.shard_desk import claiming
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.tempo import tempo_of
 from swarmtrain_peer.trainer_port import TrainerPort
@@ -338,10 +338,10 @@ class TrainerDesk:
             key = RoundKey(runtime.node.ledger.generation, channel, state.round, 0)
             self._decided(fx.ContributionDecided(channel, blob.root, "aborted", 0.0, key))
             return
-        steps = runtime.keys_at().inner_steps / len(self._layout)
-        times = steps * float(args.get("step_s", 0.0)), flight.encode_s
-        offer = Offer(channel, blob.root, nvalues, codec, samples, base_round, 0, *times)
-        runtime.driver.run(runtime.node.contribute, offer)
+        phase_s = runtime.keys_at().inner_steps / len(self._layout) * float(args.get("step_s", 0.0))
+        more = base_round, 0, phase_s, flight.encode_s
+        offer = Offer(channel, blob.root, nvalues, codec, samples, *more)
+        runtime.driver.run(runtime.node.contribute, claiming(offer, args))
 
     async def _remember(self) -> None:
         """Make the memo durable; a sync may take long, so not on the loop."""

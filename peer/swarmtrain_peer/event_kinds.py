@@ -426,5 +426,27 @@ KINDS: dict[str, Kind] = {
             ("key", "value", "why?"),
         ),
         Kind("run_ended", "info", "U710", "The run is over.", ("reason",)),
+        # Data that are dealt in shards
+        Kind(
+            "data_defined",
+            "info",
+            "D800",
+            "What is trained on is known: samples in an epoch, and their hash.",
+            ("samples", "digest"),
+        ),
+        Kind(
+            "epoch_finished",
+            "info",
+            "D801",
+            "Every sample of an epoch has counted once.",
+            ("epoch", "samples", "counted"),
+        ),
+        Kind(
+            "shards_returned",
+            "info",
+            "D802",
+            "A member left shards unfinished; others go on with them.",
+            ("peer", "shards"),
+        ),
     )
 }

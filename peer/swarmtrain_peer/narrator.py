@@ -90,6 +90,8 @@ class Narrator:
         elif isinstance(body, e.ModelDefined):
             values = sum(item.values for item in body.layout)
             emit("model_defined", values=values, schema_hash=body.schema_hash.hex())
+        elif isinstance(body, e.DataDefined):
+            emit("data_defined", samples=body.samples, digest=body.digest.hex())
         elif isinstance(body, e.Paused):
             emit("paused", reason=body.reason)
         elif isinstance(body, e.Resumed):

@@ -343,6 +343,11 @@ class LeaseBook:
         return without(self._held, taken)
 
     @property
+    def waiting(self) -> int:
+        """Samples that the next hand-over will claim."""
+        return sum(span.count for span in (*self._fresh, *self._queued))
+
+    @property
     def full(self) -> bool:
         """As many pieces as a hand-over may claim are in it: it is time for one."""
         pieces = len(joined([*self._queued, *self._fresh]))

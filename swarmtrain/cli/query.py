@@ -98,6 +98,8 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         "loss": "not measured" if loss is None else f"{loss:.4f}",
         "traffic": f"{sent} sent, {received} received",
     }
+    if answer.get("data"):
+        fields["data"] = data_line(answer["data"])
     lines = [f"{word}: {reason}", *(f"{key:8} {value}" for key, value in fields.items())]
     if trainer.get("attached"):
         used = trainer.get("compute_utilization")
@@ -123,6 +125,16 @@ def _rounds_fields(answer: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def data_line(data: dict[str, Any]) -> str:
+    """How far the data are, where they are dealt in shards."""
+    if data.get("samples") is None:
+        return "not known yet: no trainer has named them"
+    return (
+        f"epoch {data['epoch']}: {data['shards_done']} of {data['shards']} shards done, "
+        f"{data['samples_counted']} samples counted ({data['epochs']:.2f} epochs)"
+    )
+
+
 def _stewards(answer: dict[str, Any]) -> str:
     count = len(answer.get("stewards") or [])
     if count <= 1:
@@ -142,6 +154,7 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
     if any("stages" in peer for peer in answer.get("peers", [])):
         Output(as_json=as_json).result(answer, peers_table(answer["peers"]))
         return
+    dealt = any(peer.get("shards") for peer in answer.get("peers", []))
     rows = [
         (
             str(peer.get("id"))[:8],
@@ -150,12 +163,19 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
             "trains" if peer.get("trains") else "holds" if peer.get("holds_state") else "serves",
             "connected" if peer.get("connected") else "away",
             "-" if peer.get("round") is None else peer.get("round"),
+            *([_shards(peer)] if dealt else []),
             ", ".join(peer.get("addresses") or []) or "outgoing only",
         )
         for peer in answer.get("peers", [])
     ]
-    header = ("id", "name", "role", "does", "link", "round", "addresses")
+    data = ["shards"] if dealt else []
+    header = ("id", "name", "role", "does", "link", "round", *data, "addresses")
     Output(as_json=as_json).result(answer, table(header, rows))
+
+
+def _shards(peer: dict[str, Any]) -> str:
+    held = peer.get("shards") or []
+    return f"{len(held)} ({peer.get('samples_left')} samples left)" if held else "-"
 
 
 def rounds(

@@ -78,6 +78,14 @@ class Corpus:
         raw = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(batch_size)
         return _windows(self.train, (raw % np.uint64(windows)).astype(np.int64), context)
 
+    def samples(self, context: int) -> int:
+        """Windows in an epoch where the data are dealt: side by side, each byte a target once."""
+        return max(0, len(self.train) // context - 1)
+
+    def windows(self, numbers: I64, epochs: I64, context: int) -> tuple[I64, I64]:
+        """The windows of those numbers, as ``batch``; they begin elsewhere in every epoch."""
+        return _windows(self.train, numbers * context + epochs % context, context)
+
     def evaluation(self, windows: int, context: int) -> tuple[I64, I64]:
         """``windows`` evenly spread windows of the held-out part, the same ones every time."""
         room = len(self.held_out) - context

@@ -18,7 +18,8 @@ from swarmtrain.training.place import (
     show_ticket,
 )
 from swarmtrain.training.port import Control, Document
-from swarmtrain.training.swarm import Swarm, SwarmState
+from swarmtrain.training.swarm import Swarm
+from swarmtrain.training.view import SwarmState
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError
 

@@ -26,9 +26,10 @@ from swarmtrain.training.port import Document, Notify, Port, Session
 from swarmtrain.training.tempo import Tempo
 from swarmtrain_peer.shm import Decision, HandoverInfo
 from swarmtrain_protocols.changes import InnerStep
-from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
+from swarmtrain_protocols.errors import ConfigError, Diverged, LocalProtocolError
 from swarmtrain_protocols.overlap import MODES, Mode, Overlay
 from swarmtrain_protocols.schedule import OuterStep
+from swarmtrain_protocols.shards import LeaseBook
 
 F32 = NDArray[np.float32]
 
@@ -121,6 +122,8 @@ class Phase:
         self.boundaries = 0
         self.non_finite = 0
         self.in_flight: InFlight | None = None
+        self.book: LeaseBook | None = None
+        """Which data are in what is handed over, if they are dealt (spec 13)."""
         self._flat = flat
         self._x, self._theta = scratch[0][:n], scratch[1][:n]
         self._due = first_steps
@@ -169,6 +172,10 @@ class Phase:
         """Drop all private progress and take up θ."""
         round_ = session.side.theta(self.channel, self._theta)
         assert round_ is not None
+        if self.book is not None:
+            if self.in_flight is not None:
+                self.book.decided(False, round_)  # nobody asks any more what becomes of it
+            self.book.dropped()
         self.overlay.start(self._theta, self._x)
         self._flat.write(self.channel, self._x)
         self._retune(session, round_)
@@ -219,6 +226,34 @@ class Phase:
             return
         if self.in_flight is not None and not self._settle(session, port, notify):
             return
+        self._boundary(session, port, notify, extra)
+
+    @property
+    def diverged(self) -> Diverged | None:
+        """Set once too many phases in a row have ended in numbers that are none."""
+        if self.non_finite < NON_FINITE_MAX:
+            return None
+        return Diverged(
+            "training diverged",
+            f"{self.non_finite} phases in a row ended in NaN or infinity",
+            "lower the inner learning rate",
+        )
+
+    def hurry(self) -> None:
+        """Let the coming step be the last one before the hand-over."""
+        self._due = min(self._due, self.steps + 1)
+
+    def hand_over_early(self, port: Port, notify: Notify, extra: Document) -> None:
+        """Nothing is left to train on: hand over what there is, unless a hand-over is undecided."""
+        session, book = port.session, self.book
+        if session is None or book is None or not self._adopt(session, port, notify):
+            return
+        if not self._poll(session) or not book.waiting:
+            return
+        if self._adopt_at >= 0:
+            self._take_theta(session, self.rules.mix)
+        # Progress that was returned and has nothing new with it weighs what it weighed.
+        self.samples = self.samples or float(book.waiting)
         self._boundary(session, port, notify, extra)
 
     def settled(self, session: Session) -> bool:
@@ -278,6 +313,9 @@ class Phase:
 
     def _apply(self, decision: Decision) -> None:
         assert self.in_flight is not None
+        if self.book is not None:
+            counted = decision.outcome == "committed" and decision.coefficient > 0
+            self.book.decided(counted, decision.round)
         if decision.outcome == "aborted":
             self.overlay.decided(None)
         else:
@@ -295,6 +333,12 @@ class Phase:
             self.overlay.passed()
         self._momentum_round = max(self._momentum_round, round_)
 
+    def _drop(self, session: Session, notify: Notify, round_: int, why: str) -> None:
+        """Throw progress away that nobody would take: its base is too old, or its data are lost."""
+        fields = {"channel": self.channel, "base_round": self.base_round, "round": round_}
+        notify("progress_dropped", {**fields, "steps": self.steps, "why": why})
+        self._restart(session)
+
     def _boundary(self, session: Session, port: Port, notify: Notify, extra: Document) -> None:
         side = session.side
         if not side.may_write(self.channel):
@@ -307,17 +351,14 @@ class Phase:
             return
         round_, step = found
         if round_ < self._momentum_round or round_ - self.base_round > self.rules.max_base_age:
-            notify(
-                "progress_dropped",
-                {
-                    "channel": self.channel,
-                    "base_round": self.base_round,
-                    "round": round_,
-                    "steps": self.steps,
-                },
-            )
-            self._restart(session)
+            self._drop(session, notify, round_, "its base")
             return
+        claims = () if self.book is None else self.book.boundary()
+        if claims is None:  # what it was trained on is somebody else's by now
+            self._drop(session, notify, round_, "its data")
+            return
+        if self.book is not None:
+            self.samples = min(self.samples, float(sum(span.count for span in claims)))
         self._pass_rounds(round_)
         self._retune(session, round_)
         if step is not None:
@@ -329,6 +370,8 @@ class Phase:
         if not np.isfinite(np.dot(self.overlay.delta, self.overlay.delta)):
             self.non_finite += 1
             notify("non_finite", {"channel": self.channel, "times": self.non_finite})
+            if self.book is not None:
+                self.book.decided(False, round_)
             self._restart(session)
             return
         self.non_finite = 0
@@ -340,6 +383,7 @@ class Phase:
             "base_round": self.base_round,
             "steps": self.steps,
             "age": handover.age,
+            "claims": [[span.first, span.count] for span in claims],
         }
         side.commit(self.channel, HandoverInfo(seq, self.base_round, self.samples, self.steps))
         self.in_flight = InFlight(seq, args)
@@ -385,6 +429,8 @@ class Phase:
         if self.rules.delay:  # the phase goes on, with what was kept of it
             self.base_round = round_
             self.samples = self.samples if kept else 0.0
+            if self.book is not None and not kept:
+                self.book.dropped(fresh_only=True)
         else:
             self._begin_phase(round_)
 

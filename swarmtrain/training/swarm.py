@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from swarmtrain.training.dealing import Dealer, by_turns, dealt
 from swarmtrain.training.flat import Flat
-from swarmtrain.training.phase import NON_FINITE_MAX, Phase, Rules, first_boundary
+from swarmtrain.training.phase import Phase, Rules, first_boundary
 from swarmtrain.training.port import Control, Document, Port, Session
 from swarmtrain.training.tempo import Progress, Tempo
+from swarmtrain.training.view import SwarmState, read_theta, samples_in
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClosed, ControlTimeout
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.changes import InnerStep
-from swarmtrain_protocols.errors import Diverged, QuorumLost, SwarmError
+from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, SwarmError
 
 Batch = TypeVar("Batch")
 Callback = Callable[[Document], None]
@@ -34,20 +36,9 @@ F32 = NDArray[np.float32]
 
 EVENTS_KEPT_MAX = 1024
 AWAY_S_MAX = 60.0
+STARVED_S = 0.05
 CLOSE_FLUSH_S = 30.0
 """How long ``close`` waits for the last round by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmState:
-    """What is known here and now. ``members`` is 1 offline; ``loss`` is the mean of the phase."""
-
-    round: int = 0
-    step: int = 0
-    members: int = 1
-    loss: float = math.nan
-    syncing: bool = False
-    state_hash: str = ""
 
 
 class Swarm:
@@ -100,6 +91,7 @@ class Swarm:
         self._phases: list[Phase] = []
         self._tempo = Tempo(1)
         self._progress = Progress()
+        self._dealer: Dealer | None = None
         if connect is not None:
             self._enter(connect, wait_s_max)
         self._first_parameter = self._flat.places(self._flat.channels[0])[0].parameter
@@ -196,10 +188,7 @@ class Swarm:
             return
         if self._first_parameter.grad is None:
             self._pending_samples = 0.0
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                self._pending_samples += float(value.shape[0]) if value.dim() else 1.0
-                return
+        self._pending_samples += samples_in(args, kwargs)
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
@@ -220,28 +209,42 @@ class Swarm:
         self._deliver()
         self._left_s = host.mono_s()
 
-    def _share(self, port: Port, samples: float) -> None:
-        boundaries = sum(phase.boundaries for phase in self._phases)
-        extra = {
-            "loss": self._mean_loss(),
+    def _extra(self) -> Document:
+        """What goes with the hand-overs that are made now."""
+        finite = [value for value in self._losses if math.isfinite(value)]
+        return {
+            "loss": sum(finite) / len(finite) if finite else None,
             "phase_s": host.mono_s() - self._phase_begin_s,
-            "step_s": self._steps_s / self._steps,
+            "step_s": self._steps_s / max(1, self._steps),
             "blocked_s": self._phase_blocked_s,
             "next_position": self.next_position,
         }
+
+    def _share(self, port: Port, samples: float) -> None:
+        extra, boundaries = self._extra(), sum(phase.boundaries for phase in self._phases)
         for phase in self._phases:
             phase.after_step(port, self._tell, samples, extra)
-            if phase.non_finite >= NON_FINITE_MAX:
-                self.error = Diverged(
-                    "training diverged",
-                    f"{phase.non_finite} phases in a row ended in NaN or infinity",
-                    "lower the inner learning rate",
-                )
+            self.error = phase.diverged or self.error
+        self._account(port, extra, boundaries)
+
+    def _starved(self) -> None:
+        """Nothing is left to train on: hand over what there is, and wait a moment."""
+        port, dealer, began_s = self._port, self._dealer, host.mono_s()
+        assert port and dealer
+        extra, boundaries = self._extra(), sum(phase.boundaries for phase in self._phases)
+        self._phases[0].hand_over_early(port, self._tell, extra)
+        port.wait_until(lambda: bool(dealer.book.available()), STARVED_S)
+        self._account(port, extra, boundaries)
+        spent_s = host.mono_s() - began_s
+        self._blocked_s, self._left_s = self._blocked_s + spent_s, self._left_s + spent_s
+
+    def _account(self, port: Port, extra: Document, boundaries: int) -> None:
+        """Note what has changed since there were so many boundaries."""
         if sum(phase.boundaries for phase in self._phases) != boundaries:
             loss = extra["loss"]
             self._state = replace(self._state, loss=math.nan if loss is None else loss)
             self._losses.clear()
-            if self._tempo.phase_done(self._steps_s / self._steps):
+            if self._tempo.phase_done(extra["step_s"]):
                 self._tell("phase_length", {"steps": self._tempo.steps})
             for phase in self._phases:
                 phase.retime()
@@ -253,16 +256,14 @@ class Swarm:
             if session is not self.attached:
                 self.attached = session
                 self._members = session.attached.members
+                if self._dealer is not None:
+                    port.send(session, "data", self._dealer.args)
             self._stop = session.side.should_stop() or self._stop
             shown = [session.side.published_round(p.channel) for p in self._phases]
             self._state = replace(self._state, round=min(r or 0 for r in shown))
         failed = port.final or self.error
         if failed is not None:
             self._stop = str(failed)
-
-    def _mean_loss(self) -> float | None:
-        finite = [value for value in self._losses if math.isfinite(value)]
-        return sum(finite) / len(finite) if finite else None
 
     def _in_flight(self) -> dict[str, int]:
         flying = [(phase.channel, phase.in_flight) for phase in self._phases]
@@ -284,6 +285,8 @@ class Swarm:
     def _deliver(self) -> None:
         while self._events:
             name, fields = self._events.popleft()
+            if name == "leases" and self._dealer is not None:
+                self._dealer.update(fields)
             self._take_up(fields)
             document = {"event": name, **fields}
             if self._any is not None:
@@ -380,39 +383,40 @@ class Swarm:
             return ()
         return tuple(session.side.published_round(p.channel) or 0 for p in self._phases)
 
-    def data(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """This site's share of ``loader``: batch ``i`` goes to member ``i mod members``.
+    def data(self, loader: Iterable[Batch], *, name: str = "") -> Iterator[Batch]:
+        """This site's share of ``loader``. Offline: everything.
 
-        The deal follows the membership as it is when a batch is due. Every member must iterate in
-        the same order for shares to be disjoint. Offline: everything.
+        With run key ``shards``: samples of its dataset, each once in every epoch, until the run
+        ends (``dealing.Batches``); ``name`` tells apart data of equal length. Else batch ``i`` goes
+        to member ``i mod members``; for disjoint shares all must iterate in the same order.
         """
-        for index, batch in enumerate(loader):
-            if self.should_stop:
-                return
-            members = self._members
-            site = self.attached.attached.site if self.attached is not None else ""
-            if site in members and index % len(members) != members.index(site):
-                continue
-            yield batch
+        if not self.offline and self.run.get("shards"):
+            return dealt(loader, name, self.deal)
+        site = self.attached.attached.site if self.attached is not None else ""
+        return by_turns(loader, site, lambda: self._members, lambda: self.should_stop)
+
+    def deal(self, samples: int, digest: bytes, *, shuffle: bool = True) -> Dealer:
+        """Have the run's data dealt: ``samples`` of an epoch, named by ``digest`` (32 bytes).
+
+        Raises:
+            SwarmError: these are not the data of the run, or they cannot be dealt.
+        """
+        session = self._port.session if self._port is not None else None
+        if session is None:
+            raise LocalProtocolError("swarm.deal", "no peer process is attached", "join a run")
+        seed, phase = int(self.run["seed"]) if shuffle else None, self._phases[0]
+        dealer = Dealer(samples, digest, seed, phase.hurry, self._starved, lambda: self.should_stop)
+        dealer.update(session.control.call("data", dealer.args, limits.TRAINER_WAIT_S_MAX))
+        self._dealer, phase.book = dealer, dealer.book
+        return dealer
 
     def theta(self) -> tuple[int, dict[str, F32]]:
         """Round and canonical vectors f32[n] by channel; offline the model's own parameters.
 
         The round is the lowest of the channels'.
         """
-        vectors = {name: np.empty(n, np.float32) for name, n in self._flat.layout}
-        port = self._port
-        side = None if port is None or port.session is None else port.session.side
-        if side is None and self.attached is not None:
-            side = self.attached.side  # the peer process is away: what it showed last
-        rounds = [0]
-        if side is None:
-            for name, out in vectors.items():
-                self._flat.read(name, out)
-        else:
-            found = [side.theta(name, out) for name, out in vectors.items()]
-            rounds = [round_ for round_ in found if round_ is not None]
-        return min(rounds), vectors
+        session = self._port.session if self._port is not None else None
+        return read_theta(self._flat, session or self.attached)  # or what was shown last
 
     def canonical(self) -> dict[str, torch.Tensor]:
         """The trainable part of a state dict, of θ: CPU f32 tensors by parameter name.

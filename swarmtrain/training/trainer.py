@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from swarmtrain.training.data import Corpus, announce_corpus, obtain_corpus, position_of
+from swarmtrain.training.data import I64, Corpus, announce_corpus, obtain_corpus, position_of
+from swarmtrain.training.dealing import Dealer, data_digest
 from swarmtrain.training.model import BYTES
 from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
@@ -93,6 +94,12 @@ class PresetTrainer:
         self.swarm.on("evaluate", self._evaluate)
         attached = self.swarm.attached
         assert attached is not None, "it is not offline"
+        self._dealer: Dealer | None = None
+        if keys.shards:
+            context = self.preset.context
+            digest = data_digest("corpus", keys.corpus_hash.hex(), context)
+            self._dealer = self.swarm.deal(self.corpus.samples(context), digest)
+            self._dealer.stop_when(lambda: bool(signals.received))
         self._ordinal = attached.attached.ordinal
         self._counter = attached.attached.next_position
         self._inner: InnerStep | None = None
@@ -110,18 +117,27 @@ class PresetTrainer:
             if steps and swarm.state.step >= steps:
                 swarm.finish()
                 break
-            self._step()
+            found = self._batch()
+            if found is not None:
+                self._step(*found)
         if swarm.error is not None:
             raise swarm.error
 
-    def _step(self) -> None:
-        preset, swarm = self.preset, self.swarm
+    def _batch(self) -> tuple[I64, I64] | None:
+        """The next batch; None if the run ended while nothing was left to this member."""
+        context, size = self.preset.context, self.keys.batch_size
+        if self._dealer is not None:
+            numbers = self._dealer.take(size)
+            if not numbers.size:
+                return None
+            return self.corpus.windows(numbers, self._dealer.epochs, context)
         position = position_of(self._ordinal, self._counter)
-        tokens, targets = self.corpus.batch(
-            self.keys.seed, position, self.keys.batch_size, preset.context
-        )
         self._counter += 1
-        swarm.next_position = self._counter
+        self.swarm.next_position = self._counter
+        return self.corpus.batch(self.keys.seed, position, size, context)
+
+    def _step(self, tokens: I64, targets: I64) -> None:
+        preset, swarm = self.preset, self.swarm
         if swarm.inner is not None and swarm.inner != self._inner:
             self._inner = swarm.inner
             preset.follow(swarm.inner)

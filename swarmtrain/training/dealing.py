@@ -70,6 +70,10 @@ class Dealer:
         held, listed = _spans(leases["held"]), _spans(leases["listed"])
         self.book.update(int(leases["generation"]), int(leases["round"]), held, listed)
 
+    def has_some(self) -> bool:
+        """Whether something is left to train on."""
+        return bool(self.book.available())
+
     def take(self, count: int) -> I64:
         """Numbers of the samples to train on in the next step, int64 [1 … ``count``].
 
@@ -78,7 +82,7 @@ class Dealer:
         while not self._stopped():
             positions = self.book.take(count)
             if positions:
-                if self.book.full or not self.book.available():
+                if self.book.full or not self.has_some():
                     self._hurry()
                 found = np.array(positions, np.int64)
                 self.epochs, numbers = np.divmod(found, self.samples)

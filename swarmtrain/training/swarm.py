@@ -37,8 +37,7 @@ F32 = NDArray[np.float32]
 EVENTS_KEPT_MAX = 1024
 AWAY_S_MAX = 60.0
 STARVED_S = 0.05
-CLOSE_FLUSH_S = 30.0
-"""How long ``close`` waits for the last round by default."""
+CLOSE_FLUSH_S = 30.0  # how long ``close`` waits for the last round by default
 
 
 class Swarm:
@@ -233,7 +232,7 @@ class Swarm:
         assert port and dealer
         extra, boundaries = self._extra(), sum(phase.boundaries for phase in self._phases)
         self._phases[0].hand_over_early(port, self._tell, extra)
-        port.wait_until(lambda: bool(dealer.book.available()), STARVED_S)
+        port.wait_until(dealer.has_some, STARVED_S)
         self._account(port, extra, boundaries)
         spent_s = host.mono_s() - began_s
         self._blocked_s, self._left_s = self._blocked_s + spent_s, self._left_s + spent_s

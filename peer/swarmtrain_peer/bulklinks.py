@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from swarmtrain_peer.bulk import BulkConnection, BulkPool
 from swarmtrain_peer.sockets import receive_exactly, tune
@@ -50,12 +50,16 @@ class BulkUsers(Protocol):
     def end(self, conn: BulkConnection, header: Header, ok: bool) -> None: ...
 
 
+OneMore = Callable[[], Awaitable[socket.socket]]
+"""Makes one more connection the way the control link goes."""
+
+
 @dataclass(slots=True)
 class _Pair:
-    """What the control link to a peer allows; ``dial_to`` is None if the other side dials."""
+    """What the control link to a peer allows; ``one_more`` is None if the other side dials."""
 
     secret: bytes
-    dial_to: tuple[Any, ...] | None
+    one_more: OneMore | None
     connections: list[BulkConnection]
     past: deque[bytes]
     task: asyncio.Task[None] | None = None
@@ -84,10 +88,10 @@ class BulkLinks:
         self.evicted = 0
         self.refused = 0
 
-    def peer_up(self, peer: PeerId, secret: bytes, dial_to: tuple[Any, ...] | None) -> None:
-        """A control link opened. ``dial_to``: its socket address if this side dialled it."""
+    def peer_up(self, peer: PeerId, secret: bytes, one_more: OneMore | None) -> None:
+        """A control link opened. ``one_more``: how to connect again if this side dialled it."""
         past: deque[bytes] = deque(maxlen=2 * limits.BULK_CONNECTIONS_MAX)
-        self._pairs[peer] = _Pair(secret, dial_to, [], past)
+        self._pairs[peer] = _Pair(secret, one_more, [], past)
         self._by_tag[bulklink.link_tag(secret)] = peer
         if self._users.wants_bulk(peer):
             self.need(peer)
@@ -132,7 +136,7 @@ class BulkLinks:
     def need(self, peer: PeerId) -> None:
         """Make connections if there are too few and this side is the one to dial."""
         pair = self._pairs.get(peer)
-        if pair is None or pair.dial_to is None or pair.task is not None:
+        if pair is None or pair.one_more is None or pair.task is not None:
             return
         if len(self.connections(peer)) < self._streams(peer):
             pair.task = self._loop.create_task(self._dial(peer, pair))
@@ -189,14 +193,11 @@ class BulkLinks:
         pair.task = None
 
     async def _dial_once(self, peer: PeerId, pair: _Pair) -> None:
-        assert pair.dial_to is not None
-        family = socket.AF_INET6 if len(pair.dial_to) == 4 else socket.AF_INET
+        assert pair.one_more is not None
         with contextlib.ExitStack() as stack:
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sock.setblocking(False)
-            self._count(tune(sock, bulk=True))
             async with asyncio.timeout(limits.HANDSHAKE_TIMEOUT_S):
-                await self._loop.sock_connect(sock, pair.dial_to)
+                sock = stack.enter_context(await pair.one_more())
+                self._count(tune(sock, bulk=True))
                 nonce = self._entropy(bulklink.NONCE_BYTES)
                 opening = bulklink.PREFACE + bulklink.link_tag(pair.secret) + nonce
                 await self._loop.sock_sendall(sock, opening)

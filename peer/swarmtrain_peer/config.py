@@ -26,6 +26,7 @@ from swarmtrain_protocols.addresses import split_address
 from swarmtrain_protocols.errors import ConfigError
 from swarmtrain_protocols.manifest import RunKeys, run_keys_from_mapping
 
+Relay = Literal["auto", "yes", "no"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -42,6 +43,9 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """``host:port`` to listen on; port 0: any free one; empty: outgoing links only."""
     announce: Annotated[tuple[str, ...], Meta(max_length=limits.ADDRESSES_PER_PEER_MAX)] = ()
     """Addresses to tell others instead of those found by looking."""
+    relay: Relay = "auto"
+    """Carry streams between members that cannot dial each other: ``auto``: if this site does not
+    train; ``yes``; ``no``: neither that, nor have its own carried."""
     trains: bool = True
     holds_state: bool = True
     votes: bool = False
@@ -175,6 +179,7 @@ PEER_KEYS: dict[str, str] = {
     "net.down": "down_bytes_per_s",
     "net.data_cap": "data_cap",
     "net.donor_share": "donor_share",
+    "net.relay": "relay",
     "dashboard.bind": "dashboard",
     "log.level": "log_level",
 }

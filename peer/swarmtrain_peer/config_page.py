@@ -96,6 +96,10 @@ PEER_TEXTS = {
         "Of the measured uplink (or of `net.up`), for members that fetch the state, old results or "
         "the corpus from here; a quarter of that while a round's bytes are on their way."
     ),
+    "net.relay": (
+        "Carry streams between members that cannot dial each other (`auto`: if this machine does "
+        "not train); `no`: nor have its own links carried."
+    ),
     "dashboard.bind": "host:port of the dashboard; empty: none.",
     "log.level": "debug, info, warning or error.",
 }

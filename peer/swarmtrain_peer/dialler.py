@@ -66,6 +66,11 @@ class Dialler:
         merged = list(dict.fromkeys([*good, *target.addresses]))
         target.addresses = merged[: limits.ADDRESSES_PER_PEER_MAX]
 
+    def forget(self, peer: PeerId) -> None:
+        """It cannot be dialled any more, as it says."""
+        if target := self._targets.get(peer):
+            target.addresses.clear()
+
     def addresses(self, peer: PeerId) -> list[str]:
         """Known addresses, best first."""
         target = self._targets.get(peer)

@@ -7,6 +7,7 @@ is printed from this table by ``python -m swarmtrain_peer.events``.
 from __future__ import annotations
 
 from swarmtrain_peer.event_kind import Kind
+from swarmtrain_peer.event_kinds_reach import REACH_KINDS
 from swarmtrain_peer.event_kinds_state import STATE_KINDS
 
 __all__ = ["KINDS", "Kind"]
@@ -308,6 +309,7 @@ KINDS: dict[str, Kind] = {
         ),
         # State
         *STATE_KINDS,
+        *REACH_KINDS,
         # Trainers
         Kind(
             "trainer_attached",

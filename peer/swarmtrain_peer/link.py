@@ -62,6 +62,8 @@ class Link(asyncio.Protocol):
         self.address = address
         self._up, self._down = pool.up, pool.down
         self.remote: tuple[Any, ...] = ()
+        self.via: PeerId | None = None
+        """The member that relays it; None: direct."""
         self.outcome: asyncio.Future[PeerId] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
         self.sent_bytes = 0
@@ -78,6 +80,11 @@ class Link(asyncio.Protocol):
     @property
     def peer(self) -> PeerId | None:
         return self.session.peer
+
+    @property
+    def address_now(self) -> str:
+        """``host:port`` of the socket at the other end."""
+        return address_of(self.remote)
 
     @property
     def initiator(self) -> bool:

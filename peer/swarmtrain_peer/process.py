@@ -67,6 +67,7 @@ def settings_of(site: Site) -> PeerSettings:
         votes=config.votes or founder is not None,
         caps_bytes_per_s=(config.up_bytes_per_s, config.down_bytes_per_s),
         donor_share=config.donor_share,
+        relay=config.relay,
         manifest=site.manifest(),
         founder=founder,
         ticket=ticket,

@@ -24,6 +24,7 @@ from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.halting import halting
 from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.narrator import Narrator
+from swarmtrain_peer.outreach import Outreach
 from swarmtrain_peer.patience import Patience
 from swarmtrain_peer.quorum import QuorumWatch
 from swarmtrain_peer.recordfile import RecordFile
@@ -85,7 +86,6 @@ class PeerRuntime:
         self._started = False
         self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
-        self._addresses: tuple[str, ...] = ()
         self._tasks: list[asyncio.Future[None]] = []
         self.pool = ThreadPoolExecutor(settings.threads, "swarmtrain-work")
         self.chunk_pool = ThreadPoolExecutor(settings.threads, "swarmtrain-chunk")
@@ -118,11 +118,13 @@ class PeerRuntime:
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
         self._enquiry = Enquiry(self.transport, s.run)
+        self.outreach = Outreach(s, self.transport, self.events)
         bound = await self._listen()
-        if bound:
-            self._addresses = s.announce or host.announced(bound)
+        self.outreach.start((s.announce or host.announced(bound)) if bound else ())
         manifest = s.manifest or await self._enquiry.manifest(s.ticket, s.save_manifest)
         self.manifest = manifest
+        if s.manifest is None:
+            await self.outreach.first_verdict()
         self._make_node(manifest)
         self._contacts = ContactsFile(s.contacts, s.run, self.events)
         self._contacts.load(self.node.dht.book, host.wall_s())
@@ -134,6 +136,7 @@ class PeerRuntime:
             for begun in self.keeper.begun():
                 self.node.catchup.partly_here(*begun)
         self._started = True
+        self.outreach.serve(self.node, self.driver.run)
         for name, args in self._early:
             getattr(self.driver, name)(*args)
         self._early.clear()
@@ -143,7 +146,7 @@ class PeerRuntime:
         patience = Patience(self.node, self.transport, self.driver.run)
         self.quorum = QuorumWatch(self.node, self.events, self._on_event, patience)
         self._tasks.append(asyncio.ensure_future(self.quorum.watch()))
-        self.events.emit("peer_started", listen=",".join(self._addresses), version="0.1.0")
+        self.events.emit("peer_started", listen=",".join(self.outreach.addresses), version="0.1.0")
 
     async def _listen(self) -> str:
         """Bind, if port 0 is asked for then the port of an earlier life if it is still free."""
@@ -171,11 +174,11 @@ class PeerRuntime:
             genesis = make_genesis(s.founder, s.run, s.keyring.peer_id)
         site = SiteConfig(
             name=s.name,
-            addresses=self._addresses,
+            addresses=self.outreach.addresses,
             trains=s.trains,
             holds_state=s.holds_state,
             votes=s.votes,
-            reachable=bool(self._addresses),
+            reachable=bool(self.outreach.addresses),
             capability=self.capability(),
         )
         self.narrator = Narrator(self.events)
@@ -261,7 +264,7 @@ class PeerRuntime:
                 self.events.emit("link_refused", reason=str(error), address=address)
 
         for address in ticket.addresses:
-            if address not in self._addresses:
+            if address not in self.outreach.addresses:
                 self._tasks.append(asyncio.ensure_future(dial(address)))
 
     # -- identity and admission -----------------------------------------------------------------
@@ -271,8 +274,9 @@ class PeerRuntime:
             PROTOCOL_VERSION,
             self.settings.run,
             self.settings.name[: limits.NAME_CHARS_MAX],
-            self._addresses,
+            self.outreach.addresses,
             self.capability(),
+            self.outreach.features,
         )
 
     def _admit(self, peer: PeerId, hello: Hello) -> Refused | None:
@@ -308,18 +312,23 @@ class PeerRuntime:
 
     def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
         self.events.emit("peer_connected", peer=peer.hex(), peer_name=hello.name)
-        self.transport.learn(peer, hello.listen)
+        if hello.listen:
+            self.transport.learn(peer, hello.listen)
+        self.outreach.connected(peer, hello)
         self._pass("connected", peer, hello, outgoing)
         for listener in self.link_listeners:
             listener(peer)
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self.events.emit("peer_disconnected", peer=peer.hex(), reason=f"{code}: {reason}")
+        self.outreach.disconnected(peer)
         self._pass("disconnected", peer, code, reason)
 
     def message(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, mm.ManifestReply):
             self._enquiry.heard(message)
+            return
+        if self.outreach.message(peer, message):
             return
         if isinstance(message, mm.Metrics):
             if peer == message.member:
@@ -457,6 +466,7 @@ class PeerRuntime:
             self._contacts.save(self.node.dht.book)
         for task in self._tasks:
             task.cancel()
+        self.outreach.close()
         await self.transport.close()
         for pool in (self.pool, self.chunk_pool, self.disk_pool):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -469,7 +479,7 @@ class PeerRuntime:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return self._addresses
+        return self.outreach.addresses
 
 
 def total_bytes(stats: dict[str, Any], way: str) -> int:

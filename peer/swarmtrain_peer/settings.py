@@ -44,4 +44,6 @@ class PeerSettings:
     """Up and down over all connections; 0: none."""
     donor_share: float = 0.2
     """Of the measured uplink, for members that fetch state."""
+    relay: str = "auto"
+    """See ``PeerConfig.relay``."""
     threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from typing import Any
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import join_address
@@ -54,6 +55,20 @@ async def receive_exactly(
             raise ConnectionError("the connection ended early")
         data += piece
     return data
+
+
+async def connect(
+    loop: asyncio.AbstractEventLoop, address: tuple[Any, ...], *, bulk: bool = True
+) -> socket.socket:
+    """A connected, tuned, non-blocking socket to a socket address. Raises OSError."""
+    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.setblocking(False)
+        tune(sock, bulk=bulk)
+        await loop.sock_connect(sock, address)
+        stack.pop_all()
+        return sock
 
 
 async def attach(

@@ -7,24 +7,26 @@ threads of ``bulk.BulkPool``. All methods are called on the loop thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
 from swarmtrain_peer.bulk import BulkConnection, BulkPool
-from swarmtrain_peer.bulklinks import BulkLinks
+from swarmtrain_peer.bulklinks import BulkLinks, OneMore
+from swarmtrain_peer.caps import Cap
 from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.donorshare import SHARE
+from swarmtrain_peer.doorway import Doorway
 from swarmtrain_peer.handler import TransportHandler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.serving import Serving
-from swarmtrain_peer.sockets import address_of, attach, fill_host, listen, receive_exactly, tune
+from swarmtrain_peer.sockets import address_of, attach, connect, fill_host, listen, tune
 from swarmtrain_peer.traffic import traffic
 from swarmtrain_peer.transfers import Fetches
-from swarmtrain_protocols import bulklink, limits
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.bulklink import Header
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import PeerFault
@@ -32,7 +34,7 @@ from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
 from swarmtrain_protocols.messages.session import Hello, Refused
-from swarmtrain_protocols.session import PREFACE_BYTES, SessionCore
+from swarmtrain_protocols.session import SessionCore
 from swarmtrain_protocols.session_events import (
     Closed,
     Faulted,
@@ -96,6 +98,8 @@ class Transport:
         self._started = False
         self._closed = False
         self._counts: dict[str, int] = {}
+        self.no_route: Callable[[PeerId], None] = lambda peer: None
+        self.open_relayed: Callable[[PeerId], Awaitable[socket.socket]] = _no_relay
         self._live: dict[Link, PeerId] = {}
         self._past: dict[PeerId, tuple[int, int]] = {}
 
@@ -123,23 +127,30 @@ class Transport:
             self._loop, self._provide, self._send_open, bulk, sent, self._yields
         )
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
+        answer = partial(self._make_link, False, None, "")
+        self.doorway = Doorway(
+            self._loop, self._table, answer, bulk.accept, self._spawn, self._count
+        )
         self._started = True
         if self._listener is None:
             return ""
-        self._spawn(self._accept_loop())
+        self._spawn(self.doorway.accept(self._listener))
         return address_of(self._listener.getsockname())
 
     # Peers ------------------------------------------------------------------------------------
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Remember where ``peer`` may be dialled, best first."""
-        if peer != self.peer_id:
+        """Remember where ``peer`` may be dialled, best first; empty: it can not be any more."""
+        if peer != self.peer_id and addresses:
             self._dialler.learn(peer, addresses)
+        elif peer != self.peer_id:
+            self._dialler.forget(peer)
 
     def connect(self, peer: PeerId) -> None:
         """Have a link to ``peer`` if an address is known; ``connected`` or ``refused`` follows."""
         if peer != self.peer_id and peer not in self._table.links:
             self._dialler.want(peer)
+            self.no_route(peer)
 
     async def connect_address(self, address: str, timeout_s: float) -> PeerId:
         """Dial an address whose owner is not known yet; returns who answered.
@@ -286,6 +297,7 @@ class Transport:
             sent = link.send(message, payload)
         elif dial and peer != self.peer_id and not self._closed:
             sent = self._dialler.queue(peer, message)
+            self.no_route(peer)
         else:
             sent = False
         if not sent:
@@ -330,56 +342,31 @@ class Transport:
         )
         return Link(self._loop, session, self._on_event, address, self._pool)
 
-    async def _accept_loop(self) -> None:
-        while True:
-            try:
-                sock, _ = await self._loop.sock_accept(self._listener)
-            except OSError:  # out of descriptors: those in use will be freed
-                self._count("accept_failed")
-                await asyncio.sleep(limits.DIAL_BACKOFF_S_MIN)
-                continue
-            sock.setblocking(False)
-            if self._table.inbound >= limits.CONNECTIONS_INBOUND_MAX:
-                self._count("inbound_over_limit")
-                sock.close()
-            else:
-                self._spawn(self._classify(sock))
+    def route(self, peer: PeerId) -> Link | None:
+        """The open link, for where it leads: ``remote``, ``initiator``, ``via``."""
+        return self._table.links.get(peer)
 
-    async def _classify(self, sock: Any) -> None:
-        """Control or bulk, by the first eight bytes."""
-        if len(self._table.half_open) >= limits.CONNECTIONS_HALF_OPEN_MAX:
-            self._count("half_open_over_limit")
-            sock.close()
-            return
-        link = self._make_link(False, None, "")
-        self._table.half_open[link] = None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(sock)
-            try:
-                async with asyncio.timeout(limits.HANDSHAKE_TIMEOUT_S):
-                    preface = await receive_exactly(self._loop, sock, PREFACE_BYTES)
-                if preface != bulklink.PREFACE:
-                    tune(sock, bulk=False)
-                    link.received_bytes += len(preface)
-                    link.session.receive_bytes(self._loop.time(), preface)
-                    self._table.inbound += 1
-                    await self._loop.connect_accepted_socket(lambda: link, sock)
-                    stack.pop_all()
-                    return
-            except (OSError, TimeoutError):
-                self._count("no_preface")
-                return
-            finally:
-                if link.remote == ():  # no control link came of it
-                    self._table.half_open.pop(link, None)
-            stack.pop_all()
-        await self._bulk.accept(sock)
+    @property
+    def caps(self) -> tuple[Cap, Cap]:
+        """Up and down."""
+        return self._pool.up, self._pool.down
+
+    async def dial_socket(self, peer: PeerId) -> socket.socket:
+        """A connection to where ``peer`` is said to listen. Raises DialFailed."""
+        known = self._dialler.addresses(peer)
+        return await self._dialler.open(known[0] if known else "")
 
     async def _dial_link(self, peer: PeerId | None, address: str) -> PeerId:
         """Dial and shake hands. Raises DialFailed."""
-        sock = await self._dialler.open(address)
+        return await self.greet(peer, await self._dialler.open(address), address)
+
+    async def greet(
+        self, peer: PeerId | None, sock: socket.socket, address: str, via: PeerId | None = None
+    ) -> PeerId:
+        """Shake hands on a connected socket, relayed by ``via`` if given. Raises DialFailed."""
         tune(sock, bulk=False)
         link = self._make_link(True, peer, address)
+        link.via = via
         if peer is not None:
             if peer in self._table.links:
                 sock.close()
@@ -437,14 +424,17 @@ class Transport:
         """See ``linktable.LinkUser``."""
         self._live[link] = peer
         link.gone.add_done_callback(lambda _: self._count_bytes(link))
-        if link.initiator:
+        if link.initiator and link.via is None:
             self._dialler.learn(peer, [link.address])
         # Whoever listens on all interfaces is reached where it was just seen.
-        seen = str(link.remote[0]) if link.remote else ""
+        seen = str(link.remote[0]) if link.remote and link.via is None else ""
         self._dialler.learn(peer, [fill_host(address, seen) for address in hello.listen])
         secret = link.session.bulk_secret
         assert secret is not None
-        self._bulk.peer_up(peer, secret, link.remote if link.initiator else None)
+        one_more: OneMore = partial(connect, self._loop, link.remote)
+        if link.via is not None:
+            one_more = partial(self.open_relayed, peer)
+        self._bulk.peer_up(peer, secret, one_more if link.initiator else None)
         link.session.probe(self._loop.time())  # the round trip decides on the number of streams
         self._handler.connected(peer, hello, link.initiator)
         for message in self._dialler.opened(peer):
@@ -497,3 +487,7 @@ class Transport:
     def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
         """Pool thread; see ``bulk.Sink``."""
         self._fetches.end(conn, header, ok)
+
+
+async def _no_relay(peer: PeerId) -> socket.socket:
+    raise ConnectionError("nobody relays")

@@ -41,8 +41,19 @@ class Finder:
             return
         self._published = True
         self._dht.bootstrap(now)
-        if self._addresses:
-            value = msgspec.msgpack.encode(list(usable(self._addresses)))
+        self._say(now)
+
+    def moved(self, now: float, addresses: tuple[str, ...]) -> None:
+        """This site is elsewhere; empty: nobody can dial it."""
+        self._addresses = addresses
+        if self._published and not addresses:
+            self._dht.withdraw(now, address_key(self._me))
+        elif self._published:
+            self._say(now)
+
+    def _say(self, now: float) -> None:
+        if addresses := list(usable(self._addresses)):
+            value = msgspec.msgpack.encode(addresses)
             self._dht.store(now, address_key(self._me), value, ADDRESS_TTL_S, keep=True)
 
     def look_up(self, now: float, peer: PeerId) -> None:

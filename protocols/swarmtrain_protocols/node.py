@@ -100,7 +100,7 @@ class NodeCore:
             addresses=site.addresses,
             run=self.run,
         )
-        self._finder = Finder(self.me, site.addresses, self.dht, self._raw)
+        self.finder = Finder(self.me, site.addresses, self.dht, self._raw)
         self.log = LogCore(
             run=self.run,
             founder=manifest.founder,
@@ -416,9 +416,9 @@ class NodeCore:
         elif isinstance(effect, Connect) and effect.peer == self.me:
             return
         elif isinstance(effect, Connect) and self._is_unknown(effect):
-            self._finder.look_up(now, effect.peer)
+            self.finder.look_up(now, effect.peer)
         elif isinstance(effect, Emit) and isinstance(effect.event, DhtFound | DhtFailed):
-            if not self._finder.answered(effect.event):
+            if not self.finder.answered(effect.event):
                 self._ready.append(effect)
         elif isinstance(effect, Emit) and isinstance(effect.event, Committed):
             self._committed(now, effect.event)
@@ -482,7 +482,7 @@ class NodeCore:
         self.shepherd.step(now)
         self.joiner.step(now, self.linked())
         if self.joiner.is_member:
-            self._finder.publish(now)
+            self.finder.publish(now)
         stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
         self.log.set_stewards_known(now, stewards)
         self._raw += [Connect(s) for s in stewards if s not in self._linked]

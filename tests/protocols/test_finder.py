@@ -34,6 +34,9 @@ class FakeDht:
         self.stored.append((key, value, ttl_s, keep))
         return 0
 
+    def withdraw(self, now: float, key: bytes) -> None:
+        self.stored.clear()
+
     def get(self, now: float, key: bytes) -> int:
         self.asked.append(key)
         return len(self.asked)
@@ -68,6 +71,20 @@ def test_who_cannot_be_dialled_publishes_nothing() -> None:
     desk = Desk(())
     desk.finder.publish(1.0)
     assert desk.dht.stored == [] and desk.dht.bootstraps == 1
+
+
+def test_who_moves_says_so_and_who_cannot_be_dialled_any_more_takes_it_back() -> None:
+    desk = Desk()
+    desk.finder.moved(0.5, ("127.0.0.1:2",))
+    assert desk.dht.stored == [], "it is no member yet"
+    desk.finder.publish(1.0)
+    desk.finder.moved(2.0, ("127.0.0.1:3",))
+    assert [value for _, value, _, _ in desk.dht.stored] == [
+        pack("127.0.0.1:2"),
+        pack("127.0.0.1:3"),
+    ]
+    desk.finder.moved(3.0, ())
+    assert desk.dht.stored == []
 
 
 def test_a_search_ends_in_a_connection() -> None:

@@ -8,7 +8,16 @@ from typing import Any, Union
 import msgspec
 
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.messages import dht, fetch, log, member, pipeline, rounds, session
+from swarmtrain_protocols.messages import (
+    dht,
+    fetch,
+    log,
+    member,
+    pipeline,
+    reach,
+    rounds,
+    session,
+)
 from swarmtrain_protocols.messages.common import RoundKey
 
 Message = msgspec.Struct
@@ -29,7 +38,7 @@ def _structs(module: types.ModuleType) -> list[type[msgspec.Struct]]:
 
 MESSAGES: tuple[type[msgspec.Struct], ...] = tuple(
     cls
-    for module in (session, member, log, rounds, fetch, dht, pipeline)
+    for module in (session, member, log, rounds, fetch, dht, pipeline, reach)
     for cls in _structs(module)
 )
 

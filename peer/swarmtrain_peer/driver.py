@@ -84,6 +84,7 @@ class Driver:
         on_event: Callable[[object], None],
         on_state: Callable[[str], None],
         clock: RoundClock,
+        mono_s: Callable[[], float] = host.mono_s,
     ) -> None:
         self.node = node
         self.data = data
@@ -97,6 +98,7 @@ class Driver:
         self._on_event = on_event
         self._on_state = on_state
         self._clock = clock
+        self._mono_s = mono_s
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -112,7 +114,7 @@ class Driver:
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call a method of the node with the time first, then carry out what follows."""
-        result = call(host.mono_s(), *args)
+        result = call(self._mono_s(), *args)
         self.pump()
         return result
 
@@ -136,7 +138,7 @@ class Driver:
             self._timer = None
         deadline = self.node.deadline() if not self.stuck else math.inf
         if deadline < math.inf and not self._closed:  # -inf: at once
-            delay = max(0.001, deadline - host.mono_s())
+            delay = max(0.001, deadline - self._mono_s())
             self._timer = self._loop.call_later(delay, self._tick)
 
     def _tick(self) -> None:

@@ -67,6 +67,22 @@ KINDS: dict[str, Kind] = {
             ("full_s?", "path?"),
         ),
         Kind(
+            "stood_still",
+            "warning",
+            "P130",
+            "This process did not run for a while (sleep, a stop, overload). What it waited for "
+            "gets the rest of its time; nobody is blamed.",
+            ("slept_s",),
+        ),
+        Kind(
+            "clock_off",
+            "warning",
+            "P131",
+            "This machine's wall clock is behind that of most others by so much (ahead: negative); "
+            "expiries go by theirs. 0: it is right again.",
+            ("off_s",),
+        ),
+        Kind(
             "internal_error",
             "error",
             "P190",

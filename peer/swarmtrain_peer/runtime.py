@@ -33,6 +33,7 @@ from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.site import write_private
 from swarmtrain_peer.siterate import SiteRate
 from swarmtrain_peer.ticketbook import TicketBook
+from swarmtrain_peer.timekeeper import Timekeeper
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION, codecs, limits
 from swarmtrain_protocols.access import founder_of
@@ -70,6 +71,7 @@ class PeerRuntime:
         self.data: DataPlane
         self.keeper: Keeper | None = None
         self.clock = RoundClock()
+        self.time = Timekeeper(events)
         self.rates = SiteRate(settings.caps_bytes_per_s)
         self.manifest: Manifest
         self.listeners: list[Callable[[object], None]] = []
@@ -144,7 +146,10 @@ class PeerRuntime:
             self._dial_ticket(s.ticket)
         self.driver.run(self.node.tick)
         patience = Patience(self.node, self.transport, self.driver.run)
-        self.quorum = QuorumWatch(self.node, self.events, self._on_event, patience)
+        self.time.changed = lambda now, wall_s: self.driver.run(self.node.dht.set_wall, wall_s)
+        self.quorum = QuorumWatch(
+            self.node, self.events, self._on_event, patience, mono_s=self.time.look
+        )
         self._tasks.append(asyncio.ensure_future(self.quorum.watch()))
         self.events.emit("peer_started", listen=",".join(self.outreach.addresses), version="0.1.0")
 
@@ -187,8 +192,8 @@ class PeerRuntime:
             manifest=manifest,
             keyring=s.keyring,
             rng=random.Random(host.entropy(16)),
-            now=host.mono_s(),
-            wall_s=host.wall_s(),
+            now=self.time.now(),
+            wall_s=self.time.wall_s(),
             records=old,
             genesis=genesis,
         )
@@ -216,6 +221,7 @@ class PeerRuntime:
             on_event=self._on_event,
             on_state=self._on_state,
             clock=self.clock,
+            mono_s=self.time.now,
         )
 
     def outer_at(self, round_number: int | None = None) -> OuterStep:
@@ -277,6 +283,7 @@ class PeerRuntime:
             self.outreach.addresses,
             self.capability(),
             self.outreach.features,
+            wall_s=int(host.wall_s()),
         )
 
     def _admit(self, peer: PeerId, hello: Hello) -> Refused | None:
@@ -287,7 +294,7 @@ class PeerRuntime:
             return Refused("disk_full", "no space for the log")
         ledger = self.node.ledger
         run, founder = self.settings.run, self.manifest.founder
-        return admit(ledger, peer, hello.capability, run, founder, host.wall_s())
+        return admit(ledger, peer, hello.capability, run, founder, self.time.wall_s())
 
     def provide(self, root: bytes) -> Blob | None:
         """Any blob this peer can serve: in memory, or a mapped result file."""
@@ -315,6 +322,7 @@ class PeerRuntime:
         if hello.listen:
             self.transport.learn(peer, hello.listen)
         self.outreach.connected(peer, hello)
+        self.time.connected(peer, hello.wall_s)
         self._pass("connected", peer, hello, outgoing)
         for listener in self.link_listeners:
             listener(peer)
@@ -322,6 +330,7 @@ class PeerRuntime:
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self.events.emit("peer_disconnected", peer=peer.hex(), reason=f"{code}: {reason}")
         self.outreach.disconnected(peer)
+        self.time.disconnected(peer)
         self._pass("disconnected", peer, code, reason)
 
     def message(self, peer: PeerId, message: Message) -> None:

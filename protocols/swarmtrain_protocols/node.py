@@ -82,7 +82,6 @@ class NodeCore:
             data=data_state(keys.shards, keys.inner_steps * keys.batch_size),
         )
         self._keyring = keyring
-        self._wall_offset_s = wall_s - now
         self._raw: list[Effect] = []
         self._ready: list[Effect] = []
         self._loopback: list[Message] = []
@@ -365,7 +364,7 @@ class NodeCore:
     # -- inside ----------------------------------------------------------------------------
 
     def _check_capability(self, now: float, data: bytes) -> Capability:
-        wall_s, verify = now + self._wall_offset_s, self._keyring.verify
+        wall_s, verify = self.dht.wall(now), self._keyring.verify
         return read_capability(data, self.ledger, self.manifest.founder, self.run, wall_s, verify)
 
     def _dispatch(self, now: float, peer: PeerId, message: Message) -> None:

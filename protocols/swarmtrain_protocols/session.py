@@ -40,6 +40,7 @@ from swarmtrain_protocols.session_events import (
     Received,
     SessionEvent,
 )
+from swarmtrain_protocols.silence import ASLEEP_S, Silence
 from swarmtrain_protocols.wire import Frame, FrameParser, encode_frame
 
 PREFACE_BYTES = 8
@@ -129,10 +130,9 @@ class SessionCore:
         self._received_at = now
         self._pinged_at = now
         self._progress_at = now
-        self._progress = 0
-        self._sent_frames = 0
-        self._nonce = 0
+        self._progress = self._sent_frames = self._nonce = 0
         self._pings: dict[int, float] = {}
+        self._silence = Silence()
         if initiator:
             self._start_noise(control_preface(suite))
             self._out += control_preface(suite)
@@ -227,17 +227,19 @@ class SessionCore:
 
     def tick(self, now: float) -> None:
         """Let time pass: handshake deadline, keepalive, idle and stalled links."""
-        self._now = now
+        late_s, self._now = now - self.deadline(), now
         if self.closed:
             return
         if not self.is_open:
             if now >= self._begun_at + limits.HANDSHAKE_TIMEOUT_S:
                 self._close("timeout", f"no handshake in {limits.HANDSHAKE_TIMEOUT_S:g} s", False)
             return
+        if late_s > ASLEEP_S:  # this side stood still, not the other
+            self._received_at, self._progress_at = self._received_at + late_s, now
         if self._sent_frames != self._progress or not self._queued_bytes:
             self._progress, self._progress_at = self._sent_frames, now
-        if now >= self._received_at + limits.IDLE_TIMEOUT_S:
-            self._close("idle", f"nothing heard for {limits.IDLE_TIMEOUT_S:g} s", by_peer=False)
+        if now >= self._received_at + self._silence.bound_s:
+            self._close("idle", f"nothing heard for {now - self._received_at:.0f} s", False)
         elif now >= self._progress_at + limits.IDLE_TIMEOUT_S:
             self._close("stalled", f"nothing sent for {limits.IDLE_TIMEOUT_S:g} s", by_peer=False)
         elif now >= self._keepalive_at():
@@ -249,7 +251,7 @@ class SessionCore:
             return math.inf
         if not self.is_open:
             return self._begun_at + limits.HANDSHAKE_TIMEOUT_S
-        return min(self._keepalive_at(), self._received_at + limits.IDLE_TIMEOUT_S)
+        return min(self._keepalive_at(), self._received_at + self._silence.bound_s)
 
     def data_to_send(self, max_bytes: int = limits.SEND_BATCH_BYTES) -> bytes:
         """Bytes for the connection, about ``max_bytes`` at most; empty: nothing may be sent now.
@@ -460,6 +462,7 @@ class SessionCore:
                 sent_at = self._pings.pop(nonce, None)
                 if sent_at is not None:  # else older than those we remember
                     self.recent_rtt_s = rtt_s = self._now - sent_at
+                    self._silence.measured(rtt_s)
                     self.rtt_s = rtt_s if self.rtt_s is None else min(rtt_s, self.rtt_s)
                     self._events.append(Ponged(nonce, rtt_s))
             case Credit(nbytes=nbytes):

@@ -273,7 +273,7 @@ def test_a_flipped_bit_never_opens_nor_delivers(data: st.DataObject) -> None:
     pair.run()
     assert count[0] > flight
     # A longer length only makes the receiver wait; its deadline ends that.
-    for now in (5.0, 30.0, 60.0):
+    for now in range(1, 120):
         for core in pair.cores:
             core.tick(now)
     pair.run()
@@ -364,6 +364,36 @@ def test_a_silent_link_ends() -> None:
         a.data_to_send()
     assert now == limits.IDLE_TIMEOUT_S
     assert [(e.code, e.opened) for e in a.events() if isinstance(e, Closed)] == [("idle", True)]
+
+
+def test_the_bound_on_silence_follows_the_measured_round_trips() -> None:
+    pair = Pair().run()
+    for _ in range(5):
+        pair.cores[0].probe(pair.now)
+        pair.run()
+    a, now = pair.cores[0], pair.now
+    while not a.closed:
+        now = a.deadline()
+        a.tick(now)
+        a.data_to_send()
+    assert now == pair.now + limits.SILENCE_S_MIN
+
+
+def test_who_stood_still_gives_the_other_side_its_time() -> None:
+    """A laptop wakes up: its links are not over because of what it slept through."""
+    pair = Pair().run()
+    pair.now = 3600.0
+    for core in pair.cores:
+        core.tick(pair.now)
+    assert all(core.is_open for core in pair.cores)
+    pair.run()  # they ask, and are answered
+    assert all(core.deadline() > 3600.0 for core in pair.cores)
+    a = pair.cores[0]
+    while not a.closed:
+        now = a.deadline()
+        a.tick(now)
+        a.data_to_send()
+    assert now <= 3600.0 + limits.IDLE_TIMEOUT_S
 
 
 def test_credit_bounds_what_is_on_its_way_and_comes_back() -> None:

@@ -175,6 +175,10 @@ class DhtCore:
         if known:
             self.replication.left(now, gone)
 
+    def set_wall(self, now: float, wall_s: float) -> None:
+        """The wall clock is another than was thought: it was set, or this machine slept."""
+        self._wall_offset_s = wall_s - now
+
     def wall(self, now: float) -> float:
         """Unix wall clock in seconds at monotonic ``now``."""
         return now + self._wall_offset_s

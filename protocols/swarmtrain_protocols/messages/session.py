@@ -18,7 +18,10 @@ from swarmtrain_protocols.messages.common import (
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message each way inside the Noise link."""
+    """First message each way inside the Noise link.
+
+    ``wall_s``: the sender's Unix wall clock in whole seconds, 0: not told (03 §2.9).
+    """
 
     version: Count
     run: Hash
@@ -26,6 +29,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     listen: Addresses
     capability: Capability = b""
     features: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+    wall_s: Count = 0
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

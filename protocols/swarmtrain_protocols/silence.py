@@ -1,0 +1,45 @@
+"""How long a peer may be silent before it counts as gone: by the delays that were measured.
+
+The estimator of TCP's retransmission timer (Jacobson 1988, RFC 6298): a smoothed round trip and its
+mean deviation. A peer that has nothing to say is asked after ``KEEPALIVE_INTERVAL_S``; the answer
+may take several times what answers took so far. What this side itself slept through is no silence
+of the other.
+"""
+
+from __future__ import annotations
+
+from swarmtrain_protocols import limits
+
+SAMPLES_MIN = 3
+"""Before that many round trips were measured the bound is ``IDLE_TIMEOUT_S``."""
+TIMES = 4.0
+ASLEEP_S = 2.0
+"""Whoever looks this much later than it meant to has stood still itself."""
+
+
+class Silence:
+    """Of one link."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.smoothed_s = 0.0
+        self.deviation_s = 0.0
+
+    def measured(self, rtt_s: float) -> None:
+        """A ping was answered after ``rtt_s``."""
+        if not self.samples:
+            self.smoothed_s, self.deviation_s = rtt_s, rtt_s / 2
+        else:
+            off_s = abs(self.smoothed_s - rtt_s)
+            self.deviation_s = 0.75 * self.deviation_s + 0.25 * off_s
+            self.smoothed_s = 0.875 * self.smoothed_s + 0.125 * rtt_s
+        self.samples += 1
+
+    @property
+    def bound_s(self) -> float:
+        """Seconds of silence after which the link is over."""
+        if self.samples < SAMPLES_MIN:
+            return limits.IDLE_TIMEOUT_S
+        answer_s = TIMES * (self.smoothed_s + 4 * self.deviation_s)
+        bound_s = limits.KEEPALIVE_INTERVAL_S + answer_s
+        return min(max(bound_s, limits.SILENCE_S_MIN), limits.SILENCE_S_MAX)

@@ -170,6 +170,10 @@ class Backend:
             "ended": ledger.ended or None,
             "paused": ledger.paused or None,
             "disk_full": list(runtime.alarm.failing),
+            "rates": dict(
+                zip(("up_bytes_per_s", "down_bytes_per_s"), runtime.rates.bytes_per_s, strict=True)
+            ),
+            "clock_off_s": round(runtime.time.wall.off_s, 1),
             "founder": ledger.founder.hex(),
             "is_founder": runtime.founder_key() is not None,
             "changes": [

@@ -10,6 +10,7 @@ import typer
 from swarmtrain.cli import (
     dashboard,
     demo,
+    doctor,
     export,
     generate,
     join,
@@ -44,6 +45,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.events,
     export.export,
     run.ban,
+    doctor.doctor,
     generate.generate,
     dashboard.dashboard,
     manage.version,

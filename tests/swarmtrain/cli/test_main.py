@@ -15,7 +15,8 @@ from swarmtrain_peer.spawn import child_environment
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "demo", "init", "up", "seed", "join", "leave", "status", "peers", "rounds", "events",
-    "generate", "export", "run", "ban", "allow", "ticket", "ckpt", "config", "dashboard", "version",
+    "doctor", "generate", "export", "run", "ban", "allow", "ticket",
+    "ckpt", "config", "dashboard", "version",
 )  # fmt: skip
 
 

@@ -27,7 +27,9 @@ RUN_TEXTS = {
     "decoders; `own` for a pipeline whose scripts bring it.",
     "train.model": "Sizes that differ from the preset's: a table such as `{ layers = 6, d_model = "
     "64 }`.",
-    "train.corpus": "`stdlib` or `path:…`: a file or folder of text.",
+    "train.corpus": "`stdlib`; `path:FOLDER` of text, `.jsonl` or `.parquet`; `tokens:FOLDER` of "
+    "`.npy` files; `hf:NAME`, a data set of Hugging Face. Options behind a `?`: `text=FIELD`, "
+    "`split=train`, `config=…`, `rows=N`, `streaming=1`, `tokenizer=FILE` (spec 12, §1.3).",
     "train.corpus_hash": "Hash of the corpus in hex; empty: that of the founder's copy is pinned.",
     "train.shards": "Shards in which an epoch of the data is dealt to members, each sample once; "
     "0: windows of text are drawn without end.",

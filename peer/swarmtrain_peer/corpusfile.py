@@ -8,9 +8,9 @@ What is still incomplete lies in the same form under a name that ends in ``.part
 zeros stands for a chunk that is not there yet, and every other chunk is hashed again when a
 download goes on, so no crash can leave something behind that passes for the corpus.
 
-Sources: ``stdlib``, the sources of Python's standard library without its tests, or ``path:FOLDER``,
-every text file below a folder. A file belongs to the held-out part by the hash of its bytes, so two
-copies of one file are always on the same side. Nothing here holds more than a few chunks in memory.
+Sources: see ``corpus_sources.py``. A file belongs to the held-out part by the hash of its bytes, so
+two copies of one file are always on the same side. Nothing here holds more than a few chunks in
+memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
+from swarmtrain_peer.corpus_sources import Unit, parse_source, units_of
 from swarmtrain_peer.files import (
     PARTIAL,
     FileSystem,
@@ -46,17 +46,6 @@ from swarmtrain_protocols.merkle import HASH_BYTES, Blob, leaf_hash, merkle_root
 SUFFIX = ".corpus"
 HELD_OUT_OF_256 = 26
 _ABSENT = bytes(HASH_BYTES)
-_TEXT = (".py", ".txt", ".md", ".rst", ".c", ".h", ".json", ".html", ".toml", ".tex", ".csv")
-_SKIPPED = (
-    "test",
-    "tests",
-    "idlelib",
-    "__pycache__",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "ensurepip",
-)
 
 
 def corpus_path(folder: Path, corpus_hash: bytes) -> Path:
@@ -135,46 +124,11 @@ def open_corpus(path: Path) -> CorpusFile:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A file as it was when it was first read."""
+    """A unit of a source as it was when it was first read."""
 
-    path: Path
+    unit: Unit
     nbytes: int
     digest: bytes
-
-
-def _files(folder: Path, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> list[Path]:
-    """Files below ``folder`` by relative path; links are not followed, ``skipped`` not entered."""
-    found: list[tuple[str, Path]] = []
-    for parent, below, names in os.walk(folder):
-        below[:] = [name for name in below if name not in skipped]
-        for name in names:
-            path = Path(parent, name)
-            if name.endswith(suffixes) and path.is_file() and not path.is_symlink():
-                found.append((path.relative_to(folder).as_posix(), path))
-        if len(found) > limits.CORPUS_FILES_MAX:
-            raise DataUnavailable(
-                f"corpus path:{folder}",
-                f"more than {limits.CORPUS_FILES_MAX} files",
-                "name a folder with fewer",
-            )
-    return [path for _, path in sorted(found)]
-
-
-def _source(name: str) -> list[Path]:
-    if name == "stdlib":
-        return _files(Path(sysconfig.get_path("stdlib")), (".py",), _SKIPPED)
-    if name.startswith("path:"):
-        folder = Path(name.removeprefix("path:")).expanduser()
-        if not folder.is_dir():
-            raise DataUnavailable("corpus", f"{folder} is not a folder here")
-        return _files(folder, _TEXT, ("__pycache__",))
-    raise DataUnavailable("corpus", f"unknown source {name!r}", "use stdlib or path:FOLDER")
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(limits.CORPUS_CHUNK_BYTES):
-            yield piece
 
 
 class CorpusText:
@@ -186,8 +140,9 @@ class CorpusText:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.item_bytes = parse_source(name).item_bytes
         with _reading(name):
-            texts = [self._look(path) for path in self._bounded(_source(name))]
+            texts = self._looked(units_of(name))
         held_out = [text for text in texts if text.digest[0] < HELD_OUT_OF_256]
         train = [text for text in texts if text.digest[0] >= HELD_OUT_OF_256]
         self.nbytes = sum(text.nbytes for text in texts)
@@ -198,23 +153,27 @@ class CorpusText:
             )
         # A folder of very few files may have none held out: then its last twentieth is.
         if self.train_bytes == self.nbytes:
-            self.train_bytes -= self.train_bytes // 20
+            items = self.train_bytes // self.item_bytes
+            self.train_bytes -= items // 20 * self.item_bytes
         self._texts = [*train, *held_out]
 
-    def _bounded(self, paths: Sequence[Path]) -> Sequence[Path]:
-        nbytes = sum(path.stat().st_size for path in paths)
-        if nbytes > limits.CORPUS_BYTES_MAX:
-            why = f"{nbytes} bytes, at most {limits.CORPUS_BYTES_MAX}"
+    def _looked(self, units: Sequence[Unit]) -> list[_Text]:
+        known = sum(unit.nbytes for unit in units)
+        if known > limits.CORPUS_BYTES_MAX:
+            why = f"{known} bytes, at most {limits.CORPUS_BYTES_MAX}"
             raise DataUnavailable(f"corpus {self.name}", why, "use a part of it")
-        return paths
-
-    @staticmethod
-    def _look(path: Path) -> _Text:
-        hasher, nbytes = blake3(), 0
-        for piece in _pieces(path):
-            hasher.update(piece)
-            nbytes += len(piece)
-        return _Text(path, nbytes, hasher.digest())
+        found, total = [], 0
+        for unit in units:
+            hasher, nbytes = blake3(), 0
+            for piece in unit.pieces():
+                hasher.update(piece)
+                nbytes += len(piece)
+                if total + nbytes > limits.CORPUS_BYTES_MAX:
+                    why = f"more than {limits.CORPUS_BYTES_MAX} bytes"
+                    raise DataUnavailable(f"corpus {self.name}", why, "use a part of it")
+            total += nbytes
+            found.append(_Text(unit, nbytes, hasher.digest()))
+        return found
 
     def chunks(self) -> Iterator[bytes]:
         """The body in chunks; reads the files again.
@@ -236,13 +195,12 @@ class CorpusText:
 
     def _unchanged(self, text: _Text) -> Iterator[bytes]:
         hasher = blake3()
-        for piece in _pieces(text.path):
+        for piece in text.unit.pieces():
             hasher.update(piece)
             yield piece
         if hasher.digest() != text.digest:
-            raise DataUnavailable(
-                f"corpus {self.name}", f"{text.path} changed while it was read", "try again"
-            )
+            why = f"{text.unit.label} changed while it was read"
+            raise DataUnavailable(f"corpus {self.name}", why, "try again")
 
     def describe(self, leaves: Sequence[bytes]) -> Descriptor:
         """The descriptor, given the leaf hashes of all chunks."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swarmtrain.training.place import await_peer
 from swarmtrain_peer.control import ControlClosed, ControlTimeout
+from swarmtrain_peer.corpus_sources import TOKEN_BYTES, parse_source
 from swarmtrain_peer.corpusfile import (
     CorpusFile,
     CorpusText,
@@ -35,7 +37,7 @@ from swarmtrain_protocols.manifest import RunKeys
 COUNTER_BITS = 40
 CALL_TIMEOUT_S = 30.0
 
-U8 = NDArray[np.uint8]
+Items = NDArray[Any]
 I64 = NDArray[np.int64]
 
 
@@ -51,16 +53,35 @@ def position_of(ordinal: int, counter: int) -> int:
 
 
 class Corpus:
-    """Bytes to train on and bytes to evaluate on, uint8 [n] each; they may be a mapped file's."""
+    """Bytes or tokens to train on and to evaluate on, uint8 or uint16 [n] each.
 
-    def __init__(self, train: U8, held_out: U8) -> None:
+    They may be a mapped file's.
+    """
+
+    def __init__(self, train: Items, held_out: Items) -> None:
         self.train = train
         self.held_out = held_out
 
     @classmethod
-    def of(cls, file: CorpusFile) -> Corpus:
-        """The corpus of a file, over its mapping."""
-        return cls(*(np.frombuffer(part, np.uint8) for part in (file.train, file.held_out)))
+    def of(cls, file: CorpusFile, name: str) -> Corpus:
+        """The corpus of a file, over its mapping; run key ``corpus`` says what is in it."""
+        kind = item_type(name)
+        return cls(*(np.frombuffer(part, kind) for part in (file.train, file.held_out)))
+
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """Whether a model that knows so many tokens can read this.
+
+        Raises:
+            DataUnavailable: it cannot.
+        """
+        parts = [part for part in (self.train, self.held_out) if part.size]
+        highest = max((int(part.max()) for part in parts), default=0)
+        if highest >= vocabulary:
+            raise DataUnavailable(
+                "corpus",
+                f"there is a token {highest}, the model knows {vocabulary}",
+                "raise train.model.vocabulary to what the tokenizer has",
+            )
 
     def batch(self, seed: int, position: int, batch_size: int, context: int) -> tuple[I64, I64]:
         """The batch at a position: (tokens, next tokens), int64 [batch_size, context] each.
@@ -99,20 +120,26 @@ class Corpus:
         return _windows(self.held_out, starts, context)
 
 
-def _windows(text: U8, starts: I64, context: int) -> tuple[I64, I64]:
+def item_type(name: str) -> np.dtype[Any]:
+    """What stands in the corpus of that name: bytes, or tokens as little-endian u16."""
+    return np.dtype("<u2" if parse_source(name).item_bytes == TOKEN_BYTES else np.uint8)
+
+
+def _windows(text: Items, starts: I64, context: int) -> tuple[I64, I64]:
     taken = text[starts[:, None] + np.arange(context + 1)].astype(np.int64)
     return taken[:, :-1], taken[:, 1:]
 
 
 def load_corpus(name: str) -> Corpus:
-    """The corpus ``stdlib`` or ``path:FOLDER`` as it is on this machine, in memory.
+    """The corpus of a source of this machine (``corpus_sources.py``), in memory.
 
     Raises:
         DataUnavailable: not here, or empty.
     """
     text = CorpusText(name)
-    whole = np.frombuffer(b"".join(text.chunks()), np.uint8)
-    return Corpus(whole[: text.train_bytes], whole[text.train_bytes :])
+    whole = np.frombuffer(b"".join(text.chunks()), item_type(name))
+    first = text.train_bytes // text.item_bytes
+    return Corpus(whole[:first], whole[first:])
 
 
 def obtain_corpus(
@@ -130,16 +157,17 @@ def obtain_corpus(
     """
     pinned = keys.corpus_hash
     if not pinned:
-        return Corpus.of(build_corpus(keys.corpus, site.corpus_path))
+        return Corpus.of(build_corpus(keys.corpus, site.corpus_path), keys.corpus)
     try:
-        return Corpus.of(local_corpus(keys.corpus, site.corpus_path, pinned))
+        return Corpus.of(local_corpus(keys.corpus, site.corpus_path, pinned), keys.corpus)
     except DataUnavailable as error:
         why = error.why
     while not (stop is not None and stop.is_set()):
         await_peer(site, wait_s, stop)
         with contextlib.suppress(ControlClosed, ControlTimeout), site.connect() as client:
             if client.call("corpus", {"why": why}, CALL_TIMEOUT_S)["ready"]:
-                return Corpus.of(open_corpus(corpus_path(site.corpus_path, pinned)))
+                file = open_corpus(corpus_path(site.corpus_path, pinned))
+                return Corpus.of(file, keys.corpus)
             why = ""  # said once
     raise DataUnavailable("the run's corpus did not arrive", "the trainer was told to end")
 

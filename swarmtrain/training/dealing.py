@@ -16,7 +16,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from swarmtrain.training.port import Document
-from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.errors import ConfigError, DataUnavailable
 from swarmtrain_protocols.messages.common import Span, Spans
 from swarmtrain_protocols.order import samples_at
 from swarmtrain_protocols.shards import LeaseBook
@@ -112,31 +112,73 @@ def _spans(pairs: Iterable[tuple[int, int]]) -> Spans:
     return tuple(Span(first, count) for first, count in pairs)
 
 
-def dealt(loader: Any, name: str, deal: Callable[[int, bytes], Dealer]) -> Iterator[Any]:
+def dealt(
+    loader: Any, name: str, rows: int, deal: Callable[[int, bytes, bool], Dealer]
+) -> Iterator[Any]:
     """Batches of ``loader`` that this member is to train on; see ``Batches``."""
-    batches = Batches(loader, torch.utils.data.default_collate)
-    return batches.each(deal(batches.samples, data_digest("dataset", name)))
+    batches = Batches(loader, torch.utils.data.default_collate, rows)
+    digest = data_digest("dataset", name)
+    return batches.each(deal(batches.samples, digest, not batches.in_order))
+
+
+class InOrder:
+    """The first ``rows`` of data that can only be read in order, by number.
+
+    Numbers that go up are read on; another one begins anew, with ``skip`` where the data have it,
+    as streams of Hugging Face do.
+    """
+
+    def __init__(self, data: Iterable[Any], rows: int) -> None:
+        self._data = data
+        self._rows = rows
+        self._next = 0
+        self._reading: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, number: int) -> Any:
+        """Row ``number``.
+
+        Raises:
+            DataUnavailable: there are fewer rows than was said.
+        """
+        if self._reading is None or number < self._next:
+            skip = getattr(self._data, "skip", None)
+            self._reading = iter(self._data if skip is None else skip(number))
+            self._next = 0 if skip is None else number
+        for row in self._reading:
+            self._next += 1
+            if self._next > number:
+                return row
+        self._reading = None
+        why = f"there is no row {number}, {self._rows} were promised"
+        raise DataUnavailable("the data that are streamed", why, "say rows=… as many as there are")
 
 
 class Batches:
     """Samples by number, from a loader or a dataset of the map style.
 
     A loader gives its ``dataset``, ``batch_size`` and ``collate_fn``; its workers and its sampler
-    are not used: what is fetched ahead would count as trained on.
+    are not used: what is fetched ahead would count as trained on. ``rows``: of an epoch of data
+    that can only be read in order, which are read in order then.
 
     Raises:
         ConfigError: it has no length or cannot be indexed.
     """
 
-    def __init__(self, loader: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self._data = getattr(loader, "dataset", loader)
+    def __init__(self, loader: Any, collate: Callable[[list[Any]], Any], rows: int = 0) -> None:
+        self._data: Any = getattr(loader, "dataset", loader)
+        self.in_order = bool(rows)
+        if rows:
+            self._data = InOrder(self._data, rows)
         self.size = int(getattr(loader, "batch_size", None) or 1)
         self._collate = getattr(loader, "collate_fn", None) or collate
         if not (hasattr(self._data, "__len__") and hasattr(self._data, "__getitem__")):
             raise ConfigError(
                 f"swarm.data: a {type(self._data).__name__} without length",
                 "this run deals its data in shards, sample by sample",
-                "give a dataset with __len__ and __getitem__, or found a run with shards = 0",
+                "give one with __len__ and __getitem__, or say rows=…, or found with shards = 0",
             )
         self.samples = len(self._data)
 

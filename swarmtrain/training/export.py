@@ -112,6 +112,7 @@ def write_hugging_face(model: nn.Module, folder: Path, metadata: Mapping[str, st
         vocabulary = model.sizes.vocabulary
     elif isinstance(model, ByteGPT):
         config, tensors = _gpt2(model)
+        vocabulary = model.sizes.vocabulary
     else:
         raise ConfigError(
             f"{type(model).__name__} has no layout in transformers",
@@ -185,7 +186,7 @@ def _gpt2(model: ByteGPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": BYTES,
+        "vocab_size": sizes.vocabulary,
         "n_positions": sizes.context,
         "n_embd": 2 * width,
         "n_layer": sizes.layers,

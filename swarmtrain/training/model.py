@@ -7,7 +7,7 @@ enough that every optimizer of the project can be told from every other (``lm-ti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ class Sizes:
     layers: int = 2
     heads: int = 4
     context: int = 64
+    vocabulary: int = BYTES
 
     def __post_init__(self) -> None:
-        if min(self.d_model, self.layers, self.heads, self.context) < 1:
+        if min(self.d_model, self.layers, self.heads, self.context, self.vocabulary) < 1:
             raise ConfigError("run key model", "every size is at least 1")
         if self.d_model % self.heads:
             raise ConfigError("run key model", "d_model must be a multiple of heads")
@@ -40,7 +41,7 @@ class Sizes:
         Raises:
             ConfigError: an unknown size, or sizes that do not fit together.
         """
-        known = {name: getattr(base, name) for name in ("d_model", "layers", "heads", "context")}
+        known = asdict(base)
         for name in changes:
             if name not in known:
                 raise ConfigError(f"run key model.{name}", "no such size", f"one of {list(known)}")
@@ -90,11 +91,11 @@ class ByteGPT(nn.Module):
     def __init__(self, sizes: Sizes, seed: int) -> None:
         super().__init__()
         self.sizes = sizes
-        self.embed = nn.Embedding(BYTES, sizes.d_model)
+        self.embed = nn.Embedding(sizes.vocabulary, sizes.d_model)
         self.positions = nn.Embedding(sizes.context, sizes.d_model)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = RMSNorm(sizes.d_model)
-        self.head = nn.Linear(sizes.d_model, BYTES, bias=False)
+        self.head = nn.Linear(sizes.d_model, sizes.vocabulary, bias=False)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -104,7 +105,7 @@ class ByteGPT(nn.Module):
                 nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [batch, time ≤ context] → logits f32 [batch, time, 256]."""
+        """tokens: int64 [batch, time ≤ context] → logits f32 [batch, time, vocabulary]."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embed(tokens) + self.positions(steps)
         for block in self.blocks:

@@ -17,7 +17,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from swarmtrain.training.data import I64, announce_corpus, obtain_corpus, position_of
+from swarmtrain.training.data import I64, Corpus, announce_corpus, obtain_corpus, position_of
 from swarmtrain.training.stages.cut import Cut, plain_ranges
 from swarmtrain.training.stages.runtime import HopResult, StageRuntime
 from swarmtrain_peer import host
@@ -214,6 +214,8 @@ def run_stages(
     fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
     corpus = texts or obtain_corpus(site, keys, wait_s, stop)
     runtime = StageRuntime.build(fields, (), device=str(device), cut=cut)
+    if isinstance(corpus, Corpus):
+        corpus.check_vocabulary(runtime.cut.vocabulary)
     room = room_for_values(device, local=keys.pipeline_mode == "diloco")
     worker = StageWorker(runtime, keys, corpus, room)
     patience_s = max(wait_s, RECONNECT_S)

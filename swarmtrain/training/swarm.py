@@ -382,19 +382,19 @@ class Swarm:
             return ()
         return tuple(session.side.published_round(p.channel) or 0 for p in self._phases)
 
-    def data(self, loader: Iterable[Batch], *, name: str = "") -> Iterator[Batch]:
+    def data(self, loader: Iterable[Batch], *, name: str = "", rows: int = 0) -> Iterator[Batch]:
         """This site's share of ``loader``. Offline: everything.
 
         With run key ``shards``: samples of its dataset, each once in every epoch, until the run
-        ends (``dealing.Batches``); ``name`` tells apart data of equal length. Else batch ``i`` goes
-        to member ``i mod members``; for disjoint shares all must iterate in the same order.
+        ends (``dealing.Batches``); ``name`` tells apart data of equal length; of a stream say how
+        many ``rows`` an epoch has. Else batch ``i`` goes to member ``i mod members``.
         """
         if not self.offline and self.run.get("shards"):
-            return dealt(loader, name, self.deal)
+            return dealt(loader, name, rows, self.deal)
         site = self.attached.attached.site if self.attached is not None else ""
         return by_turns(loader, site, lambda: self._members, lambda: self.should_stop)
 
-    def deal(self, samples: int, digest: bytes, *, shuffle: bool = True) -> Dealer:
+    def deal(self, samples: int, digest: bytes, shuffle: bool = True) -> Dealer:
         """Have the run's data dealt: ``samples`` of an epoch, named by ``digest`` (32 bytes).
 
         Raises:

@@ -20,7 +20,6 @@ import torch
 
 from swarmtrain.training.data import I64, Corpus, announce_corpus, obtain_corpus, position_of
 from swarmtrain.training.dealing import Dealer, data_digest
-from swarmtrain.training.model import BYTES
 from swarmtrain.training.place import await_peer, await_run_keys
 from swarmtrain.training.port import Control, Document
 from swarmtrain.training.presets import Preset, build, evaluate
@@ -77,6 +76,8 @@ class PresetTrainer:
         self.corpus: Corpus = obtain_corpus(site, keys, wait_s, signals.event)
         fields = {name: getattr(keys, name) for name in RunKeys.__struct_fields__}
         self.preset: Preset = build(fields, device)
+        vocabulary = self.preset.model.sizes.vocabulary
+        self.corpus.check_vocabulary(vocabulary)
         tokens, targets = self.corpus.evaluation(EVALUATION_WINDOWS, self.preset.context)
         self._held_out = (torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
 
@@ -90,7 +91,7 @@ class PresetTrainer:
         )
         # θ goes into a model of its own, the trained one stays as it is.
         self._judge = Judge(self.swarm, build(fields, device).model)
-        Speaker(self.swarm, self._judge, context=self.preset.context, vocabulary=BYTES)
+        Speaker(self.swarm, self._judge, context=self.preset.context, vocabulary=vocabulary)
         self.swarm.on("evaluate", self._evaluate)
         attached = self.swarm.attached
         assert attached is not None, "it is not offline"

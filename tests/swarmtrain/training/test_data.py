@@ -184,3 +184,26 @@ def test_a_corpus_in_memory():
     assert b"import os" in corpus.train.tobytes()
     with pytest.raises(DataUnavailable):
         load_corpus("path:/does/not/exist")
+
+
+def test_a_corpus_of_tokens_is_read_as_tokens(tmp_path):
+    ids = np.arange(4000) % 700
+    np.save(tmp_path / "a.npy", ids)
+    corpus = load_corpus(f"tokens:{tmp_path}")
+    assert corpus.train.dtype == np.uint16 and len(corpus.held_out) == 200
+    tokens, targets = corpus.batch(1, 2, 4, 16)
+    assert np.array_equal((tokens + 1) % 700, targets) and tokens.max() > 255
+    corpus.check_vocabulary(700)
+    with pytest.raises(DataUnavailable, match="a token 699, the model knows 256"):
+        corpus.check_vocabulary(256)
+
+
+def test_windows_of_an_epoch_make_every_byte_a_target_once():
+    corpus = Corpus(np.arange(250, dtype=np.uint8), np.zeros(0, np.uint8))
+    count = corpus.samples(16)
+    assert count == 14
+    for epoch in (0, 1, 15, 16):
+        _, targets = corpus.windows(np.arange(count), np.full(count, epoch), 16)
+        flat = targets.ravel().tolist()
+        assert flat == list(range(1 + epoch % 16, 1 + epoch % 16 + 16 * count))
+    assert Corpus(np.zeros(20, np.uint8), np.zeros(0, np.uint8)).samples(16) == 0

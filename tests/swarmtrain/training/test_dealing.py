@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
-from swarmtrain.training.dealing import Batches, by_turns, data_digest
+from swarmtrain.training.dealing import Batches, InOrder, by_turns, data_digest
 from swarmtrain.training.port import Document
 from swarmtrain.training.swarm import Swarm
-from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
+from swarmtrain_protocols.errors import ConfigError, DataUnavailable, LocalProtocolError
 from swarmtrain_protocols.messages.common import Span
 from swarmtrain_protocols.order import samples_at
 from swarmtrain_protocols.shards import DataState, data_state
@@ -220,6 +221,30 @@ def test_a_loader_or_a_plain_list_will_do() -> None:
     found = Batches(loader, lambda rows: rows)
     assert (found.samples, found.size) == (SAMPLES, 5)
     assert (Batches([1, 2, 3], sum).samples, Batches([1, 2, 3], sum).size) == (3, 1)
+
+
+def test_streams_are_read_in_order_and_skipped_through() -> None:
+    rows = datasets.Dataset.from_dict({"n": range(30)}).to_iterable_dataset()
+    for data in (rows, [{"n": n} for n in range(30)]):
+        found = InOrder(data, 30)
+        assert [found[n]["n"] for n in (3, 4, 5, 20, 7, 8, 0, 29)] == [3, 4, 5, 20, 7, 8, 0, 29]
+        assert len(found) == 30
+    with pytest.raises(DataUnavailable, match="no row 30"):
+        InOrder(rows, 40)[30]
+
+
+def test_a_stream_is_dealt_in_its_own_order(tmp_path: Path) -> None:
+    run = DealtRun(tmp_path)
+    trainer = Trainer(run, 0)
+    stream = datasets.Dataset.from_dict({"n": range(SAMPLES)}).to_iterable_dataset()
+    seen: list[int] = []
+    for batch in trainer.swarm.data(stream, rows=SAMPLES):
+        seen += batch["n"].tolist()
+        train_step(trainer.model, trainer.optimizer, (torch.zeros(1, 3), torch.zeros(1, 2)))
+        if run.data.counted >= SAMPLES:
+            break
+    trainer.swarm.close()
+    assert seen[:SAMPLES] == list(range(SAMPLES)) and set(run.positions.values()) == {1}
 
 
 def test_names_tell_data_apart() -> None:

@@ -123,13 +123,18 @@ def _names(node: ast.expr) -> list[ast.expr]:
 
 
 def rule_decoding_expects_bad_text(path: str, text: str) -> Iterator[str]:
-    """msgspec raises UnicodeDecodeError, not its own error, for strings that are not UTF-8."""
-    enough = ("UnicodeDecodeError", "ValueError", "Exception")
+    """msgspec also raises UnicodeDecodeError, and RecursionError for what nests deep."""
+    text_too = ("UnicodeDecodeError", "ValueError", "Exception")
+    depth_too = ("RecursionError", "Exception")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ExceptHandler) and node.type is not None:
             caught = [dotted(name) for name in _names(node.type)]
-            if "msgspec.DecodeError" in caught and not set(caught) & set(enough):
+            if "msgspec.DecodeError" not in caught:
+                continue
+            if not set(caught) & set(text_too):
                 yield f"{path}:{node.lineno}: also expect UnicodeDecodeError"
+            if not set(caught) & set(depth_too):
+                yield f"{path}:{node.lineno}: also expect RecursionError"
 
 
 # --- rules on tests ------------------------------------------------------------------------------
@@ -256,6 +261,11 @@ BAD: list[tuple[Rule, str, str]] = [
     (rule_errors_are_not_swallowed, "a.py", "try:\n    f()\nexcept (OSError, Exception): ..."),
     (rule_errors_are_not_swallowed, "a.py", "with contextlib.suppress(Exception):\n    f()"),
     (rule_decoding_expects_bad_text, "a.py", "try: f()\nexcept msgspec.DecodeError as e: g(e)"),
+    (
+        rule_decoding_expects_bad_text,
+        "a.py",
+        "try: f()\nexcept (msgspec.DecodeError, UnicodeDecodeError) as e: g(e)",
+    ),
     (rule_tests_neither_sleep_nor_skip, TEST, "time.sleep(1)"),
     (rule_tests_neither_sleep_nor_skip, TEST, "from time import sleep"),
     (rule_tests_neither_sleep_nor_skip, TEST, "@pytest.mark.xfail\ndef test_x(): assert 0"),
@@ -277,7 +287,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (
         rule_decoding_expects_bad_text,
         "a.py",
-        "try: f()\nexcept (msgspec.DecodeError, UnicodeDecodeError) as e: g(e)",
+        "try: f()\nexcept (msgspec.DecodeError, ValueError, RecursionError) as e: g(e)",
     ),
     (
         rule_tests_neither_sleep_nor_skip,

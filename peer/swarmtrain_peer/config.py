@@ -251,7 +251,7 @@ def read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(
             f"config file {path}", error.strerror or str(error), "check the path"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"config file {path}", f"not TOML: {error}", "correct it") from None
     return _flatten(document, str(path))
 

@@ -81,7 +81,9 @@ def error_from_dict(data: Document) -> SwarmError:
     if code == "RoundFailed":
         return errors.RoundFailed(what, why, todo, retry=bool(data.get("retry", True)))
     error = _error_classes().get(code, SwarmError)(what, why, todo)
-    error.exit_code = int(data.get("exit_code", error.exit_code))
+    exit_code = data.get("exit_code")
+    if type(exit_code) is int and 0 < exit_code < 256:
+        error.exit_code = exit_code
     return error
 
 
@@ -289,7 +291,7 @@ class ControlServer:
                 number, name, args = request["id"], request["call"], request.get("args", {})
                 if not isinstance(name, str) or not isinstance(args, dict):
                     raise ValueError("call is text and args an object")
-            except (ValueError, KeyError, msgspec.DecodeError) as error:
+            except (ValueError, KeyError, RecursionError) as error:
                 self.bad_lines += 1
                 connection.send(_failure(None, SwarmError("malformed request", str(error))))
                 return
@@ -447,7 +449,7 @@ class ControlClient:
         try:
             while line := stream.readline(limits.CONTROL_LINE_BYTES_MAX + 1):
                 self._feed(msgspec.json.decode(line, type=Document))
-        except (OSError, ValueError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):
             pass  # any of them ends the connection, and every waiting call says so
         finally:
             self._end()

@@ -334,7 +334,7 @@ def read_events(
                 try:
                     record = msgspec.json.decode(line, type=Record)
                     int(record["seq"])
-                except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     on_damage(file)
                 else:
                     yield record

@@ -214,7 +214,7 @@ class Figures:
     def _on_metrics(self, peer: PeerId, data: bytes) -> None:
         try:
             body = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._runtime.peer_fault(peer, "bad_metrics", str(error))
             return
         if isinstance(body, RoundBody):

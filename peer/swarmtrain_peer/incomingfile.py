@@ -80,7 +80,7 @@ def _read_head(path: Path) -> Head | None:
         return None
     try:
         return _decoder.decode(body[12:])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

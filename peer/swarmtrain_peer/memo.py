@@ -52,5 +52,5 @@ def read_memo(path: Path) -> Memo:
     """The memo, or an empty one if there is none or it is damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Memo)
-    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Memo()

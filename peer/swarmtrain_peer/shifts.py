@@ -55,7 +55,7 @@ class Meter:
             return msgspec.json.decode(self._path.read_bytes(), type=Used)
         except FileNotFoundError:
             return Used()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             why = f"{error}: how much of the data cap is used is not known"
             raise ConfigError(str(self._path), why, "remove the file") from None
 

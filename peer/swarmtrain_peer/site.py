@@ -257,7 +257,7 @@ class Site:
             return msgspec.json.decode(self.config_path.read_bytes(), type=PeerConfig)
         except FileNotFoundError:
             return PeerConfig()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{self.config_path}", str(error), "remove it") from None
 
     def save_config(self, config: PeerConfig) -> None:

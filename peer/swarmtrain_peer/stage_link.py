@@ -219,7 +219,7 @@ class StageLine:
         data = self._exactly(head[0])
         try:
             header = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise LocalProtocolError("stage line", str(error)) from None
         return header, self._exactly(head[1])
 

@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> tuple[Entry, ...]:
         raise refusal(path, "its checksum is wrong")
     try:
         return _manifest_decoder.decode(body).channels
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise refusal(path, str(error)) from error
 
 
@@ -259,7 +259,7 @@ def parse_result(path: Path, data: memoryview) -> tuple[ResultHeader, list[memor
         raise refusal(path, "the checksum of its header is wrong")
     try:
         header = _result_decoder.decode(data[start:end])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise refusal(path, str(error)) from error
     position = end + HASH_BYTES
     if data.nbytes != position + sum(header.chunk_nbytes):

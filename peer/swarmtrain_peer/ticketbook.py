@@ -49,7 +49,7 @@ class TicketBook:
             return msgspec.json.decode(self._path.read_bytes(), type=list[Made])
         except FileNotFoundError:
             return []
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{self._path}", str(error), "remove it") from None
 
     def made(self, capability: Capability, wall_s: float, note: str = "") -> None:

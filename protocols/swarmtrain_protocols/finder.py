@@ -71,7 +71,7 @@ class Finder:
                 continue
             try:
                 found = msgspec.msgpack.decode(record.value, type=tuple[str, ...])
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 fields: dict[str, object] = {"peer": peer.hex(), "fault": "malformed_address"}
                 self._out.append(Emit(fx.Notice("peer_fault", fields)))
                 continue

@@ -171,7 +171,7 @@ def load_snapshot(data: bytes) -> Ledger:
     """
     try:
         return msgspec.msgpack.decode(data, type=Ledger)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PeerFault("malformed", f"ledger snapshot: {error}") from None
 
 

@@ -109,7 +109,7 @@ def parse_header(data: Buffer) -> StateHeader:
     """
     try:
         header = _header_decoder.decode(bytes(data))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PeerFault("malformed", f"state header: {error}") from None
     names = header.slots
     if names[0] != THETA or len(set(names)) != len(names) or msgspec.msgpack.encode(header) != data:

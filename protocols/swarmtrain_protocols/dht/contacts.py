@@ -114,7 +114,10 @@ def decode_book(data: bytes, run: bytes) -> tuple[BookEntry, ...]:
     """
     if len(data) > limits.DHT_BOOK_BYTES_MAX:
         raise ValueError("larger than a list of contacts can be")
-    page = _decoder.decode(data)
+    try:
+        page = _decoder.decode(data)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if page.version != VERSION:
         raise ValueError(f"version {page.version}, not {VERSION}")
     if page.run != run:

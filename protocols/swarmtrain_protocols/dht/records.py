@@ -43,12 +43,24 @@ def decode_value(data: bytes) -> Any:
 
 
 def is_messagepack(data: bytes) -> bool:
-    """True if ``data`` is exactly one MessagePack value that every reader can decode."""
+    """True if ``data`` is exactly one MessagePack value that every reader can decode.
+
+    How deep a decoder gets depends on where it is called, so a bound of our own decides.
+    """
     try:
-        _decoder.decode(data)
+        value = _decoder.decode(data)
     except (ValueError, TypeError, RecursionError, OverflowError):
         return False
-    return True
+    return not _deeper(value, limits.DHT_VALUE_DEPTH_MAX)
+
+
+def _deeper(value: object, depth: int) -> bool:
+    if isinstance(value, dict):
+        items = (*value.keys(), *value.values())
+        return depth == 0 or any(_deeper(item, depth - 1) for item in items)
+    if isinstance(value, (list, tuple)):
+        return depth == 0 or any(_deeper(item, depth - 1) for item in value)
+    return False
 
 
 def _payload(

@@ -198,7 +198,7 @@ class Trust:
         try:
             file = _file_decoder.decode(data)
             body = _body_decoder.decode(file.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PeerFault("malformed", f"snapshot: {error}") from None
         view = self._walk(file)
         c = file.certificate

@@ -56,7 +56,7 @@ def decode_record(data: bytes) -> Record:
     """
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
             "the log on disk cannot be read",
             str(error),

@@ -344,6 +344,11 @@ def _general_first(keys: Iterable[str]) -> list[str]:
     return sorted(keys, key=lambda key: -len(RUN_KEYS.get(key, ("",))))
 
 
+def settled(keys: RunKeys, config: PeerConfig, origins: Mapping[str, str]) -> Settings:
+    """Settings that are in force somewhere; ``origins`` by run key, and by ``section.key``."""
+    return Settings(keys, config, {}, tuple(_table(keys, config, origins)))
+
+
 def _table(keys: RunKeys, config: PeerConfig, origins: Mapping[str, str]) -> list[Value]:
     table: list[Value] = []
     for key, fields in RUN_KEYS.items():

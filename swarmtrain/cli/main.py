@@ -14,12 +14,14 @@ from swarmtrain.cli import (
     export,
     generate,
     join,
+    logs,
     manage,
     prune,
     query,
     recover,
     run,
     ticket,
+    top,
 )
 from swarmtrain.cli.output import Output, wants_json
 from swarmtrain_protocols.errors import SwarmError
@@ -43,6 +45,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     query.peers,
     query.rounds,
     query.events,
+    logs.logs,
+    top.top,
     export.export,
     run.ban,
     doctor.doctor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from swarmtrain.cli.options import Home, Json, SiteOption, site_of
+from swarmtrain.cli.options import CALL_TIMEOUT_S, Home, Json, SiteOption, site_of
 from swarmtrain.cli.output import Output, human_bytes, table
-from swarmtrain_peer.config import Settings, load_settings
-from swarmtrain_protocols.errors import CheckpointError, ConfigError
-from swarmtrain_protocols.manifest import PROTOCOL_VERSION
+from swarmtrain_peer.config import PEER_KEYS, Settings, load_settings, settled
+from swarmtrain_peer.control import ControlClosed
+from swarmtrain_peer.site import Site
+from swarmtrain_protocols.errors import CheckpointError, ConfigError, UsageError
+from swarmtrain_protocols.manifest import PROTOCOL_VERSION, RunKeys, run_keys_from_mapping
 
 ckpt_app = typer.Typer(help="Checkpoints on this site's disk.", no_args_is_help=True)
 config_app = typer.Typer(help="Settings and where they come from.", no_args_is_help=True)
@@ -103,14 +106,58 @@ def plain(value: object) -> Any:
     return "auto" if value is None else value
 
 
+def in_force(place: Site) -> Settings:
+    """What holds at a site: the run's keys, with what was changed in flight, and its own.
+
+    Raises:
+        ConfigError: the site has not fetched the run's manifest yet.
+    """
+    manifest = place.manifest()
+    if manifest is None:
+        why = "the run's manifest is not here yet"
+        raise ConfigError(f"site {place.folder}", why, "join first")
+    keys, origins = manifest.keys, dict.fromkeys(RunKeys.__struct_fields__, "the run")
+    with contextlib.suppress(ControlClosed), place.connect() as client:
+        status = client.call("status", timeout_s=CALL_TIMEOUT_S)
+        front = max((c["round"] for c in status["channels"].values()), default=0)
+        given: dict[str, object] = {}
+        for change in status.get("changes") or []:
+            if change["at_round"] <= front:
+                given[change["key"]] = change["value"]
+                origins[change["key"]] = f"changed at round {change['at_round']}"
+        merged = {name: getattr(keys, name) for name in RunKeys.__struct_fields__} | given
+        keys = run_keys_from_mapping(merged)
+    origins |= dict.fromkeys(PEER_KEYS, f"file {place.config_path}")
+    return settled(keys, place.config(), origins)
+
+
 @config_app.command("show")
 def config_show(
     run_file: RunFile = None,
     origin: Annotated[bool, typer.Option("--origin", help="Where each value comes from.")] = False,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As a flag would.")
+    ] = None,
+    running: Annotated[
+        bool, typer.Option("--run", help="What holds at this machine's site, now.")
+    ] = False,
+    site: SiteOption = None,
+    home: Home = None,
     as_json: Json = False,
 ) -> None:
     """All settings. Run keys are equal on every peer; peer keys are this machine's own."""
-    settings = _settings(run_file)
+    if running and (run_file is not None or given):
+        raise UsageError("config show --run", "a run has its keys", "leave FILE and --set out")
+    flags: dict[str, object] = {}
+    for setting in given or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting!r:.80}", "not KEY=VALUE", "write net.up=50Mbit")
+        flags[key.strip()] = value.strip()
+    if running:
+        settings = in_force(site_of(home, site, stopped=True))
+    else:
+        settings = load_settings(run_file, os.environ, flags)
     rows = [
         (value.kind, value.key, plain(value.value), *([value.origin] if origin else []))
         for value in settings.values
@@ -120,7 +167,7 @@ def config_show(
         value.key: {"kind": value.kind, "value": plain(value.value), "origin": value.origin}
         for value in settings.values
     }
-    Output(as_json=as_json).result(document, table(header, rows))
+    Output(as_json=as_json).result(document, table(header, rows, width=120))
 
 
 @config_app.command("check")

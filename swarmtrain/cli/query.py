@@ -223,7 +223,7 @@ def events(
 
     def show(records: list[dict[str, Any]]) -> None:
         for record in records:
-            output.result(record, [_dated(record)])
+            output.result(record, [dated(record)])
 
     with connect(home, site) as client:
         if follow:
@@ -235,7 +235,7 @@ def events(
         answer = client.call("events", arguments, timeout_s=CALL_TIMEOUT_S)
         found = [record for record in answer.get("events", []) if _has_code(record, code)]
         if not follow:
-            output.result({"events": found}, [_dated(record) for record in found])
+            output.result({"events": found}, [dated(record) for record in found])
             return
         show(found)
         newest = max((record["seq"] for record in found), default=since_seq)
@@ -244,7 +244,7 @@ def events(
                 show([record])
 
 
-def _dated(record: dict[str, Any]) -> str:
+def dated(record: dict[str, Any]) -> str:
     """A line with this machine's local time in front."""
     wall_s = record.get("wall_s")
     if wall_s is None:

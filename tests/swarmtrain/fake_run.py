@@ -25,6 +25,7 @@ class FakeRun:
         self.ended: str | None = None
         self.names = list(NAMES)
         self.ids = IDS
+        self.changes: list[Document] = []
 
     def opened_s(self, number: int) -> float:
         return self.start_s + ROUND_S * number
@@ -72,6 +73,7 @@ class FakeRun:
                 "compute_utilization": 0.981,
             },
             "listen": ["127.0.0.1:40417"],
+            "changes": self.changes,
         }
 
     def peers(self) -> Document:

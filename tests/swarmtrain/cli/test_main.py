@@ -15,7 +15,7 @@ from swarmtrain_peer.spawn import child_environment
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "demo", "init", "up", "seed", "join", "leave", "status", "peers", "rounds", "events",
-    "doctor", "generate", "export", "run", "ban", "allow", "ticket",
+    "doctor", "logs", "top", "generate", "export", "run", "ban", "allow", "ticket",
     "ckpt", "config", "dashboard", "version",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from swarmtrain.cli.main import app
 from swarmtrain_peer.config import load_settings
-from swarmtrain_protocols.errors import ConfigError
+from swarmtrain_protocols.errors import ConfigError, UsageError
 from swarmtrain_protocols.manifest import RunKeys
 from tests.swarmtrain.cli.rig import Rig
 
@@ -46,6 +46,32 @@ def test_settings_with_their_origins(tmp_path: Path, monkeypatch: pytest.MonkeyP
     bad = invoke("config", "check", str(path))
     assert isinstance(bad.exception, ConfigError)
     assert bad.exception.todo == "did you mean train.inner_steps?"
+
+
+def test_a_flag_is_an_origin_too_and_its_typos_get_a_suggestion() -> None:
+    document = json.loads(invoke("config", "show", "--set", "net.up=8Mbit", "--json").stdout)
+    assert document["net.up"] == {"kind": "peer", "value": 1_000_000, "origin": "flag"}
+    bad = invoke("config", "show", "--set", "net.upp=8Mbit")
+    assert isinstance(bad.exception, ConfigError) and bad.exception.todo == "did you mean net.up?"
+    assert isinstance(invoke("config", "show", "--set", "net.up").exception, UsageError)
+
+
+def test_what_holds_in_a_run_says_which_keys_were_changed_in_flight(rig: Rig) -> None:
+    changes = [
+        {"at_round": 20, "key": "inner_steps", "value": "40"},
+        {"at_round": 23, "key": "outer_lr", "value": "auto"},
+        {"at_round": 99, "key": "inner_lr", "value": "0.5"},
+    ]
+    rig.run.changes = changes
+    home = ("--home", str(rig.home))
+    found = json.loads(invoke("config", "show", "--run", "--json", *home).stdout)
+    steps = {"kind": "run", "value": 40, "origin": "changed at round 20"}
+    assert found["train.inner_steps"] == steps
+    assert found["train.outer_lr"]["value"] == "auto"
+    assert found["train.inner_lr"] == {"kind": "run", "value": 3e-3, "origin": "the run"}
+    assert found["peer.name"]["value"] == "anna-laptop"
+    assert found["peer.name"]["origin"].endswith("peer.json")
+    assert isinstance(invoke("config", "show", "x.toml", "--run", *home).exception, UsageError)
 
 
 def test_init_writes_a_run_that_can_be_read(tmp_path: Path) -> None:

@@ -35,9 +35,19 @@ CORE_FORBIDDEN = frozenset(
     "socket ssl subprocess threading time torch uuid uvloop".split()
 )
 UNSAFE_MODULES = frozenset(
-    "pickle cPickle _pickle marshal shelve dill cloudpickle joblib".split()
+    "pickle cPickle _pickle marshal shelve dill cloudpickle joblib jsonpickle yaml copyreg runpy "
+    "zipimport xmlrpc multiprocessing".split()
 )
-UNSAFE_BUILTINS = frozenset(["eval", "exec"])
+"""Whoever reads with them runs what was written, or they pickle what crosses a process."""
+UNSAFE_CALLS = frozenset(
+    "eval exec compile __import__ torch.load torch.jit.load torch.package.PackageImporter "
+    "torch.hub.load pandas.read_pickle pd.read_pickle yaml.load yaml.unsafe_load yaml.full_load "
+    "os.system os.popen subprocess.getoutput subprocess.getstatusoutput "
+    "asyncio.create_subprocess_shell shutil.unpack_archive".split()
+)
+UNSAFE_METHODS = frozenset(["extractall", "read_pickle", "create_subprocess_shell"])
+SWITCHES = {"allow_pickle": False, "shell": False, "trust_remote_code": False, "weights_only": True}
+"""Keyword: the only value it may be given."""
 # The only places that read a clock or entropy themselves; each line says why host.py will not do.
 CLOCK_ALLOWED = {
     "swarmtrain_peer/host.py": "it is the reader of the machine",
@@ -145,20 +155,21 @@ def rule_torch_only_in_training(path: str, tree: ast.Module) -> Iterator[str]:
 
 def rule_nothing_received_is_executed(path: str, tree: ast.Module) -> Iterator[str]:
     for line, name in imported(tree):
-        if name.split(".")[0] in UNSAFE_MODULES or name == "torch.load":
+        if name.split(".")[0] in UNSAFE_MODULES or name in UNSAFE_CALLS:
             yield f"{path}:{line}: imports {name}"
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
-        if name in UNSAFE_BUILTINS or name == "torch.load":
-            yield f"{path}:{node.lineno}: calls {name}()"
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if name in UNSAFE_CALLS or method in UNSAFE_METHODS:
+            yield f"{path}:{node.lineno}: calls {name or method}()"
         for keyword in node.keywords:
-            off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-            if keyword.arg == "allow_pickle" and not off:
-                yield f"{path}:{node.lineno}: {name}(allow_pickle=...)"
-            if keyword.arg == "shell" and not off:
-                yield f"{path}:{node.lineno}: {name}(shell=...)"
+            if keyword.arg not in SWITCHES:
+                continue
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            if value is not SWITCHES[keyword.arg]:
+                yield f"{path}:{node.lineno}: {name}({keyword.arg}=...)"
 
 
 CLOCKS = re.compile(
@@ -276,7 +287,20 @@ BAD: list[tuple[Rule, str, str]] = [
     (rule_torch_only_in_training, "swarmtrain/cli/main.py", "def f():\n    import torch.nn"),
     (rule_nothing_received_is_executed, TOP, "import pickle"),
     (rule_nothing_received_is_executed, TOP, "torch.load('x')"),
+    (rule_nothing_received_is_executed, TOP, "from torch import load"),
+    (rule_nothing_received_is_executed, TOP, "torch.load('x', weights_only=True)"),
+    (rule_nothing_received_is_executed, SHELL, "def f():\n    import marshal"),
+    (rule_nothing_received_is_executed, SHELL, "from multiprocessing import Queue"),
+    (rule_nothing_received_is_executed, SHELL, "import yaml"),
+    (rule_nothing_received_is_executed, SHELL, "y.load(x, weights_only=False)"),
+    (rule_nothing_received_is_executed, SHELL, "os.system('x')"),
+    (rule_nothing_received_is_executed, SHELL, "tarfile.open('x').extractall()"),
+    (rule_nothing_received_is_executed, SHELL, "asyncio.create_subprocess_shell('x')"),
+    (rule_nothing_received_is_executed, TOP, "AutoModel.from_pretrained(x, trust_remote_code=y)"),
     (rule_nothing_received_is_executed, TOP, "eval('1')"),
+    (rule_nothing_received_is_executed, TOP, "exec('1')"),
+    (rule_nothing_received_is_executed, TOP, "compile('1', 'x', 'eval')"),
+    (rule_nothing_received_is_executed, TOP, "__import__(name)"),
     (rule_nothing_received_is_executed, TOP, "np.load('x', allow_pickle=True)"),
     (rule_nothing_received_is_executed, TOP, "subprocess.run('x', shell=True)"),
     (rule_clock_and_entropy_only_in_host, SHELL, "import time\ntime.monotonic()"),
@@ -303,6 +327,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rule_numpy_only_where_numbers_pass, "swarmtrain_protocols/codecs/a.py", "import numpy"),
     (rule_torch_only_in_training, "swarmtrain/training/hook.py", "import torch"),
     (rule_nothing_received_is_executed, TOP, "np.load('x', allow_pickle=False)"),
+    (rule_nothing_received_is_executed, TOP, "re.compile('x')\nsubprocess.run(['x'], shell=False)"),
+    (rule_nothing_received_is_executed, TOP, "safetensors.torch.load(data)"),
     (rule_clock_and_entropy_only_in_host, "swarmtrain_peer/host.py", "import time\ntime.time()"),
     (rule_order_never_depends_on_hashing, CORE, "for x in sorted({1, 2}): pass"),
     (rule_order_never_depends_on_hashing, CORE, "ok = any(x > 1 for x in {1, 2})"),

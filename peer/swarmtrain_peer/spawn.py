@@ -31,11 +31,16 @@ STABLE_S = 60.0
 """A process that lived this long has its restarts forgiven."""
 STOP_TIMEOUT_S = 10.0
 OUTPUT_TAIL_BYTES = 2000
+SECRET_VARIABLES = ("SWARMTRAIN_TICKET", "SWARMTRAIN_TOKEN")
+"""Not handed on: a started process finds what it needs in the files of its site."""
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with its import path, so that a checkout works uninstalled."""
-    environment = dict(os.environ)
+    """This process's environment, with its import path, so that a checkout works uninstalled.
+
+    Secrets of this process's own environment are left out; ``extra`` is taken as it is.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment.update(extra or {})
     return environment

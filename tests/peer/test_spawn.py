@@ -13,7 +13,14 @@ import pytest
 from swarmtrain_peer import spawn
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.site import Site, found_site
-from swarmtrain_peer.spawn import Supervisor, may_restart, start_process, stop_process, wait_ready
+from swarmtrain_peer.spawn import (
+    Supervisor,
+    child_environment,
+    may_restart,
+    start_process,
+    stop_process,
+    wait_ready,
+)
 from swarmtrain_protocols import errors, limits
 from swarmtrain_protocols.errors import SwarmError
 from swarmtrain_protocols.manifest import RunKeys
@@ -230,3 +237,11 @@ def test_children_find_the_same_packages() -> None:
     import swarmtrain_protocols
 
     assert os.path.samefile(out.stdout.strip(), swarmtrain_protocols.__file__)
+
+
+def test_a_ticket_in_the_environment_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARMTRAIN_TICKET", "swarm://secret")
+    monkeypatch.setenv("SWARMTRAIN_HOME", "here")
+    given = child_environment({"SWARMTRAIN_SITE": "there"})
+    assert "SWARMTRAIN_TICKET" not in given
+    assert (given["SWARMTRAIN_HOME"], given["SWARMTRAIN_SITE"]) == ("here", "there")

@@ -7,7 +7,7 @@ answered this node, by when they last did, and is what a node keeps across a res
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from random import Random
 
 import msgspec
@@ -44,12 +44,17 @@ class ContactBook:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[PeerId, BookEntry] = OrderedDict()
+        self._blocks: dict[str, int] = {}
+        """Entries per public subnet."""
+        self._hidden: dict[PeerId, None] = {}
+        """Entries of an earlier life, and those that did not answer lately."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def seen(self, contact: Contact, wall_s: float) -> None:
         """``contact`` has answered a request at these addresses."""
+        self._hidden.pop(contact.peer, None)
         known = self._entries.get(contact.peer)
         unmoved = known is not None and known.addresses == contact.addresses
         if unmoved and known is not None and wall_s - known.seen_s < _FRESH_S:
@@ -57,19 +62,24 @@ class ContactBook:
         if contact.addresses:
             self._put(BookEntry(contact.peer, contact.addresses, int(wall_s)))
 
+    def lost(self, peer: PeerId) -> None:
+        """``peer`` does not answer any more; it may be behind a split of the network."""
+        if peer in self._entries:
+            self._hidden[peer] = None
+
     def forget(self, peer: PeerId) -> None:
         """Banned, or left for good."""
-        self._entries.pop(peer, None)
+        self._take_out(peer)
+        self._hidden.pop(peer, None)
 
     def entries(self) -> list[BookEntry]:
         """Latest seen first."""
         return list(reversed(self._entries.values()))
 
-    def draw(self, rng: Random, count: int, missed: Callable[[Contact], bool]) -> list[Contact]:
-        """At most ``count`` random ones of those that ``missed`` says are not in sight."""
-        contacts = [Contact(PeerId(e.peer), e.addresses) for e in self._entries.values()]
-        hidden = [contact for contact in contacts if missed(contact)]
-        return rng.sample(hidden, min(count, len(hidden)))
+    def draw(self, rng: Random, count: int) -> list[Contact]:
+        """At most ``count`` random ones of those that are out of sight."""
+        drawn = rng.sample(list(self._hidden), min(count, len(self._hidden)))
+        return [Contact(peer, self._entries[peer].addresses) for peer in drawn]
 
     def purge(self, wall_s: float) -> None:
         """Forget whoever has not been seen for days."""
@@ -77,28 +87,42 @@ class ContactBook:
             oldest = next(iter(self._entries.values()))
             if oldest.seen_s > wall_s - limits.DHT_BOOK_AGE_S:
                 return
-            self._entries.popitem(last=False)
+            self.forget(PeerId(oldest.peer))
 
     def load(self, entries: Iterable[BookEntry], wall_s: float) -> None:
         """Take over what an earlier life knew; what this one has seen stays in front."""
         now = list(self._entries.values())
+        hidden = list(self._hidden)
         self._entries.clear()
+        self._blocks.clear()
         for entry in sorted(entries, key=lambda e: (e.seen_s, e.peer)):
             self._put(entry)
+        self._hidden = dict.fromkeys(self._entries)
         for entry in now:
+            self._hidden.pop(PeerId(entry.peer), None)
             self._put(entry)
+        for peer in hidden:
+            self.lost(peer)
         self.purge(wall_s)
 
     def _put(self, entry: BookEntry) -> None:
         peer = PeerId(entry.peer)
-        self._entries.pop(peer, None)
+        self._take_out(peer)
         for block in subnets(entry.addresses):
-            same = [p for p, e in self._entries.items() if block in subnets(e.addresses)]
-            if len(same) >= limits.DHT_PER_SUBNET_IN_TABLE_MAX:
-                del self._entries[same[0]]
+            if self._blocks.get(block, 0) >= limits.DHT_PER_SUBNET_IN_TABLE_MAX:
+                oldest = next(p for p, e in self._entries.items() if block in subnets(e.addresses))
+                self.forget(oldest)
+            self._blocks[block] = self._blocks.get(block, 0) + 1
         self._entries[peer] = entry
         if len(self._entries) > limits.DHT_BOOK_MAX:
-            self._entries.popitem(last=False)
+            self.forget(next(iter(self._entries)))
+
+    def _take_out(self, peer: PeerId) -> None:
+        entry = self._entries.pop(peer, None)
+        for block in subnets(entry.addresses) if entry is not None else ():
+            self._blocks[block] -= 1
+            if not self._blocks[block]:
+                del self._blocks[block]
 
 
 def encode_book(run: bytes, entries: Iterable[BookEntry]) -> bytes:

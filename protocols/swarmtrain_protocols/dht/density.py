@@ -14,46 +14,56 @@ from collections.abc import Sequence
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.dht.ids import ID_BITS, Contact
+from swarmtrain_protocols.dht.routing import RoutingTable
 
 _SPACE = 1 << ID_BITS
 
 
 class Density:
-    """The estimate of one node: the median over its latest lookups of targets nobody chose."""
+    """The estimate of one node: the median over its latest lookups of targets nobody chose.
 
-    def __init__(self, k: int = limits.DHT_K) -> None:
+    Samples from when the table was less than half as large do not count: the network has grown.
+    While there are none, what the table itself holds around this node has to do.
+    """
+
+    def __init__(self, own: int, table: RoutingTable, k: int = limits.DHT_K) -> None:
+        self._own = own
+        self._table = table
         self._k = k
-        self._samples: deque[float] = deque(maxlen=limits.DHT_SIZE_SAMPLES)
+        self._samples: deque[tuple[float, int]] = deque(maxlen=limits.DHT_SIZE_SAMPLES)
 
     def observe(self, target: int, closest: Sequence[Contact]) -> None:
         """``closest``: the k nearest to a random target that have answered, nearest first."""
-        if len(closest) < self._k:
-            self._samples.append(float(len(closest)))
-            return
-        # The k-th of n even points lies at k / n on average; k - 1 makes its inverse unbiased.
-        distance = (closest[self._k - 1].id ^ target) + 1
-        self._samples.append((self._k - 1) * _SPACE / distance)
+        self._samples.append((self._estimate(target, closest), len(self._table)))
 
     @property
-    def size(self) -> float | None:
-        """Estimated number of nodes; None before the first lookup."""
-        return statistics.median(self._samples) if self._samples else None
+    def size(self) -> float:
+        """Estimated number of nodes."""
+        valid = [size for size, known in self._samples if 2 * known >= len(self._table)]
+        if valid:
+            return statistics.median(valid)
+        return self._estimate(self._own, self._table.closest(self._own, self._k))
+
+    def _estimate(self, target: int, closest: Sequence[Contact]) -> float:
+        if len(closest) < self._k:
+            return float(len(closest))
+        # The k-th of n even points lies at k / n on average; k - 1 makes its inverse unbiased.
+        distance = (closest[self._k - 1].id ^ target) + 1
+        return (self._k - 1) * _SPACE / distance
 
     def radius(self) -> int:
-        """Distance within which k nodes are expected; the whole space while that is not known."""
+        """Distance within which k nodes are expected; the whole space if there are no more."""
         size = self.size
-        if size is None or size <= self._k:
+        if size <= self._k:
             return _SPACE
         return int(_SPACE * (self._k / size))
 
     def crowded(self, target: int, closest: Sequence[Contact]) -> bool:
-        """True if the k nearest lie ``DHT_CROWD_FACTOR`` times denser than they should.
+        """True if the nearest lie ``DHT_CROWD_FACTOR`` times denser than they should.
 
-        Chance alone does that to one lookup in some hundreds. In a network of fewer than 2 k nodes
-        everybody is asked anyway.
+        Chance alone does that to k nearest in one lookup of some hundreds, to five in one of nine.
         """
-        size = self.size
-        if size is None or size < 2 * self._k or len(closest) < self._k:
+        if not closest:
             return False
-        distance = closest[self._k - 1].id ^ target
-        return distance * limits.DHT_CROWD_FACTOR < self.radius()
+        distance = closest[-1].id ^ target
+        return distance * limits.DHT_CROWD_FACTOR < _SPACE * len(closest) / max(self.size, 1.0)

@@ -10,7 +10,10 @@ from swarmtrain_protocols.messages.dht import SignedRecord
 
 @dataclass(frozen=True, slots=True)
 class DhtStored:
-    """``store`` has succeeded: ``replicas`` nodes hold the record, this one included if it does."""
+    """``store`` has succeeded: ``replicas`` nodes hold the record so far, more copies follow.
+
+    This node is counted if it holds one. Fewer than ``DHT_STORED_ENOUGH``: there were no more.
+    """
 
     handle: int
     key: bytes

@@ -1,7 +1,7 @@
 """Finding back those who are out of sight: after a restart, and when a split of the network ends.
 
 Two halves that have lost each other forget each other: every table drops who does not answer. So a
-node now and then tries somebody from its book whom its table no longer has. Who answers is a
+node now and then tries somebody from its book who has not answered lately. Who answers is a
 contact again, and a lookup for this node's own place, through it, makes the two halves one.
 """
 
@@ -37,12 +37,9 @@ class Healing:
         wait_s = limits.DHT_LONELY_S if lonely else limits.DHT_HEAL_S
         self._next_at = now + wait_s * (0.5 + core.rng.random())
         count = limits.DHT_LONELY_ASKED if lonely else 1
-        for contact in core.book.draw(core.rng, count, self._missed):
+        for contact in core.book.draw(core.rng, count):
             self.tried += 1
             core.ping(now, contact, partial(self._answered, contact))
-
-    def _missed(self, contact: Contact) -> bool:
-        return contact not in self._core.table and contact.peer != self._core.me.peer
 
     def _answered(self, contact: Contact, now: float, reply: Reply | None) -> None:
         core = self._core

@@ -79,7 +79,7 @@ class DhtCore:
         self._out: list[Effect] = []
         self._links: dict[PeerId, tuple[str, ...]] = {}
         self.requests = Requests(self._out, self._links.__contains__, now)
-        self.density = Density()
+        self.density = Density(self.me.id, self.table)
         self.hearsay = Hearsay()
         self.book = ContactBook()
         self.searches = Searches(self)
@@ -295,6 +295,7 @@ class DhtCore:
             self.book.seen(self._alive(now, contact), self.wall(now))
             return
         if self.table.failed(contact):
+            self.book.lost(contact.peer)
             self.replication.left(now, contact)
 
     def _alive(self, now: float, contact: Contact) -> Contact:
@@ -345,6 +346,10 @@ class DhtCore:
             if addresses or peer in self._links:
                 found.append(Contact(peer, addresses))
         return found
+
+    def own_records(self, key: bytes) -> list[SignedRecord]:
+        """What this site itself publishes under key id ``key``."""
+        return list(self._publisher.own(key))
 
     def may_ask(self, now: float, contact: Contact) -> bool:
         """False for a contact by hearsay at a place where others that were named are not."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from enum import Enum
+from itertools import islice
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
@@ -152,6 +153,18 @@ class Lookup:
     def done(self) -> bool:
         return self.stopped or all(self._view_done(view) for view in self._views)
 
+    def awaits(self, peer: PeerId) -> bool:
+        """True if ``peer`` was asked and is not late yet."""
+        return self._states.get(peer) is _State.ASKED
+
+    def nearest(self, count: int) -> list[Contact]:
+        """The nearest candidates that have not failed, whether they have answered or not."""
+        found: dict[PeerId, None] = {}
+        for view in self._views:
+            living = (p for _, p in view.order if self._states[p] is not _State.FAILED)
+            found.update(dict.fromkeys(islice(living, count)))
+        return sorted((self._contacts[p] for p in found), key=lambda c: c.id ^ self.target)[:count]
+
     def closest(self) -> list[Contact]:
         """The k nearest peers that have answered, nearest first."""
         return self._answered_in([view.order for view in self._views])[: self._k]
@@ -209,12 +222,12 @@ class Lookup:
         for _, peer in view.order:
             if self._states[peer] in (_State.FAILED, _State.SLOW):
                 continue
-            blocks = subnets(self._contacts[peer].addresses)
-            if any(counts.get(b, 0) >= limits.DHT_PER_SUBNET_IN_LOOKUP for b in blocks):
-                spare.append(peer)
-                continue
-            for block in blocks:
-                counts[block] = counts.get(block, 0) + 1
+            if blocks := subnets(self._contacts[peer].addresses):
+                if any(counts.get(b, 0) >= limits.DHT_PER_SUBNET_IN_LOOKUP for b in blocks):
+                    spare.append(peer)
+                    continue
+                for block in blocks:
+                    counts[block] = counts.get(block, 0) + 1
             chosen.append(peer)
             if len(chosen) == room:
                 break

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht.events import DhtFailed, DhtStored
 from swarmtrain_protocols.dht.ids import Contact, key_id
 from swarmtrain_protocols.dht.records import sign_record
@@ -48,6 +49,9 @@ class _Placement:
 
     publication: _Publication
     record: SignedRecord
+    searching: bool = True
+    """The k nearest are not known yet; who is certainly near gets its copy meanwhile."""
+    given: dict[PeerId, None] = field(default_factory=dict)
     awaited: int = 0
     replicas: int = 0
     refused: str = "unreachable"
@@ -119,17 +123,43 @@ class Publisher:
 
     def _place(self, now: float, mine: _Publication) -> None:
         mine.again_at = math.inf
-        search = Search(mine.target, partial(self._spread, mine), guarded=True)
+        placement = _Placement(mine, mine.record)
+        search = Search(
+            mine.target,
+            partial(self._spread, placement),
+            guarded=True,
+            heard=partial(self._heard, placement),
+        )
         if not self._core.searches.start(now, search):
             self._finish(now, _Placement(mine, mine.record, refused="busy"))
 
-    def _spread(self, mine: _Publication, now: float, search: Search) -> None:
+    def _heard(self, placement: _Placement, now: float, search: Search, contact: Contact) -> None:
+        """A node so near that it will be one of the k nearest has answered: no need to wait."""
+        near = contact.id ^ search.target < self._core.density.radius()
+        if near and len(placement.given) < limits.DHT_K:
+            self._give(now, placement, search, contact)
+
+    def _give(self, now: float, placement: _Placement, search: Search, contact: Contact) -> None:
+        mine = placement.publication
+        if contact.peer in placement.given or self._all.get(mine.name) is not mine:
+            return
+        placement.given[contact.peer] = None
+        placement.awaited += 1
+        self._core.ask_to_store(
+            now,
+            contact,
+            placement.record,
+            search.tokens.get(contact.peer, b""),
+            partial(self._answered, placement, contact),
+        )
+
+    def _spread(self, placement: _Placement, now: float, search: Search) -> None:
         """The k nearest are known: each of them, this node included, gets a copy."""
+        mine = placement.publication
         if self._all.get(mine.name) is not mine:
             return
         assert search.lookup is not None
         core = self._core
-        placement = _Placement(mine, mine.record)
         targets = search.lookup.spread()
         distance = core.me.id ^ mine.target
         nearer = sum(contact.id ^ mine.target < distance for contact in targets)
@@ -137,19 +167,13 @@ class Publisher:
         if stays and len(targets) == limits.DHT_K:
             targets.pop()
         if stays:
-            code = core.accept(now, mine.record)
+            code = core.accept(now, placement.record)
             placement.replicas += code == "ok"
             placement.refused = code
-        placement.awaited = len(targets)
         for contact in targets:
-            core.ask_to_store(
-                now,
-                contact,
-                mine.record,
-                search.tokens.get(contact.peer, b""),
-                partial(self._answered, placement, contact),
-            )
-        if not targets:
+            self._give(now, placement, search, contact)
+        placement.searching = False
+        if not placement.awaited:
             self._finish(now, placement)
 
     def _answered(
@@ -164,8 +188,18 @@ class Publisher:
                 placement.refused = reply.code
                 if reply.code == "stale":
                     self._climb(now, placement, reply.sequence)
-        if placement.awaited == 0:
+        if placement.replicas >= limits.DHT_STORED_ENOUGH and not placement.overtaken:
+            self._tell(placement)
+        if placement.awaited == 0 and not placement.searching:
             self._finish(now, placement)
+
+    def _tell(self, placement: _Placement) -> None:
+        """The caller need not wait for the last copies."""
+        mine = placement.publication
+        current = self._all.get(mine.name) is mine and placement.record is mine.record
+        if current and mine.handle:
+            self._core.emit(DhtStored(mine.handle, mine.name, placement.replicas))
+            mine.handle = 0
 
     def _climb(self, now: float, placement: _Placement, sequence: int) -> None:
         """Somebody holds a later record of ours: our clock was ahead once. Sign above it, once.
@@ -191,9 +225,7 @@ class Publisher:
         core = self._core
         left_s = mine.record.expires_s - core.wall(now)
         if placement.replicas:
-            if mine.handle:
-                core.emit(DhtStored(mine.handle, mine.name, placement.replicas))
-                mine.handle = 0
+            self._tell(placement)
             wait_s = mine.ttl_s / 2 if mine.keep else limits.DHT_REPLICATE_S
             mine.again_at = now + min(wait_s, max(left_s, 0.0))
             return

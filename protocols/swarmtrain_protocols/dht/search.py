@@ -48,6 +48,8 @@ class Search:
     finish: Callable[[float, Search], None]
     key: bytes = b""
     seeds: tuple[Contact, ...] = ()
+    heard: Callable[[float, Search, Contact], None] | None = None
+    """Called with each node that has answered."""
     guarded: bool = False
     gauge: bool = False
     found: dict[bytes, SignedRecord] = field(default_factory=dict)
@@ -113,7 +115,7 @@ class Searches:
         """Ask whoever is to be asked next; end the search if it is done."""
         if search.ended or search.lookup is None:
             return
-        while queries := search.lookup.next_queries():
+        while not self._may_agree(search) and (queries := search.lookup.next_queries()):
             for contact in queries:
                 if self._core.may_ask(now, contact):
                     self._query(now, search, contact, b"", 0)
@@ -123,7 +125,7 @@ class Searches:
             return
         if search.guarded and not search.lookup.stopped:
             search.guarded = False
-            if self._core.density.crowded(search.target, search.lookup.closest()):
+            if self._surrounded(search.target, search.lookup.closest()):
                 self._look_around(now, search)
                 return
         search.ended = True
@@ -132,6 +134,12 @@ class Searches:
             self._core.density.observe(search.target, search.lookup.closest())
         search.finish(now, search)
         self._start_queued(now)
+
+    def _surrounded(self, target: int, closest: list[Contact]) -> bool:
+        """True if the k nearest may all have been put there. Where there are few, all are asked."""
+        density = self._core.density
+        few = len(closest) < limits.DHT_K or density.size < 2 * limits.DHT_K
+        return not few and density.crowded(target, closest)
 
     def _look_around(self, now: float, search: Search) -> None:
         """The k nearest may all belong to one: find those that chance has put near the target.
@@ -206,7 +214,42 @@ class Searches:
             else:
                 hinted = self._core.hinted(reply.contacts, lookup, contact.peer)
                 lookup.answered(contact.peer, hinted)
+                if search.heard is not None:
+                    search.heard(now, search, contact)
+                if page is not None and self._agreed(search):
+                    lookup.stop()
         self._advance(now, search)
+
+    def _may_agree(self, search: Search) -> bool:
+        """True if those who could agree have all been asked and none has said otherwise yet."""
+        if not search.found or search.lookup is None:
+            return False
+        waits = False
+        truth = {publisher: rank(record) for publisher, record in search.found.items()}
+        for contact in search.lookup.nearest(limits.DHT_AGREE):
+            if search.lookup.awaits(contact.peer):
+                waits = True
+            elif search.holdings.get(contact.peer) != truth:
+                return False
+        return waits
+
+    def _agreed(self, search: Search) -> bool:
+        """True if as many of the nearest as it takes hold the same, and nobody holds anything else.
+
+        They must be as far apart as chance would put them: a few keys made to lie beside the target
+        could otherwise agree on half of the truth.
+        """
+        lookup = search.lookup
+        assert lookup is not None
+        if not search.found or len(search.holdings) < limits.DHT_AGREE:
+            return False
+        truth = {publisher: rank(record) for publisher, record in search.found.items()}
+        if any(holding and holding != truth for holding in search.holdings.values()):
+            return False
+        nearest = lookup.nearest(limits.DHT_AGREE)
+        if any(search.holdings.get(contact.peer) != truth for contact in nearest):
+            return False
+        return not self._core.density.crowded(search.target, nearest)
 
     def _collect(
         self, now: float, search: Search, contact: Contact, after: bytes, page: Values

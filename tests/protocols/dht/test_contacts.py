@@ -39,19 +39,28 @@ def test_one_public_subnet_gets_few_places() -> None:
         book.seen(contact(number, f"8.8.4.{number}:1"), float(number))
     assert len(book) == limits.DHT_PER_SUBNET_IN_TABLE_MAX
     assert book.entries()[-1].seen_s == 40
+    for number in range(50):  # those who have gone are counted no more
+        book.forget(contact(number).peer)
+    assert (len(book), book._blocks) == (0, {})
 
 
 def test_only_those_out_of_sight_are_drawn() -> None:
     book = ContactBook()
     for number in range(20):
         book.seen(contact(number), 1.0)
+    assert book.draw(Random(1), 8) == []
     hidden = {contact(n).peer for n in (3, 4, 5)}
-    drawn = book.draw(Random(1), 2, lambda c: c.peer in hidden)
+    for peer in (*hidden, contact(99).peer):  # the last is not in the book
+        book.lost(peer)
+    drawn = book.draw(Random(1), 2)
     assert len({c.peer for c in drawn}) == 2
     assert {c.peer for c in drawn} <= hidden
-    assert book.draw(Random(1), 8, lambda _c: False) == []
     book.forget(contact(3).peer)
-    assert len(book.draw(Random(1), 8, lambda c: c.peer in hidden)) == 2
+    book.seen(contact(4), 1.5)  # it answers again
+    assert [c.peer for c in book.draw(Random(1), 8)] == [contact(5).peer]
+    for number in range(100, 100 + limits.DHT_BOOK_MAX):
+        book.seen(contact(number), 2.0)
+    assert book.draw(Random(1), 8) == []
 
 
 def test_old_contacts_are_forgotten() -> None:
@@ -70,6 +79,7 @@ def test_there_and_back() -> None:
     again = ContactBook()
     again.seen(contact(3, "10.9.9.9:1"), 3000.0)  # of this life: it stays in front
     again.load(decode_book(data, RUN), 3000.0)
+    assert {c.peer for c in again.draw(Random(1), 8)} == {contact(n).peer for n in (0, 1, 2, 4)}
     assert len(again) == 5
     assert again.entries()[0].addresses == ("10.9.9.9:1",)
 

@@ -10,6 +10,7 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht.density import Density
 from swarmtrain_protocols.dht.ids import Contact
+from swarmtrain_protocols.dht.routing import RoutingTable
 
 SPACE = 1 << 160
 
@@ -19,8 +20,12 @@ def contacts(ids: list[int], target: int) -> list[Contact]:
     return [Contact(PeerId(i.to_bytes(32, "big")), ("h:1",), i) for i in near]
 
 
+def empty() -> Density:
+    return Density(1, RoutingTable(1))
+
+
 def measured(rng: Random, ids: list[int]) -> Density:
-    density = Density()
+    density = empty()
     for _ in range(limits.DHT_SIZE_SAMPLES):
         target = rng.getrandbits(160)
         density.observe(target, contacts(ids, target))
@@ -36,13 +41,12 @@ def test_the_size_is_estimated(count: int) -> None:
 
 
 def test_small_networks_are_counted_and_never_crowded() -> None:
-    density = Density()
-    assert (density.size, density.radius()) == (None, SPACE)
+    density = empty()
+    assert (density.size, density.radius()) == (0.0, SPACE)
     for count in (7, 9, 8):
         density.observe(0, contacts(list(range(1, count + 1)), 0))
     assert density.size == 8
-    assert not density.crowded(0, contacts(list(range(1, 30)), 0))
-    assert not Density().crowded(0, contacts(list(range(1, 30)), 0))
+    assert not density.crowded(0, [])
 
 
 def test_a_crowd_is_noticed_and_chance_is_not() -> None:
@@ -64,12 +68,23 @@ def test_a_crowd_beside_one_target_does_not_move_the_estimate() -> None:
     ids = [rng.getrandbits(160) for _ in range(1000)]
     density = measured(rng, ids)
     before = density.size
-    assert before is not None
     target = rng.getrandbits(160)
     crowd = [target ^ rng.randrange(SPACE // 10_000) for _ in range(200)]
     for _ in range(limits.DHT_SIZE_SAMPLES // 2):  # a minority of the samples
         density.observe(target, contacts([*ids, *crowd], target))
         density.observe(other := rng.getrandbits(160), contacts(ids, other))
     density.observe(other := rng.getrandbits(160), contacts(ids, other))
-    assert density.size is not None
     assert density.size < 2 * before
+
+
+def test_a_network_that_has_grown_is_measured_anew() -> None:
+    rng = Random(7)
+    own = rng.getrandbits(160)
+    table = RoutingTable(own)
+    density = Density(own, table)
+    density.observe(own, contacts([rng.getrandbits(160) for _ in range(8)], own))
+    assert density.size == 8
+    for _ in range(1000):
+        identifier = rng.getrandbits(160)
+        table.seen(Contact(PeerId(identifier.to_bytes(32, "big")), ("10.0.0.1:1",), identifier))
+    assert density.size == pytest.approx(1000, rel=0.5)  # from one neighbourhood only

@@ -59,10 +59,10 @@ def found_nodes(network: Network, node: DhtCore, target: int) -> list[Contact]:
 
 def test_every_key_is_found_after_half_of_the_nodes_vanish() -> None:
     network = Network(1, loss=0.02)
-    nodes = network.grow(120, every_s=0.25)
+    nodes = network.grow(80, every_s=0.25)
     network.run(5)
     store_many(network, nodes[::3], 100)
-    for node in network.rng.sample(nodes, 60):
+    for node in network.rng.sample(nodes, 40):
         network.vanish(node)
     right, took_s = read_many(network, list(network.nodes.values()), 100)
     assert right >= 99
@@ -73,7 +73,7 @@ def test_every_key_is_found_after_half_of_the_nodes_vanish() -> None:
 
 def test_lookups_converge_to_the_truth() -> None:
     network = Network(2)
-    nodes = network.grow(120, every_s=0.25)
+    nodes = network.grow(80, every_s=0.25)
     network.run(15)
     for number in range(20):
         target = key_id(b"target %d" % number)

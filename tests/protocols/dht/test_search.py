@@ -11,6 +11,7 @@ from swarmtrain_protocols import limits, messages
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht.events import DhtFound, DhtStored
 from swarmtrain_protocols.dht.ids import id_bytes, key_id
+from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.dht.records import decode_value, encode_value, sign_record
 from swarmtrain_protocols.messages.dht import FindValue, NodeInfo, Nodes, SignedRecord, Values
 from swarmtrain_protocols.testing.keyring import FakeKeyring
@@ -202,3 +203,67 @@ def test_questions_name_the_key_and_nothing_else() -> None:
     questions = [m for m in asked if isinstance(m, FindValue)]
     assert [(m.key, m.after) for m in questions] == [(KEY, b"")]
     assert two.me in one.table
+
+
+def asked_for_value(network: Network, reader: DhtCore, key: str) -> tuple[DhtFound, int]:
+    """What a lookup finds, and how many it asks."""
+    before = network.sent
+    asked: list[messages.Message] = []
+    network.tampers[reader.me.peer] = lambda m: (asked.append(m), m)[1]
+    found = network.settle(reader, reader.get_all(network.now, key))
+    del network.tampers[reader.me.peer]
+    assert isinstance(found, DhtFound) and network.sent > before
+    return found, sum(isinstance(m, FindValue) for m in asked)
+
+
+def test_five_that_agree_are_enough_and_nothing_is_never_enough() -> None:
+    network = Network(11)
+    nodes = network.grow(30)
+    network.run(5)
+    for number in range(8):
+        writer = nodes[number]
+        network.settle(writer, writer.store(network.now, f"k{number}", b"\x01", 600.0))
+    network.run(3)
+    counts = []
+    for number in range(8):
+        found, asked = asked_for_value(network, nodes[20 + number], f"k{number}")
+        assert len(found.records) == 1
+        counts.append(asked)
+    # One key in nine has five holders that lie closer than it takes; there all are asked.
+    assert sorted(counts)[5] == limits.DHT_AGREE
+    _, asked = asked_for_value(network, nodes[29], "nobody wrote this")
+    assert asked >= limits.DHT_K
+
+
+def test_one_copy_that_differs_has_everybody_asked() -> None:
+    network = Network(12)
+    nodes = network.grow(30)
+    network.run(5)
+    writer, reader = nodes[0], nodes[25]
+    network.settle(writer, writer.store(network.now, "k", encode_value("old"), 600.0))
+    network.run(3)
+    assert asked_for_value(network, reader, "k")[1] == limits.DHT_AGREE
+    nearest = network.nearest(key_id(b"k"), 3, but=reader.me.peer)[2]
+    newer = sign_record(
+        writer.keyring, RUN, b"k", 1 << 50, int(WALL_S + network.now) + 500, encode_value("new")
+    )
+    network.nodes[nearest].accept(network.now, newer)
+    found, asked = asked_for_value(network, reader, "k")
+    assert [decode_value(record.value) for record in found.records] == ["new"]
+    assert asked >= limits.DHT_K
+
+
+def test_what_was_stored_a_moment_ago_is_read_by_anybody() -> None:
+    network = Network(13)
+    nodes = network.grow(40)
+    network.run(5)
+    for number in range(10):
+        writer = nodes[number % 4]
+        network.settle(writer, writer.store(network.now, "k", encode_value(number), 600.0))
+        reader = nodes[10 + number]
+        found = network.settle(reader, reader.get(network.now, "k"))
+        assert isinstance(found, DhtFound)
+        own = network.settle(reader, reader.get_all(network.now, "k"))
+        assert isinstance(own, DhtFound)
+        values = {r.publisher: decode_value(r.value) for r in own.records}
+        assert values[writer.me.peer] == number

@@ -221,7 +221,7 @@ class Settings:
 def unknown_key(key: str, origin: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
     known = [*RUN_KEYS, *PEER_KEYS]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.6)
     last = [name for name in known if name.split(".")[1] == key.split(".")[-1]]
     guess = (last or near or [""])[0]
     todo = f"did you mean {guess}?" if guess else "see `swarmtrain config show`"

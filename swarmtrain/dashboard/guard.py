@@ -135,6 +135,8 @@ class Guard:
         refuse = _refusal_json if scope["path"].startswith("/v1/") else _refusal_text
         if name not in self._hosts and not is_loopback(name):
             return refuse("misdirected request", 421)
+        if not scope.get("query_string", b"").isascii():
+            return refuse("malformed query", 400)
         request = Request(scope)
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")

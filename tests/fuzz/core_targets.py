@@ -77,6 +77,7 @@ def record() -> Target:
 
 
 def _value(data: bytes) -> object:
+    data = data[: limits.DHT_VALUE_BYTES_MAX]  # longer ones are refused unread
     if not is_messagepack(data):
         return "no"
     decode_value(data)

@@ -30,6 +30,7 @@ SLOW_TRIES = 5
 MEMORY_BYTES = 64 * 1024
 MEMORY_EVERY = 256
 POOL_MAX = 4096
+POOL_BYTES_MAX = 8 * 1024 * 1024
 FINDINGS_MAX = 20
 _DETAIL = re.compile(r"[0-9a-f]{4,}|\d+|'[^']*'|\"[^\"]*\"|`[^`]*`")
 
@@ -114,6 +115,7 @@ class Engine:
         self.report = Report(target.name)
         self._rng = Random(f"{target.name} {seed}")
         self._pool = [*target.seeds, *regressions(target.name)]
+        self._pool_bytes = 0
         self._seen: dict[str, None] = {}
         self._shapes: dict[str, None] = {}
         assert self._pool, "a target needs an input that means something"
@@ -149,10 +151,12 @@ class Engine:
         self.report.slowest_s = max(self.report.slowest_s, taken_s)
         if finding:
             self._found("exception", finding, data)
-        elif outcome not in self._seen and len(self._pool) < POOL_MAX:
+        elif outcome not in self._seen and len(self._seen) < POOL_MAX:
             self._seen[outcome] = None
-            self._pool.append(data)
             self.report.outcomes += 1
+            if self._pool_bytes + len(data) <= POOL_BYTES_MAX:
+                self._pool_bytes += len(data)
+                self._pool.append(data)
 
     def _make(self) -> bytes:
         rng = self._rng

@@ -106,14 +106,17 @@ def ledger() -> Target:
 
 
 def snapshot() -> Target:
-    good = encode_snapshot_file(snapshot_file())
+    good = snapshot_file()
 
     def run(data: bytes) -> object:
-        found = TRUST.snapshot(data)
-        assert encode_snapshot_file(found.file) == good, "forged"
-        return found.body.index
+        """Signatures beyond a majority may be gone, or others there; what they cover may not."""
+        found = TRUST.snapshot(data).file
+        assert (found.genesis, found.body) == (good.genesis, good.body), "forged"
+        assert [link.entry for link in found.links] == [link.entry for link in good.links]
+        return len(found.certificate.endorsements)
 
-    return Target("log_snapshot", run, (PeerFault,), [good], splice_msgpack, 1 << 19)
+    seeds = [encode_snapshot_file(good)]
+    return Target("log_snapshot", run, (PeerFault,), seeds, splice_msgpack, 1 << 19)
 
 
 STATE = CanonicalState.first("train/0/0", np.arange(40, dtype=np.float32), chunk_values=16)

@@ -205,7 +205,7 @@ def environment() -> Target:
         b"SWARMTRAIN_COMM__CODEC=int8\nSWARMTRAIN_LISTEN=127.0.0.1:0\nSWARMTRAIN_NET__UP=5MB/s"
     ]
     return Target(
-        "environment", _environment, (ConfigError,), seeds, splice_text, 1 << 18, share=0.1
+        "environment", _environment, (ConfigError,), seeds, splice_text, 1 << 21, share=0.1
     )
 
 
@@ -215,7 +215,7 @@ def _rate(data: bytes) -> object:
 
 def rate() -> Target:
     seeds = [b"50Mbit", b"10MB/s", b"auto", b"1.5 Gbit/s", b"12345"]
-    return Target("rate", _rate, (ConfigError,), seeds, splice_text)
+    return Target("rate", _rate, (ConfigError,), seeds, splice_text, 1 << 18)
 
 
 MAKERS = (ticket, capability, manifest, genesis, order, address, keys, settings, environment, rate)

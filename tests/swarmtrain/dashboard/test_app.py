@@ -277,3 +277,31 @@ def test_the_stream_begins_with_everything_and_goes_on_with_changes() -> None:
 
 def test_the_static_folder_is_in_the_package() -> None:
     assert Path(dashboard_app.__file__).parent / "static" == STATIC
+
+
+def test_a_query_that_is_no_text_is_refused() -> None:
+    """The redirect to a path without its last slash decodes it, and would end in a traceback."""
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/healthz/",
+        "raw_path": b"/healthz/",
+        "query_string": b"a=\xdf",
+        "headers": [(b"host", b"127.0.0.1:8470")],
+        "scheme": "http",
+        "server": ("127.0.0.1", 8470),
+        "client": ("127.0.0.1", 5),
+    }
+    told: list[Any] = []
+
+    async def visit() -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        await build_app(make_feed())(scope, receive, send)
+
+    asyncio.run(visit())
+    assert told[0]["status"] == 400

@@ -17,7 +17,7 @@ from swarmtrain_peer.relaying import Relaying
 from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import reach, relay
-from swarmtrain_protocols.addresses import is_private, join_address, split_address
+from swarmtrain_protocols.addresses import is_private, join_address
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages import Message
@@ -73,7 +73,7 @@ class Outreach:
             relay.PREFACE: self.relaying.door,
         }
         self._started = True
-        self.reaching.pump.run(self.reaching.core.listen, self._ports(claimed))
+        self.reaching.pump.run(self.reaching.core.listen, claimed)
 
     def serve(self, node: NodeCore, run: Callable[[Callable[[float], object]], None]) -> None:
         """The node is there: its log tells who can be dialled, and is told what is found here.
@@ -87,10 +87,6 @@ class Outreach:
         """As the log says; None: a stranger."""
         known = None if self._node is None else self._node.ledger.members.get(peer)
         return None if known is None else known.reachable
-
-    @staticmethod
-    def _ports(claimed: tuple[str, ...]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(split_address(address)[1] for address in claimed))
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -166,17 +162,12 @@ class Outreach:
 
     def _found(self, verdict: reach.Verdict) -> tuple[str, ...]:
         if verdict.state == "outgoing only":
-            return self._claimed if self._beyond_check(verdict) else ()
+            return ()
         seen = join_address(verdict.seen, verdict.port) if verdict.seen and verdict.port else ""
         if seen and not is_private(seen) and not self._settings.announce:
             private = tuple(a for a in self._claimed if a != seen)
             return (seen, *private)[:2]
         return self._claimed
-
-    def _beyond_check(self, verdict: reach.Verdict) -> bool:
-        """The operator says where to dial, and that is not where the others tried."""
-        hosts = [split_address(address)[0] for address in self._settings.announce]
-        return bool(hosts) and verdict.seen not in hosts
 
     def _tell(self, event: object) -> None:
         if isinstance(event, relay.Relayed):

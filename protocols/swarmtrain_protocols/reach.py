@@ -95,6 +95,8 @@ class Reach:
         self._entropy = entropy
         self._out: list[Effect] = []
         self._ports: tuple[int, ...] = ()
+        self._claims: tuple[str, ...] = ()
+        """Hosts that it tells others."""
         self._hosts: dict[PeerId, str] = {}
         self._voters: dict[PeerId, float] = {}
         """Those whom this site has dialled, and from when on they may be asked."""
@@ -107,11 +109,13 @@ class Reach:
 
     # -- what the shell tells ------------------------------------------------------------------
 
-    def listen(self, now: float, ports: tuple[int, ...]) -> None:
-        """Ports of this host where others should be able to dial it; none: it does not listen."""
-        ports = ports[: limits.DIAL_BACK_PORTS_MAX]
-        if ports != self._ports:
-            self._ports = ports
+    def listen(self, now: float, addresses: tuple[str, ...]) -> None:
+        """Where others should be able to dial this site; nowhere: it does not listen."""
+        places = [split_address(address) for address in addresses]
+        ports = tuple(dict.fromkeys(port for _, port in places))[: limits.DIAL_BACK_PORTS_MAX]
+        hosts = tuple(dict.fromkeys(host for host, _ in places))
+        if (ports, hosts) != (self._ports, self._claims):
+            self._ports, self._claims = ports, hosts
             self._votes.clear()
             self._asked.clear()
             self._voters = dict.fromkeys(self._voters, now)
@@ -198,9 +202,20 @@ class Reach:
                 raise PeerFault("malformed", "dial-back: ports that were not asked for", peer)
             # "Open" counts if the knock was heard, "closed" if it was not: else it got lost, or
             # somebody lies.
-            if bool(message.open) == asked.heard:
+            if bool(message.open) == asked.heard and (asked.heard or self._concerns(message.seen)):
                 self._vote(now, peer, message)
         self.tick(now)
+
+    def _concerns(self, seen: str) -> bool:
+        """Whether nobody there means that nobody is where this site says it is.
+
+        A machine may dial out from another address than it listens on; a private address behind
+        the one that is seen is a router's business.
+        """
+        behind = not is_private(join_address(seen, 1))
+        return seen in self._claims or (
+            behind and all(is_private(join_address(host, 1)) for host in self._claims)
+        )
 
     def _vote(self, now: float, peer: PeerId, message: DialBack) -> None:
         seen, port = message.seen, min(message.open, default=0)

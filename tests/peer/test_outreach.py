@@ -134,7 +134,8 @@ def test_a_port_that_somebody_else_serves_makes_it_outgoing_only(
         with socket.create_server(("127.0.0.1", 0)) as stranger:
             async with Member(1, tmp_path, log) as me, Member(2, tmp_path, log) as other:
                 port = stranger.getsockname()[1]
-                me.outreach.reaching.pump.run(me.outreach.reaching.core.listen, (port,))
+                told = (f"127.0.0.1:{port}",)
+                me.outreach.reaching.pump.run(me.outreach.reaching.core.listen, told)
                 await me.join(other)
                 await until(lambda: me.outreach.verdict.state != "unknown")
                 assert me.outreach.verdict == reach.Verdict("outgoing only", 1, 1, "127.0.0.1")

@@ -21,6 +21,8 @@ HEX = ("knock", "answer", "target", "token", "source")
 
 A, B, C, D = (PeerId(bytes([n]) * 32) for n in range(1, 5))
 HOME = "44.9.9.9"
+CLAIM = "192.168.1.2:4000"
+"""Behind a router."""
 WHERE = {A: "44.1.0.1:4000", B: "44.2.0.1:4000", C: "44.2.0.2:4000", D: "44.4.0.1:4000"}
 SECRET = b"k" * 16, b"a" * 16
 
@@ -48,7 +50,7 @@ def answer(core: Reach, now: float, peer: PeerId, wish: DialBackRequest, *, is_o
 
 def checked(*answers: tuple[PeerId, bool]) -> Reach:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     for peer, is_open in answers:
         core.connected(0.0, peer, WHERE[peer], True)
         answer(core, 0.1, peer, asked(core)[peer], is_open=is_open)
@@ -76,7 +78,7 @@ def test_a_second_voter_of_one_subnet_has_no_say() -> None:
 
 def test_those_who_sit_beside_it_count_only_as_long_as_nobody_sees_it_from_outside() -> None:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     for peer, address in ((A, "192.168.1.5:7"), (B, "192.168.1.6:7")):
         core.connected(0.0, peer, address, True)
         wish = asked(core)[peer]
@@ -94,7 +96,7 @@ def test_without_a_port_it_makes_outgoing_links_only() -> None:
     core.connected(0.0, A, WHERE[A], True)
     assert not asked(core)
     assert core.verdict == Verdict("outgoing only")
-    core.listen(2.0, (4000,))
+    core.listen(2.0, (CLAIM,))
     assert list(asked(core)) == [A] and core.verdict.state == "unknown"
     core.listen(3.0, ())
     assert core.verdict.state == "outgoing only"
@@ -102,14 +104,14 @@ def test_without_a_port_it_makes_outgoing_links_only() -> None:
 
 def test_whoever_got_through_is_a_proof() -> None:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     core.connected(0.0, A, "44.1.0.1:50123", False)
     assert core.verdict == Verdict("reachable", 1, 1)
 
 
 def test_open_without_a_knock_and_closed_with_one_count_for_nothing() -> None:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     core.connected(0.0, A, WHERE[A], True)
     wish = asked(core)[A]
     core.receive(0.1, A, DialBack(wish.request, HOME, (4000,)))
@@ -144,9 +146,29 @@ def test_the_check_is_repeated() -> None:
     assert core.verdict.state == "outgoing only"
 
 
+@pytest.mark.parametrize(
+    ("claims", "counts"),
+    [
+        (("192.168.1.2:4000",), True),
+        ((f"{HOME}:4000",), True),
+        (("44.9.9.8:4000",), False),
+        (("swarm.example.org:4000",), False),
+    ],
+)
+def test_a_closed_port_says_nothing_of_a_listener_elsewhere(
+    claims: tuple[str, ...], counts: bool
+) -> None:
+    """A machine may dial out from another address than the one that it tells others."""
+    core = make()
+    core.listen(0.0, claims)
+    core.connected(0.0, A, WHERE[A], True)
+    answer(core, 0.1, A, asked(core)[A], is_open=False)
+    assert core.verdict.state == ("outgoing only" if counts else "unknown")
+
+
 def test_a_silent_responder_is_given_up() -> None:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     core.connected(0.0, A, WHERE[A], True)
     first = asked(core)[A]
     core.tick(limits.DIAL_BACK_REPLY_S)
@@ -164,7 +186,7 @@ def test_a_silent_responder_is_given_up() -> None:
 )
 def test_answers_that_cannot_be_are_malformed(reply: DialBack) -> None:
     core = make()
-    core.listen(0.0, (4000,))
+    core.listen(0.0, (CLAIM,))
     core.connected(0.0, A, WHERE[A], True)
     assert asked(core)[A].request == 1
     with pytest.raises(PeerFault) as caught:

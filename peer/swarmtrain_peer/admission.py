@@ -6,11 +6,14 @@ costs anything; and the words for those who were turned away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from swarmtrain_protocols.access import read_capability, refusal
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages.session import Refused
+from swarmtrain_protocols.node import NodeCore
 
 _ANOTHER = "ask the founder for another ticket"
 MEANINGS: dict[str, tuple[str, str]] = {
@@ -25,6 +28,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "role": ("the ticket's role does not allow what this machine wants to do", _ANOTHER),
     "full": ("it has as many members as a run can have", "come back when somebody has left"),
     "not_authorised": ("the ticket is not good for it", _ANOTHER),
+    "evicted": (
+        "the founder has turned this machine out",
+        "ask the founder; starting again asks to be let in again",
+    ),
     "duplicate": (
         "another process with the same identity is a member already",
         "stop the other one, or use another --home: an identity is one machine's",
@@ -55,3 +62,24 @@ def refused_error(code: str, by: str = "the run") -> NotAuthorised:
     """What whoever was turned away with ``code`` reads."""
     why, todo = MEANINGS.get(code, ("", _ANOTHER))
     return NotAuthorised(f"{by} refuses this site", f"{code}: {why}" if why else code, todo)
+
+
+class Twins:
+    """Whether another live process has this site's identity, which the log lists as a member.
+
+    Each of the others keeps one link to an identity, and turns a second one away while the first
+    answers. The leader's word is enough; without it, that of all who were asked.
+    """
+
+    def __init__(self) -> None:
+        self._refusers: dict[PeerId, None] = {}
+
+    def found(
+        self, node: NodeCore, peer: PeerId | None, code: str, linked: Sequence[PeerId]
+    ) -> bool:
+        """``peer`` has turned this process away with ``code``; ``linked``: who has not."""
+        if code != "duplicate" or node.joiner.registered or peer is None or peer in linked:
+            return False  # the log knows this very process, or both sides have dialled
+        self._refusers[peer] = None
+        enough = min(2, max(1, len(node.ledger.members) - 1))
+        return peer == node.log.leader or (not linked and len(self._refusers) >= enough)

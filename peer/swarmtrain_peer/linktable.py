@@ -61,7 +61,7 @@ class LinkTable:
         now = self._loop.time()
         old = self.links.get(peer)
         if peer in self._challengers:
-            link.session.refuse(now, "duplicate", "another connection is being judged")
+            link.session.refuse(now, "busy", "another connection is being judged")
         elif old is not None:
             self._challengers[peer] = link
             self._probes[peer] = old.session.probe(now)
@@ -112,7 +112,7 @@ class LinkTable:
         elif self._outgoing.get(peer) is link:
             del self._outgoing[peer]
             self._settle(peer, accept=True)
-        elif not link.initiator and event.code not in ("duplicate", "disconnected"):
+        elif not link.initiator and event.code not in ("duplicate", "busy", "disconnected"):
             self._user.link_refused(link, event)
 
     def _replace(self, old: Link, peer: PeerId, nonce: int) -> None:

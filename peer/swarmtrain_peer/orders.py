@@ -16,7 +16,7 @@ from swarmtrain_protocols.changes import NOTICE_ROUNDS, check_change, front
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, QuorumLost
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.node_events import LedgerChanged
-from swarmtrain_protocols.orders import sign_order
+from swarmtrain_protocols.orders import EVICTED, sign_order
 
 Document = dict[str, Any]
 
@@ -105,9 +105,19 @@ def _ban(runtime: PeerRuntime, args: Document) -> tuple[e.EntryBody, Document]:
     """A member by the first digits of its key, or a stranger by all of them."""
     ledger, digits = runtime.node.ledger, str(args.get("member"))
     member = _whole_key(digits) or _among(list(ledger.members), digits, "member")
-    if member in ledger.voters:
-        raise ConfigError(f"member {digits}", "it is a steward", "have it leave first")
+    if tuple(ledger.voters) == (member,):
+        raise ConfigError(f"member {digits}", "it is the only steward", "have it leave first")
     return e.MemberBanned(member, _reason(args, "by the founder")), {"member": member.hex()}
+
+
+def _evict(runtime: PeerRuntime, args: Document) -> tuple[e.EntryBody, Document]:
+    """A member by the first digits of its key; a steward's vote goes to somebody else first."""
+    ledger = runtime.node.ledger
+    member = _among(list(ledger.members), str(args.get("member")), "member")
+    if tuple(ledger.voters) == (member,):
+        raise ConfigError(f"member {member.hex()[:8]}", "it is the only steward", "find another")
+    reason = f"{EVICTED}: {_reason(args, 'by the founder')}"
+    return e.MemberLeft(member, reason[:256]), {"member": member.hex()}
 
 
 def _unban(runtime: PeerRuntime, args: Document) -> tuple[e.EntryBody, Document]:
@@ -186,6 +196,7 @@ _ORDERS: dict[str, _Make] = {
     "stop": _stop,
     "ban": _ban,
     "unban": _unban,
+    "evict": _evict,
     "set": _set,
     "revoke": _revoke,
     "allow": _allow,

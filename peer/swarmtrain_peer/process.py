@@ -42,6 +42,8 @@ REST_LOOK_S = 60.0
 """Whoever rests looks at the clock so often: it may be set, and summer time comes and goes."""
 DISMISS_S = 10.0
 """A leaver's trainer gets this long to end by itself; a script may never ask whether it should."""
+FAREWELL_NOW_S = 0.5
+"""Whoever goes down at once still says so: the others do not have to find out."""
 FAREWELL_S = 20.0
 """After the end of the run: for others that still fetch its last entries and results here."""
 
@@ -139,6 +141,8 @@ class PeerProcess:
                 grace_s = site.config().leave_grace_s
                 await desk.dismiss(min(grace_s, DISMISS_S), lambda: self._now)
                 await runtime.leave("leave", grace_s, lambda: self._now)
+            if self._now and self._reason == "left":
+                await runtime.leave("leave", FAREWELL_NOW_S, at_once=True)
         finally:
             for task in tasks:
                 task.cancel()

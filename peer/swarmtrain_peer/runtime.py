@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.admission import FINAL, admit, refused_error
+from swarmtrain_peer.admission import FINAL, Twins, admit, refused_error
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.contactsfile import ContactsFile
 from swarmtrain_peer.driver import Driver
@@ -86,6 +86,7 @@ class PeerRuntime:
         self.tickets = TicketBook(settings.tickets)
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
+        self._twins = Twins()
         self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
         self._tasks: list[asyncio.Future[None]] = []
@@ -147,9 +148,8 @@ class PeerRuntime:
         self.driver.run(self.node.tick)
         patience = Patience(self.node, self.transport, self.driver.run)
         self.time.changed = lambda now, wall_s: self.driver.run(self.node.dht.set_wall, wall_s)
-        self.quorum = QuorumWatch(
-            self.node, self.events, self._on_event, patience, mono_s=self.time.look
-        )
+        look = self.time.look
+        self.quorum = QuorumWatch(self.node, self.events, self._on_event, patience, mono_s=look)
         self._tasks.append(asyncio.ensure_future(self.quorum.watch()))
         self.events.emit("peer_started", listen=",".join(self.outreach.addresses), version="0.1.0")
 
@@ -185,6 +185,7 @@ class PeerRuntime:
             votes=s.votes,
             reachable=bool(self.outreach.addresses),
             capability=self.capability(),
+            life=host.entropy(8),
         )
         self.narrator = Narrator(self.events)
         self.node = NodeCore(
@@ -356,8 +357,9 @@ class PeerRuntime:
     def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
         self.turned_away(address, peer, code, reason)
         # What one peer says ends nobody whom the log lists as a member.
-        member = self._started and self.node.joiner.is_member
-        if code in FINAL and not member:
+        listed = self._started and self.node.joiner.is_member
+        linked = self.transport.connected_peers()
+        if code in FINAL and (not listed or self._twins.found(self.node, peer, code, linked)):
             self.fail(refused_error(code, address))
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
@@ -455,16 +457,17 @@ class PeerRuntime:
         self._changed.set()
 
     async def leave(
-        self, reason: str, timeout_s: float, hurry: Callable[[], bool] = lambda: False
+        self,
+        reason: str,
+        timeout_s: float,
+        hurry: Callable[[], bool] = lambda: False,
+        at_once: bool = False,
     ) -> bool:
-        """Ask to be let go; True if the log says so in time, before ``hurry``.
-
-        A run that has ended is left without asking.
-        """
+        """Ask to be let go; True if the log says so in time, before ``hurry``, or has ended."""
         node = self.node
         if not node.joiner.is_member or node.ledger.ended:
             return True
-        self.driver.run(node.leave, reason)
+        self.driver.run(node.leave, reason, at_once)
         await self.until(lambda: not node.joiner.is_member or hurry(), timeout_s)
         return not node.joiner.is_member
 

@@ -55,10 +55,13 @@ class MemberJoined(msgspec.Struct, frozen=True, tag="joined"):
     """Members that may join with this ticket, 0: any number; the ledger counts them."""
     role: Name = "trainer"
     """What the ticket is for (05 §2.5)."""
+    life: Annotated[bytes, Meta(max_length=16)] = b""
+    """Drawn anew by every process that serves the site (05 §2.6)."""
 
 
 class MemberLeft(msgspec.Struct, frozen=True, tag="left"):
-    """``reason``: leave (polite) or lost (silent for longer than the suspicion time)."""
+    """``reason``: leave (polite), lost (silent for longer than the suspicion time), or an order of
+    the founder that begins with ``evicted``."""
 
     member: Key
     reason: Reason

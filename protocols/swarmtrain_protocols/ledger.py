@@ -37,6 +37,8 @@ class Member(msgspec.Struct):
     ticket: bytes = b""
     """Id of the ticket it came with last."""
     role: str = "trainer"
+    life: bytes = b""
+    """Of the process that serves it, as far as the log knows."""
 
 
 class Ledger(msgspec.Struct):
@@ -213,6 +215,7 @@ def _joined(ledger: Ledger, index: int, body: e.MemberJoined) -> bool:
         ordinal=ordinal,
         ticket=body.ticket,
         role=body.role,
+        life=body.life,
     )
     return True
 

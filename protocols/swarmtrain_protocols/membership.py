@@ -18,12 +18,15 @@ from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.node_events import JoinFailed
+from swarmtrain_protocols.orders import EVICTED
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.stewards import choose
 from swarmtrain_protocols.tickets import Capability
 
 JOIN_RETRY_S = 1.0
 LOST_AFTER_S = 30.0
+LOST_PATIENCE_MAX = 4.0
 ASKED_MAX = 8
 
 
@@ -38,6 +41,8 @@ class SiteConfig:
     votes: bool
     reachable: bool
     capability: bytes
+    life: bytes = b""
+    """Names this process among all that ever serve the site; empty: they are not told apart."""
 
 
 class Joiner:
@@ -52,6 +57,8 @@ class Joiner:
         self._out = out
         self._next_try = 0.0
         self._leaving = ""
+        self._at_once = False
+        self._registered = -1
         self._hint: PeerId | None = None
         self._asked: list[PeerId] = []
         self._turn = 0
@@ -65,8 +72,11 @@ class Joiner:
         known = self.ledger.members.get(self._me)
         if self._leaving:
             return known is None
+        if known is not None and known.life == self.site.life:
+            self._registered = known.joined_index
         return (
             known is not None
+            and known.life == self.site.life
             and known.addresses == self.site.addresses
             and known.trains == self.site.trains
             and known.holds_state == self.site.holds_state
@@ -74,10 +84,36 @@ class Joiner:
             and known.name == self.site.name
         )
 
-    def leave(self, now: float, reason: str) -> None:
+    def leave(self, now: float, reason: str, at_once: bool = False) -> None:
         """Ask to be let go, again and again until the ledger no longer lists this node."""
-        self._leaving = reason or "leave"
+        self._leaving, self._at_once = reason or "leave", at_once
         self._next_try = now
+
+    @property
+    def registered(self) -> bool:
+        """The log has listed this very process."""
+        return self.satisfied() or self._registered >= 0
+
+    def replaced(self) -> bool:
+        """Another process has registered with this identity after this one had."""
+        known = self.ledger.members.get(self._me)
+        return (
+            known is not None
+            and known.life != self.site.life
+            and known.joined_index > self._registered >= 0
+        )
+
+    def turned_out(self, body: e.MemberLeft | e.MemberBanned) -> None:
+        """Somebody is no member any more: by order it may be this site, which then asks no more."""
+        if body.member != self._me or self.refused or self._leaving:
+            return
+        banned = isinstance(body, e.MemberBanned)
+        if banned or body.reason.startswith(EVICTED):
+            self._refused("banned" if banned else EVICTED, body.reason)
+
+    def _refused(self, code: str, reason: str) -> None:
+        self.refused = code
+        self._out.append(Emit(JoinFailed(code, reason)))
 
     def request(self) -> mm.JoinRequest:
         site = self.site
@@ -89,11 +125,15 @@ class Joiner:
             site.holds_state,
             site.votes,
             site.reachable,
+            site.life,
         )
 
     def step(self, now: float, linked: list[PeerId]) -> None:
         """Send the request to the leader, or to anybody who may know it."""
         if self.satisfied() or self.refused or now < self._next_try:
+            return
+        if self.replaced():
+            self._refused("duplicate", "another process has registered with this identity")
             return
         target = self.leader or self._hint
         if target is not None and target != self._me and target not in linked:
@@ -110,7 +150,7 @@ class Joiner:
         if target not in self._asked:
             self._asked = [*self._asked[1 - ASKED_MAX :], target]
         if self._leaving:
-            self._out.append(Send(target, mm.LeaveRequest(self._leaving)))
+            self._out.append(Send(target, mm.LeaveRequest(self._leaving, self._at_once)))
         else:
             self._out.append(Send(target, self.request()))
 
@@ -163,6 +203,7 @@ class Shepherd:
         linked: Callable[[], list[PeerId]],
         max_rounds: int,
         stewards: int = 0,
+        patience: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.ledger = ledger
         self.active = False
@@ -174,8 +215,10 @@ class Shepherd:
         self._linked = linked
         self._max_rounds = max_rounds
         self._stewards = stewards
+        self._patience = patience
         self._missing: dict[bytes, float] = {}
         self._leaving: dict[bytes, str] = {}
+        self._ordered: dict[bytes, e.EntryBody] = {}
         self._finished: dict[bytes, None] = {}
         self._asked_index: dict[bytes, int] = {}
         self._asked_voters: tuple[PeerId, ...] = ()
@@ -185,6 +228,7 @@ class Shepherd:
         self.active = active
         self._missing.clear()
         self._leaving.clear()
+        self._ordered.clear()
         self._finished.clear()
         self._asked_index.clear()
         self._asked_voters = ()
@@ -226,7 +270,10 @@ class Shepherd:
             ticket,
             uses,
             role,
+            request.life,
         )
+        if peer in self._ordered:
+            return  # on its way out
         self._leaving.pop(peer, None)
         self._finished.pop(peer, None)
         if self._is_known(body):
@@ -244,6 +291,7 @@ class Shepherd:
         return known is not None and (
             (known.name, known.addresses, known.trains, known.holds_state, known.reachable)
             == (body.name, body.addresses, body.trains, body.holds_state, body.reachable)
+            and known.life == body.life
             and (known.may_vote or not body.may_vote)
         )
 
@@ -252,8 +300,17 @@ class Shepherd:
         fields: dict[str, object] = {"peer": peer.hex(), "reason": f"{code}: {reason}"}
         self._out.append(Emit(fx.Notice("join_refused", fields)))
 
-    def leave(self, now: float, peer: PeerId, reason: str) -> None:
+    def leave(self, now: float, peer: PeerId, reason: str, at_once: bool = False) -> None:
+        """A member asks to be let go: after what counts on it, or at once."""
         self._leaving[peer] = reason or "leave"
+        if at_once and peer not in self.ledger.voters:
+            self._propose(now, e.MemberLeft(peer, self._leaving.pop(peer)))
+        self.step(now)
+
+    def turn_out(self, now: float, order: e.MemberLeft | e.MemberBanned) -> None:
+        """The founder wants a steward out: others take its vote first."""
+        self._leaving[order.member] = order.reason
+        self._ordered[order.member] = order
         self.step(now)
 
     def finished(self, now: float, peer: PeerId, done: bool) -> None:
@@ -289,7 +346,7 @@ class Shepherd:
             if member.id not in self._missing:
                 self._out.append(Connect(PeerId(member.id)))  # it may be unable to dial this node
             since = self._missing.setdefault(member.id, now)
-            if now >= since + LOST_AFTER_S:
+            if now >= since + self._lost_after_s():
                 self._missing[member.id] = now
                 self._propose(now, e.MemberLeft(member.id, "lost"))
 
@@ -301,8 +358,10 @@ class Shepherd:
                 continue
             if self._busy(peer) or (peer in self.ledger.voters and len(self.ledger.members) > 1):
                 continue
-            if self._propose(now, e.MemberLeft(peer, self._leaving[peer])):
+            body = self._ordered.get(peer) or e.MemberLeft(peer, self._leaving[peer])
+            if self._propose(now, body):
                 del self._leaving[peer]
+                self._ordered.pop(peer, None)
 
     def _busy(self, peer: bytes) -> bool:
         """An open attempt counts on this member: its contribution, its parts or its state."""
@@ -355,4 +414,9 @@ class Shepherd:
     def deadline(self) -> float:
         if not self.active:
             return math.inf
-        return min((since + LOST_AFTER_S for since in self._missing.values()), default=math.inf)
+        patience_s = self._lost_after_s()
+        return min((since + patience_s for since in self._missing.values()), default=math.inf)
+
+    def _lost_after_s(self) -> float:
+        """How long a member may be without a link: longer where delays were measured as long."""
+        return LOST_AFTER_S * min(max(self._patience(), 1.0), LOST_PATIENCE_MAX)

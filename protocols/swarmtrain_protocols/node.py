@@ -185,6 +185,7 @@ class NodeCore:
             linked=self.linked,
             max_rounds=self.manifest.keys.max_rounds,
             stewards=self.manifest.keys.stewards,
+            patience=lambda: self.log.timeouts.factor,
         )
         self.reception = Reception(
             ledger=self.ledger,
@@ -320,9 +321,9 @@ class NodeCore:
         self._pump(now)
         return handle
 
-    def leave(self, now: float, reason: str) -> None:
+    def leave(self, now: float, reason: str, at_once: bool = False) -> None:
         """Ask to be let go; the ledger no longer lists this node when it may stop."""
-        self.joiner.leave(now, reason)
+        self.joiner.leave(now, reason, at_once)
         self.joiner.step(now, self.linked())
         self._pump(now)
 
@@ -435,7 +436,8 @@ class NodeCore:
         self.member.jumped()
         if ledger.generation != before:
             self._rewound(now)
-        self._learn_members()
+        others = [m for m in ledger.ordered_members() if m.id != self.me]
+        self._ready += [Learn(PeerId(m.id), m.addresses) for m in others]
         self._changed = True
 
     def _committed(self, now: float, event: Committed) -> None:
@@ -448,6 +450,7 @@ class NodeCore:
                 self._ready.append(Learn(PeerId(body.member), body.addresses))
             elif isinstance(body, e.MemberLeft | e.MemberBanned) and accepted:
                 self.dht.forget(now, PeerId(body.member))
+                self.joiner.turned_out(body)
             elif isinstance(body, e.Rewound) and accepted:
                 self._rewound(now)
             elif accepted:
@@ -468,10 +471,6 @@ class NodeCore:
             and effect.peer not in self._linked
             and effect.peer not in self.ledger.members
         )
-
-    def _learn_members(self) -> None:
-        others = [m for m in self.ledger.ordered_members() if m.id != self.me]
-        self._ready += [Learn(PeerId(m.id), m.addresses) for m in others]
 
     def _reconcile(self, now: float) -> None:
         self.member.reconcile(now)

@@ -20,6 +20,7 @@ ORDERS = (
     | e.Resumed
     | e.RunEnded
     | e.MemberBanned
+    | e.MemberLeft
     | e.TicketRevoked
     | e.AllowChanged
     | e.FounderChanged
@@ -27,6 +28,8 @@ ORDERS = (
     | e.Rewound
 )
 DOMAIN = b"order"
+EVICTED = "evicted"
+"""How the reason of a MEMBER_LEFT by order begins; the member may come back by starting again."""
 
 _encoder = msgspec.msgpack.Encoder()
 

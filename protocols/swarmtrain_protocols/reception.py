@@ -19,7 +19,7 @@ from swarmtrain_protocols.membership import Joiner, Shepherd
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.node_events import JoinFailed
-from swarmtrain_protocols.orders import ORDERS, is_authorised
+from swarmtrain_protocols.orders import EVICTED, ORDERS, is_authorised
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.leader import RoundLeader
 
@@ -63,7 +63,7 @@ class Reception:
             return
         elif isinstance(message, mm.LeaveRequest):
             self._rounds.leaving(peer)
-            self._shepherd.leave(now, peer, message.reason)
+            self._shepherd.leave(now, peer, message.reason, message.at_once)
         elif isinstance(message, mm.Finished):
             self._shepherd.finished(now, peer, message.finished)
         elif isinstance(message, mm.Propose):
@@ -124,7 +124,7 @@ class Reception:
         self._propose(now, body)
 
     def _ordered(self, now: float, peer: PeerId, order: mm.Propose, body: e.EntryBody) -> None:
-        """Only the founder gives orders; a steward is not banned while it votes."""
+        """Only the founder gives orders; a steward is turned out once it votes no more."""
         good = is_authorised(
             order,
             founder=founder_of(self.ledger, self._manifest.founder),
@@ -134,12 +134,12 @@ class Reception:
         )
         if not good:
             self._fault(peer, "not_the_founder")
-        elif isinstance(body, e.MemberBanned) and body.member in self.ledger.voters:
-            self._fault(peer, "bans_a_steward")
         elif not self._fits(body):
             # True when the founder's site looked, and void now: it sees that the log lacks it.
             fields: dict[str, object] = {"peer": peer.hex(), "reason": "order is out of date"}
             self._out.append(Emit(fx.Notice("message_ignored", fields)))
+        elif isinstance(body, e.MemberBanned | e.MemberLeft) and body.member in self.ledger.voters:
+            self._shepherd.turn_out(now, body)  # first somebody else has its vote
         else:
             self._propose(now, body)
 
@@ -147,6 +147,8 @@ class Reception:
         """Whether an order can still be obeyed; what does not fit is not written at all."""
         if isinstance(body, e.Rewound):
             return body.ordered and body.generation == self.ledger.generation + 1
+        if isinstance(body, e.MemberLeft):
+            return body.member in self.ledger.members and body.reason.startswith(EVICTED)
         if isinstance(body, e.ConfigChanged):
             keys, args = self._manifest.keys, (body.at_round, body.key, body.value)
             try:

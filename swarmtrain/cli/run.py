@@ -116,6 +116,19 @@ def rollback(
     Output(as_json=as_json).result(answer, lines if rows else ["no earlier state is held"])
 
 
+@run_app.command("evict")
+def evict(
+    member: Member,
+    reason: Reason = "",
+    site: SiteOption = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a member out; unlike a banned one it may come back by starting again."""
+    said = f"{member} is no member any more"
+    _give("evict", said, home, site, as_json, reason=reason, member=member)
+
+
 @run_app.command("handover")
 def handover(
     member: Member,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from swarmtrain_peer.admission import FINAL, admit, refused_error
+from swarmtrain_peer.admission import FINAL, Twins, admit, refused_error
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -45,3 +47,31 @@ def test_whoever_is_turned_away_reads_why_and_what_to_do(name: str) -> None:
     error = refused_error(name, "127.0.0.1:4000")
     assert error.exit_code == 6 and error.why.startswith(name) and error.todo
     assert error.what == "127.0.0.1:4000 refuses this site"
+
+
+class Known:
+    """As much of a node as is asked for: a leader, and whether the log knows this process."""
+
+    def __init__(self, log: Log, leader: bytes | None = None) -> None:
+        self.ledger = log.ledger
+        self.log = SimpleNamespace(leader=leader)
+        self.joiner = SimpleNamespace(registered=False)
+
+
+def test_a_twin_is_found_by_the_leaders_word_or_by_that_of_all_who_were_asked() -> None:
+    def found(node: Known, *peers: bytes, linked: tuple[bytes, ...] = ()) -> bool:
+        twins = Twins()
+        said = [twins.found(node, PeerId(p), "duplicate", linked) for p in peers]  # type: ignore[arg-type]
+        return said[-1]
+
+    log = Log(A, B, C)
+    assert found(Known(log, B), B)
+    assert not found(Known(log, B), C), "one member's word ends nobody"
+    assert found(Known(log), B, C) and not found(Known(log), C, C)
+    assert not found(Known(log), B, C, linked=(A,)), "somebody lets it in"
+    assert not found(Known(log, B), B, linked=(B,)), "both sides have dialled"
+    assert found(Known(Log(A, B)), B), "there is nobody else to ask"
+    node = Known(log, B)
+    node.joiner.registered = True
+    assert not found(node, B)
+    assert not Twins().found(Known(log, B), PeerId(B), "expired", ())  # type: ignore[arg-type]

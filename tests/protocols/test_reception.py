@@ -171,10 +171,27 @@ def test_orders_are_the_founders(body: e.EntryBody) -> None:
     assert desk.proposed == [body]
 
 
-def test_a_steward_is_not_banned_while_it_votes() -> None:
+def test_a_steward_is_turned_out_once_it_votes_no_more() -> None:
     desk = Desk()
-    assert faults(desk.orders(B, e.MemberBanned(A, "x"))) == [("bans_a_steward", B)]
-    assert desk.log.ledger.voters == (A,) and desk.proposed == []
+    desk.log.add(e.StewardsChanged((B,)))
+    for body in (e.MemberBanned(B, "x"), e.MemberLeft(B, "evicted: x")):
+        assert faults(desk.orders(C, body)) == []
+        assert desk.log.ledger.voters == (B,) and desk.proposed == []
+        desk.log.add(e.StewardsChanged((A,)))
+        desk.shepherd.step(2.0)
+        assert desk.proposed == [body]
+        desk.proposed.clear()
+        desk.log.add(e.StewardsChanged((B,)))
+
+
+def test_eviction_is_an_order_with_its_own_reason() -> None:
+    """Bad input: a founder's order that looks like a leave, or names nobody."""
+    desk = Desk()
+    assert faults(desk.orders(B, e.MemberLeft(C, "evicted: noisy"))) == []
+    assert desk.proposed == [e.MemberLeft(C, "evicted: noisy")]
+    for body in (e.MemberLeft(C, "lost"), e.MemberLeft(bytes(32), "evicted: who")):
+        assert [code for code, _ in ignored(desk.orders(B, body))] == ["order is out of date"]
+    assert faults(desk.wants(B, e.MemberLeft(C, "evicted: by me"))) == [("not_the_founder", B)]
 
 
 def test_anything_else_is_a_fault_of_whoever_asks() -> None:
@@ -182,7 +199,6 @@ def test_anything_else_is_a_fault_of_whoever_asks() -> None:
     desk = Desk()
     others = [
         e.NoOp(),
-        e.MemberLeft(C, "x"),
         e.StewardsChanged((B,)),
         desk.log.open([A], channel="group/x"),
     ]

@@ -48,7 +48,7 @@ def test_a_run_is_paused_resumed_relieved_of_a_member_and_stopped(tmp_path: Path
             at = wait_same_stand(list(keyed))
             with pytest.raises(ConfigError, match="no member of that key"):
                 order(founder, "ban", "feedbeef")
-            with pytest.raises(ConfigError, match="it is a steward"):
+            with pytest.raises(ConfigError, match="it is the only steward"):
                 order(founder, "ban", founder.id)
             order(founder, "run", "resume")
             for seat, since in paused.items():

@@ -44,6 +44,7 @@ class JoinRequest(msgspec.Struct, frozen=True, tag="join?"):
     holds_state: bool
     votes: bool
     reachable: bool
+    life: Annotated[bytes, Meta(max_length=16)] = b""
 
 
 class Redirect(msgspec.Struct, frozen=True, tag="redirect"):
@@ -59,9 +60,13 @@ class JoinRefused(msgspec.Struct, frozen=True, tag="join-refused"):
 
 
 class LeaveRequest(msgspec.Struct, frozen=True, tag="leave"):
-    """A polite leave, sent to the leader; it becomes MEMBER_LEFT."""
+    """A leave, sent to the leader; it becomes MEMBER_LEFT.
+
+    Polite by default: after what counts on the member. ``at_once``: it is going down now.
+    """
 
     reason: Reason
+    at_once: bool = False
 
 
 class Propose(msgspec.Struct, frozen=True, tag="propose"):

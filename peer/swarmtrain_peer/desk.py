@@ -471,7 +471,7 @@ class TrainerDesk:
         channels = self._runtime.node.ledger.train_channels()
         last = max((c.round for c in channels), default=0)
         try:
-            await self._wait_state([c.name for c in channels])
+            await self._wait_state([c.name for c in channels if self._runtime.settings.holds_state])
             if last and self._is_evaluator():
                 self._push_evaluate(last)
             if last and self.attached:

@@ -28,6 +28,7 @@ from swarmtrain_protocols.manifest import RunKeys, run_keys_from_mapping
 
 Relay = Literal["auto", "yes", "no"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +68,12 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dashboard: str = "127.0.0.1:8470"
     """``host:port`` of the dashboard; empty: none."""
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    """Of what commands write to standard error: lines for people, or JSON records."""
+    tensorboard: Annotated[str, Meta(max_length=1024)] = ""
+    """Folder of event files; empty: none."""
+    wandb: Annotated[str, Meta(max_length=128)] = ""
+    """Project of Weights & Biases; empty: none."""
 
     def __post_init__(self) -> None:
         Hours.parse(self.hours)
@@ -182,6 +189,9 @@ PEER_KEYS: dict[str, str] = {
     "net.relay": "relay",
     "dashboard.bind": "dashboard",
     "log.level": "log_level",
+    "log.format": "log_format",
+    "log.tensorboard": "tensorboard",
+    "log.wandb": "wandb",
 }
 _SHORT_ENVIRONMENT = {
     "NAME": "peer.name",

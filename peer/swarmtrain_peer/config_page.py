@@ -103,7 +103,11 @@ PEER_TEXTS = {
         "not train); `no`: nor have its own links carried."
     ),
     "dashboard.bind": "host:port of the dashboard; empty: none.",
-    "log.level": "debug, info, warning or error.",
+    "log.level": "debug, info, warning or error: the least that a command writes as a JSON log.",
+    "log.format": "text; json: what commands write to standard error is one record a line "
+    "(docs/json.md).",
+    "log.tensorboard": "Folder for event files of TensorBoard; empty: none.",
+    "log.wandb": "Project of Weights & Biases; empty: none. `WANDB_*` is read as it is.",
 }
 HEAD = """\
 # Configuration

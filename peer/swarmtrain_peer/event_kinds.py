@@ -82,6 +82,14 @@ KINDS: dict[str, Kind] = {
             "expiries go by theirs. 0: it is right again.",
             ("off_s",),
         ),
+        Kind("note", "info", "P132", "What a command says to people; not in the log.", ("text",)),
+        Kind(
+            "command_failed",
+            "error",
+            "P133",
+            "A command ends with this exit code; not in the log.",
+            ("what", "why", "do", "exit_code"),
+        ),
         Kind(
             "internal_error",
             "error",

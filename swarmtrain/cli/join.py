@@ -14,6 +14,7 @@ from swarmtrain.cli.options import Home, Json, SiteOption, home_of, read_ticket_
 from swarmtrain.cli.output import Output
 from swarmtrain.cli.session import MemberSession, TrainerCommand, preset_trainer
 from swarmtrain.dashboard.bind import is_loopback, split_bind
+from swarmtrain.trackers import open_trackers
 from swarmtrain_peer import host
 from swarmtrain_peer.config import PeerConfig, Settings, load_settings
 from swarmtrain_peer.events import escape_text
@@ -39,6 +40,15 @@ DataCap = Annotated[
 Hours = Annotated[
     str | None, typer.Option("--hours", help="When to work, local time, such as 22:00-06:00.")
 ]
+LogFormat = Annotated[
+    str | None, typer.Option("--log-format", help="Of standard error: text or json.")
+]
+TensorBoard = Annotated[
+    str | None, typer.Option("--tensorboard", help="Folder for event files of TensorBoard.")
+]
+Wandb = Annotated[
+    str | None, typer.Option("--wandb", help="Project of Weights & Biases to report to.")
+]
 Config = Annotated[
     Path | None, typer.Option("--config", envvar="SWARMTRAIN_CONFIG", help="A TOML file.")
 ]
@@ -60,6 +70,9 @@ def settings_of(config: Path | None, **flags: object) -> Settings:
         "down": "net.down",
         "data_cap": "net.data_cap",
         "hours": "peer.hours",
+        "log_format": "log.format",
+        "tensorboard": "log.tensorboard",
+        "wandb": "log.wandb",
         "trains": "peer.trains",
         "holds_state": "peer.holds_state",
         "votes": "peer.votes",
@@ -96,6 +109,19 @@ def refuse_run_keys(settings: Settings, config: Path | None) -> None:
         )
 
 
+def session_of(
+    site: Site, output: Output, trainer: TrainerCommand | None, config: PeerConfig
+) -> MemberSession:
+    """A member in the foreground that logs, and reports elsewhere, as its settings say.
+
+    Raises:
+        ConfigError: a package for that is missing.
+    """
+    output.log_json, output.level = config.log_format == "json", config.log_level
+    trackers = open_trackers(config.tensorboard, config.wandb, site.folder)
+    return MemberSession(site, output, trainer, trackers)
+
+
 def join(
     ticket: Annotated[str | None, typer.Argument(help="swarm://… or - for standard input.")] = None,
     command: Annotated[
@@ -110,6 +136,9 @@ def join(
     down: Down = None,
     data_cap: DataCap = None,
     hours: Hours = None,
+    log_format: LogFormat = None,
+    tensorboard: TensorBoard = None,
+    wandb: Wandb = None,
     vote: Annotated[
         bool | None, typer.Option("--vote/--no-vote", help="Vote in the log if the ticket grants.")
     ] = None,
@@ -135,6 +164,9 @@ def join(
         down=down,
         data_cap=data_cap,
         hours=hours,
+        log_format=log_format,
+        tensorboard=tensorboard,
+        wandb=wandb,
         votes=parsed.unverified.vote if vote is None else vote,
     )
     refuse_run_keys(settings, config)
@@ -149,7 +181,7 @@ def join(
         trainer = TrainerCommand(own, script=True)
     else:
         trainer = preset_trainer(site, settings.peer.device)
-    session = MemberSession(site, output, trainer)
+    session = session_of(site, output, trainer, settings.peer)
     session.start()
     output.note(f"joined run {site.folder.name} as {escape_text(settings.peer.display_name)}")
     raise typer.Exit(session.run())
@@ -165,6 +197,9 @@ def seed(
     down: Down = None,
     data_cap: DataCap = None,
     hours: Hours = None,
+    log_format: LogFormat = None,
+    tensorboard: TensorBoard = None,
+    wandb: Wandb = None,
     hold_state: Annotated[
         bool, typer.Option("--hold-state", help="Keep the model too; needs disk, no torch.")
     ] = False,
@@ -184,12 +219,15 @@ def seed(
         down=down,
         data_cap=data_cap,
         hours=hours,
+        log_format=log_format,
+        tensorboard=tensorboard,
+        wandb=wandb,
         trains=False,
         holds_state=hold_state,
         votes=parsed.unverified.vote,
     )
     site = enter_site(home_of(home), parsed, settings.peer)
-    session = MemberSession(site, output, None)
+    session = session_of(site, output, None, settings.peer)
     session.start()
     output.note(f"serving run {site.folder.name} as {escape_text(settings.peer.display_name)}")
     raise typer.Exit(session.run())
@@ -212,6 +250,9 @@ def up(
     down: Down = None,
     data_cap: DataCap = None,
     hours: Hours = None,
+    log_format: LogFormat = None,
+    tensorboard: TensorBoard = None,
+    wandb: Wandb = None,
     site: SiteOption = None,
     home: Home = None,
     as_json: Json = False,
@@ -231,13 +272,16 @@ def up(
         down=down,
         data_cap=data_cap,
         hours=hours,
+        log_format=log_format,
+        tensorboard=tensorboard,
+        wandb=wandb,
         dashboard=dashboard,
         trains=None if train else False,
         votes=True,
     )
     place, old = open_or_found(home_of(home), site, settings, new=new)
     trainer = preset_trainer(place, settings.peer.device) if train else None
-    session = MemberSession(place, output, trainer)
+    session = session_of(place, output, trainer, settings.peer)
     session.start()
     viewer: subprocess.Popen[bytes] | None = None
     try:

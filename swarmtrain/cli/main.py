@@ -23,7 +23,7 @@ from swarmtrain.cli import (
     ticket,
     top,
 )
-from swarmtrain.cli.output import Output, wants_json
+from swarmtrain.cli.output import Output, wants_json, wants_json_log
 from swarmtrain_protocols.errors import SwarmError
 
 app = typer.Typer(
@@ -70,7 +70,8 @@ def main() -> None:
     try:
         app()
     except SwarmError as error:
-        Output(as_json=wants_json(sys.argv[1:])).error(error)
+        log_format = "json" if wants_json_log(sys.argv[1:]) else "text"
+        Output(as_json=wants_json(sys.argv[1:]), log_format=log_format).error(error)
         sys.exit(error.exit_code)
 
 

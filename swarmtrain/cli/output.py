@@ -6,6 +6,7 @@ at a terminal. With ``--json`` the last line of stdout is one JSON object, also 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -13,8 +14,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from swarmtrain_peer import host
 from swarmtrain_peer.control import error_to_dict
-from swarmtrain_peer.events import Record, escape_text
+from swarmtrain_peer.event_kinds import KINDS
+from swarmtrain_peer.events import (
+    FORMAT_VERSION,
+    ROUND_FIELDS,
+    Record,
+    clean_value,
+    escape_text,
+)
 from swarmtrain_protocols.errors import SwarmError
 
 EXIT_DEGRADED, EXIT_STALLED, EXIT_STOPPED = 20, 21, 22
@@ -25,8 +34,10 @@ EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 class Output:
     """One command's output."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, log_format: str = "") -> None:
         self.as_json = as_json
+        self.log_json = (log_format or os.environ.get(LOG_FORMAT, "")) == "json"
+        self.level = "info"
         self.is_terminal = sys.stderr.isatty()
         self._told: deque[str] = deque(maxlen=ROUTINE_KEPT)
 
@@ -45,17 +56,23 @@ class Output:
 
     def note(self, line: str) -> None:
         """Something that a person must see wherever stderr goes."""
+        if self.log_json:
+            self._log(record_of("note", text=line))
+            return
         print(line, file=sys.stderr, flush=True)
 
     def progress(self, line: str) -> None:
         """Something that is only worth a terminal."""
-        if self.is_terminal:
+        if self.is_terminal and not self.log_json:
             print(line, file=sys.stderr, flush=True)
 
     def event(self, record: Record) -> None:
         """Tell an event: a JSON line, or a line for people if it is news to them."""
+        if self.log_json:
+            self._log(record if "seq" in record else record_of(**record))
         if self.as_json:
             print(json.dumps(record), flush=True)
+        if self.as_json or self.log_json:
             return
         line = news_line(record)
         if record.get("name") in ROUTINE_TROUBLE:
@@ -72,10 +89,33 @@ class Output:
         if self.as_json:
             document = {"ok": False, "error": error_to_dict(error)}
             print(json.dumps(document), flush=True)
+        if self.log_json:
+            fields = {"what": error.what, "why": error.why, "do": error.todo}
+            self._log(record_of("command_failed", **fields, exit_code=error.exit_code))
+            return
         self.note(f"error: {escape_text(error.what)}")
         self.note(f"  why: {escape_text(error.why) or 'not known'}")
         todo = escape_text(error.todo) or f"see docs/exit-codes/{error.exit_code}.md"
         self.note(f"  do:  {todo}")
+
+    def _log(self, record: Record) -> None:
+        """One record on a line of stderr, if it is serious enough."""
+        if LEVELS.index(record["severity"]) >= LEVELS.index(self.level):
+            print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+LOG_FORMAT = "SWARMTRAIN_LOG__FORMAT"
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def record_of(name: str, **fields: Any) -> Record:
+    """A record, in the form of the event log, of what stands in no site's log: ``seq`` is 0."""
+    kind = KINDS[name]
+    now = {"wall_s": host.wall_s(), "mono_s": host.mono_s()}
+    head = {"v": FORMAT_VERSION, "seq": 0, **now, "site": "", "name": name}
+    where = dict.fromkeys(ROUND_FIELDS)
+    own = {key: clean_value(value) for key, value in fields.items()}
+    return {**head, "severity": kind.severity, "code": kind.code, **where, **own}
 
 
 NEWS = (
@@ -207,6 +247,14 @@ def wants_json(arguments: Sequence[str]) -> bool:
     """True if ``--json`` stands among this command's own arguments (before ``--``)."""
     own = list(arguments)
     return "--json" in (own[: own.index("--")] if "--" in own else own)
+
+
+def wants_json_log(arguments: Sequence[str]) -> bool:
+    """Whether the log is to be JSON, by this command's own arguments or the environment."""
+    own = list(arguments)
+    own = own[: own.index("--")] if "--" in own else own
+    given = "--log-format=json" in own or ("--log-format", "json") in itertools.pairwise(own)
+    return given or os.environ.get(LOG_FORMAT) == "json"
 
 
 def color_allowed() -> bool:

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from swarmtrain.cli.output import EXIT_SCRIPT, EXIT_SIGINT, EXIT_SIGTERM, Output
+from swarmtrain.trackers import Follower, Tracker
 from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlClient, ControlClosed
 from swarmtrain_peer.shifts import rest_of
@@ -92,8 +93,15 @@ def trainer_error(site: Site, exit_code: int) -> SwarmError:
 class MemberSession:
     """Runs one member until the run ends, its trainer is done, or somebody says leave."""
 
-    def __init__(self, site: Site, output: Output, trainer: TrainerCommand | None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        output: Output,
+        trainer: TrainerCommand | None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.site = site
+        self._follower = Follower(site.connect, trackers, output.note)
         self._output = output
         self._trainer = trainer
         self._inbox: queue.Queue[tuple[str, Any]] = queue.Queue(INBOX_MAX)
@@ -148,10 +156,12 @@ class MemberSession:
         """
         with self._signal_handlers():
             try:
+                self._follower.start()
                 self._work()
                 while self._rested():
                     self._work()
             finally:
+                self._follower.close()
                 self.close()
         return self._exit_code
 

@@ -85,9 +85,9 @@ PEER_TEXTS = {
     "peer.holds_state": "Keep the model, or in a pipeline the stages it serves.",
     "peer.votes": "Ask to become a steward, if the ticket grants it.",
     "peer.device": "auto, cpu, cuda, cuda:1, mps.",
+    "peer.leave_grace_s": "How long a polite leave may wait for the round to end.",
     "peer.hours": "When the site works, local time: `22:00-06:00`, or several windows with commas; "
     "empty: always. Outside it leaves after the round, and comes back by itself.",
-    "peer.leave_grace_s": "How long a polite leave may wait for the round to end.",
     "net.listen": "host:port; port 0: any free one; empty: outgoing links only.",
     "net.announce": "Addresses to tell others instead of those found by looking.",
     "net.up": "Upload cap such as `50Mbit`; auto: none.",

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import DataUnavailable
 
@@ -200,6 +198,8 @@ def _rows(rows: Iterable[Any], column: str, where: str) -> Iterator[bytes]:
 
 def _tokens(path: Path) -> Iterator[bytes]:
     """Token ids of one file of numbers, as u16."""
+    import numpy as np
+
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
@@ -269,6 +269,8 @@ def open_rows(named: Named) -> Iterable[Any]:
 
 
 def _tokenizer(file: str) -> Callable[[bytes], bytes]:
+    import numpy as np
+
     package = _package("tokenizers", f"{file} is a tokenizer")
     try:
         found = package.Tokenizer.from_file(str(Path(file).expanduser()))

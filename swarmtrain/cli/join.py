@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,17 @@ def settings_of(config: Path | None, **flags: object) -> Settings:
     return load_settings(config, os.environ, given)
 
 
+def of_machine(given: Mapping[str, object]) -> dict[str, object]:
+    """Those of a command's arguments that ``up``, ``join`` and ``seed`` share."""
+    return {name: given[name] for name in _OF_MACHINE if name in given}
+
+
+_OF_MACHINE = (
+    *("name", "device", "listen", "announce", "up", "down", "data_cap", "hours"),
+    *("log_format", "tensorboard", "wandb"),
+)
+
+
 def split_command(
     ticket: str | None, command: list[str], ticket_file: Path | None
 ) -> tuple[str | None, list[str]]:
@@ -156,17 +168,7 @@ def join(
     parsed = Ticket.parse(read_ticket_text(word, ticket_file))
     settings = settings_of(
         config,
-        name=name,
-        device=device,
-        listen=listen,
-        announce=announce,
-        up=up,
-        down=down,
-        data_cap=data_cap,
-        hours=hours,
-        log_format=log_format,
-        tensorboard=tensorboard,
-        wandb=wandb,
+        **of_machine(locals()),
         votes=parsed.unverified.vote if vote is None else vote,
     )
     refuse_run_keys(settings, config)
@@ -212,16 +214,7 @@ def seed(
     parsed = Ticket.parse(read_ticket_text(ticket, ticket_file))
     settings = settings_of(
         config,
-        name=name,
-        listen=listen,
-        announce=announce,
-        up=up,
-        down=down,
-        data_cap=data_cap,
-        hours=hours,
-        log_format=log_format,
-        tensorboard=tensorboard,
-        wandb=wandb,
+        **of_machine(locals()),
         trains=False,
         holds_state=hold_state,
         votes=parsed.unverified.vote,
@@ -264,17 +257,7 @@ def up(
     output = Output(as_json=as_json)
     settings = settings_of(
         run_file,
-        name=name,
-        device=device,
-        listen=listen,
-        announce=announce,
-        up=up,
-        down=down,
-        data_cap=data_cap,
-        hours=hours,
-        log_format=log_format,
-        tensorboard=tensorboard,
-        wandb=wandb,
+        **of_machine(locals()),
         dashboard=dashboard,
         trains=None if train else False,
         votes=True,

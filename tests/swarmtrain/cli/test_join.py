@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +24,9 @@ class FakeSession:
 
     made: ClassVar[list[Any]] = []
 
-    def __init__(self, site: Site, output: object, trainer: Any) -> None:
-        self.site, self.trainer = site, trainer
+    def __init__(self, site: Site, output: Any, trainer: Any, trackers: Any = ()) -> None:
+        self.site, self.trainer, self.output = site, trainer, output
+        self.trackers = [type(one).__name__ for one in trackers]
         FakeSession.made.append(self)
 
     def start(self) -> None:
@@ -53,6 +55,27 @@ def invoke(home: Path, *arguments: str, stdin: str | None = None) -> Result:
     at = words.index("--") if "--" in words else len(words)
     words[at:at] = ["--home", str(home)]
     return CliRunner().invoke(app, words, input=stdin)
+
+
+def test_logs_and_reports_are_asked_for_by_flags_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = str(make_ticket(tmp_path / "one"))
+    boards = str(tmp_path / "boards")
+    flags = ["--log-format", "json", "--tensorboard", boards, "--wandb", "swarms"]
+    assert invoke(tmp_path / "two", "join", ticket, *flags).exit_code == 0
+    file = tmp_path / "peer.toml"
+    file.write_text(f'[log]\nlevel = "warning"\ntensorboard = "{boards}"\n')
+    assert invoke(tmp_path / "two", "join", ticket, "--config", str(file)).exit_code == 0
+    first, second = FakeSession.made
+    assert first.trackers == ["TensorBoardFiles", "WandbProject"] and first.output.log_json
+    assert second.trackers == ["TensorBoardFiles"] and not second.output.log_json
+    assert (first.output.level, second.output.level) == ("info", "warning")
+    refused = invoke(tmp_path / "two", "join", ticket, "--log-format", "xml")
+    assert isinstance(refused.exception, ConfigError) and "log_format" in str(refused.exception)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused = invoke(tmp_path / "two", "join", ticket, "--wandb", "swarms")
+    assert isinstance(refused.exception, ConfigError)
 
 
 def test_join_enters_the_run_and_trains_its_preset(tmp_path: Path) -> None:

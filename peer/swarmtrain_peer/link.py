@@ -72,6 +72,7 @@ class Link(asyncio.Protocol):
         self._on_event = on_event
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._flush_soon = False
         self._writable = True
         self._closing = False
@@ -196,9 +197,13 @@ class Link(asyncio.Protocol):
 
     def _rearm(self) -> None:
         deadline = self.session.deadline()
-        if self.session.closed or self._timer is not None:
-            return  # an armed timer may be early, never late: deadlines only move on
-        self._timer = self._loop.call_at(deadline, self._timed_out)
+        if self.session.closed:
+            return
+        if self._timer is not None:
+            if self._timer_at <= deadline:
+                return  # an armed timer may be early, and is set again then; never late
+            self._timer.cancel()
+        self._timer, self._timer_at = self._loop.call_at(deadline, self._timed_out), deadline
 
     def _timed_out(self) -> None:
         self._timer = None

@@ -82,6 +82,9 @@ QUICK = (
         "pass",
         world.split,
     ),
+)
+
+SLOW = (
     case(
         "a few keys beside the target cannot agree on half of the truth",
         Searches,
@@ -90,9 +93,6 @@ QUICK = (
         "return True",
         world.halves,
     ),
-)
-
-SLOW = (
     case(
         "copies are made anew when a holder leaves",
         Replication,

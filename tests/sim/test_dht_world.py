@@ -21,6 +21,7 @@ from swarmtrain_protocols.testing.dht_net import RUN, WALL_S, Liar, Net, introdu
 from swarmtrain_protocols.testing.dht_world import (
     CHURN_MIN,
     HOSTILE_MIN,
+    Query,
     Tally,
     among_liars,
     grow,
@@ -76,7 +77,7 @@ def waves(seed: int) -> str:
             net.kill(core.me.peer, machine=False)
         net.run(18.0)
     tally = Tally()
-    look(net, tally, reader, "k", writer.me.peer, "v")
+    look(net, tally, Query(reader, "k", writer.me.peer, "v"))
     return "" if tally.found else "the last copy is gone"
 
 
@@ -174,7 +175,7 @@ def split(seed: int) -> str:
     net.run(3 * limits.DHT_HEAL_S)
     tally = Tally()
     for reader in nodes[1::2]:
-        look(net, tally, reader, "k", nodes[0].me.peer, "v")
+        look(net, tally, Query(reader, "k", nodes[0].me.peer, "v"))
     return "" if tally.share == 1.0 else f"{tally.found} of {tally.lookups}"
 
 

@@ -131,7 +131,8 @@ class Net:
         self.now = 0.0
         self.nodes: dict[PeerId, Speaker] = {}
         self.addresses: dict[PeerId, tuple[str, ...]] = {}
-        self.outcomes: dict[tuple[PeerId, int], object] = {}
+        self.outcomes: dict[tuple[PeerId, int], tuple[object, float]] = {}
+        """By node and handle: the event, and when it came."""
         self.faults: list[PeerFault] = []
         self.counts: dict[str, int] = {}
         self.reachable: Callable[[PeerId, PeerId], bool] | None = None
@@ -265,7 +266,7 @@ class Net:
         end = self.now + limit_s
         while (core.me.peer, handle) not in self.outcomes and self.now < end:
             self.run(0.02)
-        return self.outcomes.pop((core.me.peer, handle), None)
+        return self.outcomes.pop((core.me.peer, handle), (None, self.now))[0]
 
     def settle(self, me: PeerId) -> None:
         """Carry out what a node wants, and set its next tick."""
@@ -302,7 +303,7 @@ class Net:
             self.faults.append(event)
         handle = getattr(event, "handle", None)
         if handle is not None:
-            self.outcomes[me, handle] = event
+            self.outcomes[me, handle] = (event, self.now)
 
     def _send(self, sender: PeerId, receiver: PeerId, message: messages.Message) -> None:
         if receiver in self._links[sender]:

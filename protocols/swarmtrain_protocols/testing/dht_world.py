@@ -31,6 +31,8 @@ from swarmtrain_protocols.testing.dht_net import FORGED, LIES, Net, ground_names
 HOSTILE_MIN, CHURN_MIN = 0.95, 0.99
 TARGET = "run/holders"
 """The name that the liars have made their keys for."""
+AT_ONCE = 20
+"""Lookups that begin together."""
 
 
 @dataclass
@@ -92,18 +94,34 @@ def store(net: Net, core: DhtCore, name: str, value: object, *, keep: bool = Fal
     return isinstance(net.outcome(core, handle), DhtStored)
 
 
-def look(
-    net: Net, tally: Tally, reader: DhtCore, name: str, publisher: PeerId, value: object
-) -> bool:
-    """One lookup; True if it found the record of ``publisher`` with ``value``."""
+@dataclass(frozen=True)
+class Query:
+    """One lookup: ``reader`` should find the record of ``publisher`` with ``value``."""
+
+    reader: DhtCore
+    name: str
+    publisher: PeerId
+    value: object
+
+
+def look(net: Net, tally: Tally, *queries: Query) -> None:
+    """Lookups that all begin now; returns when they have ended."""
     begin = net.now
-    event = net.outcome(reader, reader.get_all(net.now, name))
-    tally.lookups += 1
-    tally.times_s.append(net.now - begin)
-    records = event.records if isinstance(event, DhtFound) else ()
-    right = any(r.publisher == publisher and decode_value(r.value) == value for r in records)
-    tally.found += right
-    return right
+    handles = [(query, query.reader.get_all(net.now, query.name)) for query in queries]
+    for query, _ in handles:
+        net.settle(query.reader.me.peer)
+    end = begin + 2 * limits.DHT_LOOKUP_TIMEOUT_S
+    waiting = {(query.reader.me.peer, handle) for query, handle in handles}
+    while net.now < end and not waiting <= net.outcomes.keys():
+        net.run(0.02)
+    for query, handle in handles:
+        event, at = net.outcomes.pop((query.reader.me.peer, handle), (None, net.now))
+        tally.lookups += 1
+        tally.times_s.append(at - begin)
+        records = event.records if isinstance(event, DhtFound) else ()
+        tally.found += any(
+            r.publisher == query.publisher and decode_value(r.value) == query.value for r in records
+        )
 
 
 def rules_broken(net: Net) -> list[str]:
@@ -151,14 +169,16 @@ def among_liars(
     tallies = {"target": Tally(), "others": Tally()}
     publishers = net.rng.sample(honest, min(20, len(honest)))
     for number, publisher in enumerate(publishers):
-        store(net, publisher, TARGET, number)
-        store(net, publisher, f"other {number}", number)
-    for turn in range(lookups):
-        number = turn % len(publishers)
-        me = publishers[number].me.peer
-        for kind, name in (("target", TARGET), ("others", f"other {number}")):
-            reader = net.rng.choice(honest)
-            look(net, tallies[kind], reader, name, me, number)
+        store(net, publisher, TARGET, number, keep=True)
+        store(net, publisher, f"other {number}", number, keep=True)
+    for turn in range(0, lookups, AT_ONCE):
+        for kind, tally in tallies.items():
+            queries = []
+            for number in (n % len(publishers) for n in range(turn, min(turn + AT_ONCE, lookups))):
+                name = TARGET if kind == "target" else f"other {number}"
+                me = publishers[number].me.peer
+                queries.append(Query(net.rng.choice(honest), name, me, number))
+            look(net, tally, *queries)
     return Outcome(tallies, rules_broken(net), net.counts)
 
 
@@ -203,7 +223,7 @@ def under_churn(
         reader = net.rng.choice(list(alive.values()))
         valid = [peer for peer, until in until_s.items() if until > net.now + 5.0]
         publisher = net.rng.choice(valid)
-        look(net, tally, reader, names[publisher], publisher, "v")
+        look(net, tally, Query(reader, names[publisher], publisher, "v"))
         net.run(every_s)
     net.counts["lost"] = lost
     return Outcome({"churn": tally}, rules_broken(net), net.counts)

@@ -110,8 +110,6 @@ class BulkConnection:
         self.sent_bytes = 0
         self.queued_bytes = 0
         self.rate = LinkRate()
-        self._path = LinkRate()
-        """Like ``rate``, but of the path alone: not while this side holds back."""
         self._pool = pool
         self._sock = sock
         self._keys = keys
@@ -121,6 +119,8 @@ class BulkConnection:
         self._yielding: deque[Job] = deque()
         self._out_yields = False
         self._held_by: Queue = pool.up_queue
+        self._in_line = False
+        """It waits for one of the queues."""
         self._reading = False
         self._writing = False
         self._write_wanted = False
@@ -156,6 +156,10 @@ class BulkConnection:
     @property
     def alive(self) -> bool:
         return not self._dead
+
+    def progress(self) -> tuple[int, int]:
+        """See ``donorshare.Sender``."""
+        return self.sent_bytes, 0 if self._finished else unsent_bytes(self._sock)
 
     def send(self, job: Job) -> bool:
         """Queue a job; False if the connection is gone. Any thread."""
@@ -284,13 +288,16 @@ class BulkConnection:
             if again:
                 self._write_wanted = True
                 if self._write_held and not (self._out_yields and self._jobs):
-                    self._held_by.wait(self._write_on)
+                    if not self._in_line:
+                        self._in_line = True
+                        self._held_by.wait(self._write_on)
                 else:
                     self._pool.arm_write(self)
         self._finish()
 
     def _write_on(self) -> None:
         with self._lock:
+            self._in_line = False
             if not self._dead and not self._finished:
                 self._pool.arm_write(self)
 
@@ -302,7 +309,6 @@ class BulkConnection:
         while budget > 0 and not self._dead:
             if self._out_at == self._out_end and not self._fill(out):
                 self.rate.idle()
-                self._path.idle()
                 return False
             # What stands before a round's chunk has to get out of its way.
             shared = self._out_yields and not self._jobs
@@ -313,13 +319,12 @@ class BulkConnection:
                 self._held_by = self._pool.share_queue if allowed else self._pool.up_queue
                 self._write_held = True
                 self.rate.full(host.mono_s(), self.sent_bytes)
-                self._path.idle()
                 return True
             count = 0
             try:
                 count = self._sock.send(out[self._out_at : self._out_at + granted])
             except BlockingIOError:
-                self._is_full(host.mono_s())
+                self.rate.full(host.mono_s(), self.sent_bytes)
                 return True
             finally:
                 self._pool.up.charge(count - allowed)
@@ -329,14 +334,6 @@ class BulkConnection:
             self.sent_bytes += count
             budget -= count
         return True
-
-    def _is_full(self, now: float) -> None:
-        """The kernel takes no more: what it took since it was full last is what the path does."""
-        self.rate.full(now, self.sent_bytes)
-        if self._path.full(now, self.sent_bytes):
-            rate = self._path.bytes_per_s
-            assert rate is not None
-            self._pool.share.measured(self, now, rate)
 
     def _next_job(self) -> Job | None:
         """The one whose chunks are to be sent now; says of others that they are done."""
@@ -434,6 +431,7 @@ class BulkPool:
         for fd in (conn.read_fd, conn.write_fd):
             self._connections[fd] = conn
             self._poller.add(fd)
+        self.share.add(conn)
         self._poller.arm(conn.read_fd, write=False)
         return conn
 

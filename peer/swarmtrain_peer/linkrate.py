@@ -26,18 +26,13 @@ class LinkRate:
         self._full_s: float | None = None
         self._full_bytes = 0
 
-    def full(self, now: float, sent_bytes: int) -> bool:
-        """The kernel takes no more; ``sent_bytes`` have been handed over since the start.
-
-        True if that gave a new figure.
-        """
+    def full(self, now: float, sent_bytes: int) -> None:
+        """The kernel takes no more; ``sent_bytes`` have been handed over since the start."""
         if self._full_s is None:
             self._full_s, self._full_bytes = now, sent_bytes
         elif now - self._full_s >= WINDOW_S:
             self.bytes_per_s = (sent_bytes - self._full_bytes) / (now - self._full_s)
             self._full_s, self._full_bytes = now, sent_bytes
-            return True
-        return False
 
     def idle(self) -> None:
         """There was nothing more to send: the buffer may run empty."""

@@ -16,6 +16,7 @@ from swarmtrain_peer.donorshare import (
     BYTES_PER_S_MIN,
     REMEMBER_S,
     SHARE,
+    UNKNOWN_BYTES_PER_S,
     DonorShare,
     unsent_bytes,
 )
@@ -30,9 +31,13 @@ MIB = 1024 * 1024
 class Sender:
     def __init__(self, waits: bool) -> None:
         self.waits = waits
+        self.handed = self.unsent = 0
 
     def round_bytes_wait(self) -> bool:
         return self.waits
+
+    def progress(self) -> tuple[int, int]:
+        return self.handed, self.unsent
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def test_without_a_measurement_there_is_no_limit(clock: list[float]) -> None:
 
 def test_a_fifth_of_what_was_measured_passes(clock: list[float]) -> None:
     share = DonorShare()
-    share.measured("a", clock[0], 1e6)
+    share.measured(clock[0], 1e6)
     passed = 0
     for _ in range(1000):
         clock[0] += 0.01
@@ -59,36 +64,55 @@ def test_a_fifth_of_what_was_measured_passes(clock: list[float]) -> None:
     assert passed == pytest.approx(SHARE * 1e6 * 10.0, rel=0.02)
 
 
-def test_connections_that_are_full_together_add_up_and_the_most_is_remembered(
-    clock: list[float],
-) -> None:
+def test_the_most_is_remembered_for_a_while(clock: list[float]) -> None:
     share = DonorShare(0.5)
-    share.measured("a", 1000.0, 1e6)
-    share.measured("b", 1000.1, 2e6)
-    assert share.uplink_bytes_per_s == 3e6
-    share.measured("a", 1100.0, 0.5e6)  # a slow member is not a slow uplink
+    share.measured(1000.0, 3e6)
+    share.measured(1100.0, 0.5e6)  # a slow member is not a slow uplink
     assert share.uplink_bytes_per_s == 3e6 and share.allowed_bytes_per_s() == 1.5e6
-    share.measured("a", 1000.0 + REMEMBER_S + 1, 0.5e6)
+    share.measured(1000.0 + REMEMBER_S + 1, 0.5e6)
     assert share.uplink_bytes_per_s == 3e6
-    share.measured("a", 1000.0 + 2 * REMEMBER_S + 10, 0.5e6)
+    share.measured(1000.0 + 2 * REMEMBER_S + 10, 0.5e6)
     assert share.uplink_bytes_per_s == 0.5e6
+
+
+def test_what_all_have_carried_counts_while_one_is_never_empty(clock: list[float]) -> None:
+    share, busy, other = DonorShare(), Sender(False), Sender(False)
+    for sender in (busy, other):
+        share.add(sender)
+
+    def pass_on(seconds: float, unsent: int, *carried: int) -> float | None:
+        clock[0] += seconds
+        for sender, nbytes in zip((busy, other), carried, strict=True):
+            sender.handed += nbytes
+        busy.unsent, busy.handed = unsent, busy.handed + unsent - busy.unsent
+        share.look()
+        return share.uplink_bytes_per_s
+
+    assert pass_on(1.0, 0, 5_000_000, 0) is None, "handed over, and gone: no limit was met"
+    assert pass_on(0.1, 500_000, 0, 0) is None, "it begins"
+    assert pass_on(0.1, 300_000, 100_000, 50_000) is None, "too short a time"
+    assert pass_on(0.1, 300_000, 100_000, 50_000) == pytest.approx(300_000 / 0.2)
+    assert pass_on(0.1, 0, 200_000, 0) == pytest.approx(1.5e6), "it ran empty in between"
+    assert pass_on(5.0, 400_000, 0, 0) == pytest.approx(1.5e6)
+    share.forget(busy)
+    assert pass_on(1.0, 400_000, 9_000_000, 0) == pytest.approx(1.5e6)
 
 
 def test_what_the_user_allows_is_the_uplink_at_most(clock: list[float]) -> None:
     share = DonorShare(0.2, 500_000)
     assert share.allowed_bytes_per_s() == 100_000
-    share.measured("a", clock[0], 9e6)
+    share.measured(clock[0], 9e6)
     assert share.allowed_bytes_per_s() == 100_000
     share = DonorShare(0.2, 500_000)
-    share.measured("a", clock[0], 200_000)
+    share.measured(clock[0], 200_000)
     assert share.allowed_bytes_per_s() == 40_000
 
 
 def test_while_bytes_of_a_round_wait_the_share_is_smaller(clock: list[float]) -> None:
     share, sender = DonorShare(), Sender(True)
     share.busy(sender)
-    assert share.allowed_bytes_per_s() == BYTES_PER_S_MIN, "nothing is known: as little as helps"
-    share.measured("a", clock[0], 10e6)
+    assert share.allowed_bytes_per_s() == UNKNOWN_BYTES_PER_S
+    share.measured(clock[0], 10e6)
     assert share.allowed_bytes_per_s() == pytest.approx(10e6 * SHARE * BUSY_FACTOR)
     sender.waits = False
     assert share.allowed_bytes_per_s() == pytest.approx(10e6 * SHARE)
@@ -101,7 +125,7 @@ def test_while_bytes_of_a_round_wait_the_share_is_smaller(clock: list[float]) ->
 
 def test_never_less_than_what_an_asker_waits_for(clock: list[float]) -> None:
     share = DonorShare(0.01)
-    share.measured("a", clock[0], 1000.0)
+    share.measured(clock[0], 1000.0)
     assert share.allowed_bytes_per_s() == BYTES_PER_S_MIN
 
 
@@ -164,7 +188,7 @@ def test_a_chunk_of_a_round_passes_one_that_is_held_back(
 ) -> None:
     """On the same connection, and within a chunk: it waits for no more than a frame."""
     pool, conn, sink = pair
-    pool.share.measured("somewhere", host.mono_s(), 1e6)
+    pool.share.measured(host.mono_s(), 1e6)
     state = memoryview(bytes(2 * MIB))
     assert conn.send(Job(1, [(0, state)], lambda job: None, yields=True))
     sink.wait(1, donorshare.FRAME_BYTES)
@@ -179,7 +203,7 @@ def test_nothing_is_lost_and_all_is_sent_in_the_end(
     pair: tuple[BulkPool, BulkConnection, Sink],
 ) -> None:
     pool, conn, sink = pair
-    pool.share.measured("somewhere", host.mono_s(), 50e6)
+    pool.share.measured(host.mono_s(), 50e6)
     for number in range(4):
         chunk = memoryview(bytes(MIB + number))
         assert conn.send(Job(number, [(0, chunk)], lambda job: None, yields=number % 2 == 0))

@@ -151,6 +151,34 @@ def test_hashes_alone_come_without_chunks() -> None:
     go(main())
 
 
+def test_rounds_go_on_while_somebody_slow_fetches_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways among two, while a third takes from both, over one stream and over several."""
+    monkeypatch.setattr(limits, "LONG_PATH_RTT_S", 0.0)
+
+    async def main() -> None:
+        async with Node(1) as a, Node(2) as b, Node(3, down_bytes_per_s=3_000_000) as slow:
+            await a.join(b)
+            state = blob_of(*[2 * FRAME] * 8)
+            for donor in (a, b):
+                await slow.join(donor)
+                donor.hold(state)
+                donor.history[state.root] = None
+            taken = [slow.fetch(i, (a, b)[i % 2], state, i, 1, timeout_s=60.0) for i in range(8)]
+            for ticket in range(100, 140):
+                blob = blob_of(*[FRAME] * 3, seed=ticket)
+                a.hold(blob)
+                b.hold(blob)
+                got = [a.fetch(ticket, b, blob), b.fetch(ticket, a, blob)]
+                await a.until("fetched", ticket)
+                await b.until("fetched", ticket)
+                assert all(same(buffers, blob) for buffers in got)
+            for i in range(8):
+                await slow.until("fetched", i)
+                assert same(taken[i], state, i)
+
+    go(main())
+
+
 def test_refusals() -> None:
     async def main() -> None:
         async with Node(1) as a, Node(2) as b:

@@ -29,10 +29,13 @@ class Node:
         seed: int = 0,
         *,
         admit: Callable[[PeerId, Hello], Refused | None] = lambda peer, hello: None,
+        down_bytes_per_s: int = 0,
         **hello: Any,
     ) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.blobs: dict[bytes, Blob] = {}
+        self.history: dict[bytes, None] = {}
+        """Roots that make way for others."""
         self.sent_bytes: dict[bytes, int] = {}
         self.leaves: tuple[bytes, ...] = ()
         """Of the newest fetch that was done."""
@@ -47,6 +50,8 @@ class Node:
             handler=self,
             provide=self.blobs.get,
             threads=2,
+            caps_bytes_per_s=(0, down_bytes_per_s),
+            yields=lambda root: root in self.history,
             rng=random.Random(seed),
         )
         self.id = self.transport.peer_id

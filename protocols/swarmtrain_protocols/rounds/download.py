@@ -207,13 +207,11 @@ class Download:
         if not idle:
             return None
         fastest = max(idle, key=self._rate)
-        best: tuple[float, int, PeerId] | None = None
-        for ticket, flight in self._flying.items():
-            needs_s = flight.count * self._chunk_nbytes / self._rate(fastest)
-            at = flight.begin_s + TAKEOVER_S + TAKEOVER_FACTOR * needs_s
-            if best is None or at < best[0]:
-                best = (at, ticket, fastest)
-        return best
+        # All that is in flight may share one bottleneck: the way into this node.
+        coming = sum(flight.count for flight in self._flying.values()) * self._chunk_nbytes
+        patience_s = TAKEOVER_S + TAKEOVER_FACTOR * coming / self._rate(fastest)
+        oldest = min(self._flying, key=lambda ticket: self._flying[ticket].begin_s)
+        return self._flying[oldest].begin_s + patience_s, oldest, fastest
 
     # -- inside ----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from swarmtrain_peer.gate import Knocks, host_block
 from swarmtrain_peer.link import Link
 from swarmtrain_peer.linktable import LinkTable
 from swarmtrain_peer.sockets import receive_exactly, tune
@@ -46,32 +47,43 @@ class Doorway:
         self._bulk = bulk
         self._spawn = spawn
         self._count = count
+        self._knocks = Knocks()
 
     async def accept(self, listener: socket.socket) -> None:
         """Let them in, for ever."""
         while True:
             try:
-                sock, _ = await self._loop.sock_accept(listener)
+                sock, address = await self._loop.sock_accept(listener)
             except OSError:  # out of descriptors: those in use will be freed
                 self._count("accept_failed")
                 await asyncio.sleep(limits.DIAL_BACKOFF_S_MIN)
                 continue
             sock.setblocking(False)
+            block = host_block(str(address[0]))
+            half_open = sum(found == block for found in self._table.half_open.values())
             if self._table.inbound >= limits.CONNECTIONS_INBOUND_MAX:
                 self._count("inbound_over_limit")
                 sock.close()
+            elif over := self._knocks.refusal(self._loop.time(), block, half_open):
+                self._count(over)
+                sock.close()
             else:
-                self._spawn(self.classify(sock))
+                self._spawn(self.classify(sock, block=block))
 
-    async def classify(self, sock: socket.socket, via: PeerId | None = None) -> None:
-        """Control, bulk or another door, by the first eight bytes. ``via``: a relayed stream."""
+    async def classify(
+        self, sock: socket.socket, via: PeerId | None = None, block: str = ""
+    ) -> None:
+        """Control, bulk or another door, by the first eight bytes.
+
+        ``via``: a relayed stream; ``block``: where it comes from (``gate.host_block``).
+        """
         if len(self._table.half_open) >= limits.CONNECTIONS_HALF_OPEN_MAX:
             self._count("half_open_over_limit")
             sock.close()
             return
         link = self._make_link()
         link.via = via
-        self._table.half_open[link] = None
+        self._table.half_open[link] = block
         with contextlib.ExitStack() as stack:
             stack.enter_context(sock)
             try:

@@ -35,7 +35,8 @@ class LinkTable:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, own: PeerId, user: LinkUser) -> None:
         self.links: dict[PeerId, Link] = {}
-        self.half_open: dict[Link, None] = {}
+        self.half_open: dict[Link, str] = {}
+        """With the block of hosts that they come from, \"\" for our own dials."""
         self.inbound = 0
         self._loop = loop
         self._own = own

@@ -19,6 +19,7 @@ from swarmtrain_peer.caps import Cap
 from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.donorshare import SHARE
 from swarmtrain_peer.doorway import Doorway
+from swarmtrain_peer.gate import Bars
 from swarmtrain_peer.handler import TransportHandler
 from swarmtrain_peer.link import DialFailed, Link
 from swarmtrain_peer.linktable import LinkTable
@@ -98,6 +99,7 @@ class Transport:
         self._started = False
         self._closed = False
         self._counts: dict[str, int] = {}
+        self._bars = Bars()
         self.no_route: Callable[[PeerId], None] = lambda peer: None
         self.open_relayed: Callable[[PeerId], Awaitable[socket.socket]] = _no_relay
         self._live: dict[Link, PeerId] = {}
@@ -336,7 +338,7 @@ class Transport:
             static_key=self._static_key,
             ephemeral_key=self._entropy(32),
             hello=self._hello(),
-            admit=self._admit,
+            admit=self._bars.guard(self._admit, self._loop.time),
             expect=expect,
             hold=True,
         )
@@ -372,7 +374,7 @@ class Transport:
                 sock.close()
                 return peer
             self._table.dialling(peer, link)
-        self._table.half_open[link] = None
+        self._table.half_open[link] = ""
         try:
             await attach(self._loop, link, sock)
             return await asyncio.shield(link.outcome)
@@ -404,6 +406,8 @@ class Transport:
                 self._table.ponged(link, nonce)
             case Faulted(code, why):
                 self._count(f"fault_{code}")
+                if self._bars.fault(self._loop.time(), link.peer, code):
+                    self._count("barred")
                 self._handler.peer_fault(link.peer, code, why)
             case Closed():
                 self._table.closed(link, event)

@@ -40,7 +40,7 @@ from swarmtrain_protocols.session_events import (
     Received,
     SessionEvent,
 )
-from swarmtrain_protocols.silence import ASLEEP_S, Silence
+from swarmtrain_protocols.silence import ASLEEP_S, FrameClock, Silence
 from swarmtrain_protocols.wire import Frame, FrameParser, encode_frame
 
 PREFACE_BYTES = 8
@@ -122,17 +122,12 @@ class SessionCore:
         self._control: deque[bytes] = deque()
         self._chunks: deque[bytes] = deque()
         self._queued_bytes = 0
-        self._credit = limits.CREDIT_WINDOW_BYTES
-        self._allowed = limits.CREDIT_WINDOW_BYTES
+        self._credit = self._allowed = limits.CREDIT_WINDOW_BYTES
         self._consumed = 0
-        self._now = now
-        self._begun_at = now
-        self._received_at = now
-        self._pinged_at = now
-        self._progress_at = now
+        self._now = self._begun_at = self._received_at = self._pinged_at = self._progress_at = now
         self._progress = self._sent_frames = self._nonce = 0
         self._pings: dict[int, float] = {}
-        self._silence = Silence()
+        self._silence, self._frames = Silence(), FrameClock()
         if initiator:
             self._start_noise(control_preface(suite))
             self._out += control_preface(suite)
@@ -236,10 +231,13 @@ class SessionCore:
             return
         if late_s > ASLEEP_S:  # this side stood still, not the other
             self._received_at, self._progress_at = self._received_at + late_s, now
+            self._frames.began_at += late_s
         if self._sent_frames != self._progress or not self._queued_bytes:
             self._progress, self._progress_at = self._sent_frames, now
         if now >= self._received_at + self._silence.bound_s:
             self._close("idle", f"nothing heard for {now - self._received_at:.0f} s", False)
+        elif now >= self._frames.deadline():
+            self._close("stalled", f"a frame takes over {limits.FRAME_TIMEOUT_S:g} s", False)
         elif now >= self._progress_at + limits.IDLE_TIMEOUT_S:
             self._close("stalled", f"nothing sent for {limits.IDLE_TIMEOUT_S:g} s", by_peer=False)
         elif now >= self._keepalive_at():
@@ -251,7 +249,8 @@ class SessionCore:
             return math.inf
         if not self.is_open:
             return self._begun_at + limits.HANDSHAKE_TIMEOUT_S
-        return min(self._keepalive_at(), self._received_at + self._silence.bound_s)
+        silent_at = self._received_at + self._silence.bound_s
+        return min(self._keepalive_at(), silent_at, self._frames.deadline())
 
     def data_to_send(self, max_bytes: int = limits.SEND_BATCH_BYTES) -> bytes:
         """Bytes for the connection, about ``max_bytes`` at most; empty: nothing may be sent now.
@@ -429,6 +428,7 @@ class SessionCore:
             self._on_event(event)
             if self._phase == "closed":
                 break
+        self._frames.received(self._now, self._parser.taken, self._parser.buffered_bytes)
         return True
 
     def _on_event(self, event: Frame | PeerFault) -> None:

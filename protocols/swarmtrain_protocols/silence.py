@@ -8,6 +8,8 @@ of the other.
 
 from __future__ import annotations
 
+import math
+
 from swarmtrain_protocols import limits
 
 SAMPLES_MIN = 3
@@ -43,3 +45,26 @@ class Silence:
         answer_s = TIMES * (self.smoothed_s + 4 * self.deviation_s)
         bound_s = limits.KEEPALIVE_INTERVAL_S + answer_s
         return min(max(bound_s, limits.SILENCE_S_MIN), limits.SILENCE_S_MAX)
+
+
+class FrameClock:
+    """When the frame that has not arrived whole began to.
+
+    Whoever drips a frame byte by byte keeps a link from being silent, and memory of this side.
+    """
+
+    def __init__(self) -> None:
+        self.began_at = math.inf
+        self._taken = 0
+
+    def received(self, now: float, taken: int, rest_bytes: int) -> None:
+        """``taken`` frames have come so far, and ``rest_bytes`` of the next."""
+        if not rest_bytes:
+            self.began_at = math.inf
+        elif taken != self._taken or self.began_at == math.inf:
+            self.began_at = now
+        self._taken = taken
+
+    def deadline(self) -> float:
+        """When the frame must be there; ``math.inf`` between frames."""
+        return self.began_at + limits.FRAME_TIMEOUT_S

@@ -65,6 +65,8 @@ class FrameParser:
         self._buffer = bytearray()
         self._at = 0
         self._dead = False
+        self.taken = 0
+        """Frames, whole ones, good and bad, that were returned so far."""
 
     @property
     def buffered_bytes(self) -> int:
@@ -96,6 +98,7 @@ class FrameParser:
             payload = bytes(view[start + header_bytes : end])
         size = end - self._at
         self._at = end
+        self.taken += 1
         try:
             return Frame(messages.decode(header), payload, size)
         except PeerFault as fault:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.silence import SAMPLES_MIN, Silence
+from swarmtrain_protocols.silence import SAMPLES_MIN, FrameClock, Silence
 
 
 def after(*rtts: float) -> Silence:
@@ -52,3 +53,15 @@ def test_no_answer_that_was_measured_lately_would_have_ended_the_link() -> None:
         missed += limits.KEEPALIVE_INTERVAL_S + rtt_s > silence.bound_s
         silence.measured(rtt_s)
     assert missed <= 2
+
+
+def test_a_frame_is_timed_from_its_first_byte() -> None:
+    clock = FrameClock()
+    assert clock.deadline() == math.inf
+    clock.received(5.0, taken=0, rest_bytes=1)
+    clock.received(9.0, taken=0, rest_bytes=2)
+    assert clock.deadline() == 5.0 + limits.FRAME_TIMEOUT_S
+    clock.received(11.0, taken=1, rest_bytes=3)  # that one is there, the next has begun
+    assert clock.deadline() == 11.0 + limits.FRAME_TIMEOUT_S
+    clock.received(12.0, taken=2, rest_bytes=0)
+    assert clock.deadline() == math.inf

@@ -1,0 +1,42 @@
+"""A frame has a deadline: who drips it byte by byte is cut off, who is merely slow is not."""
+
+from __future__ import annotations
+
+from swarmtrain_protocols import limits
+from swarmtrain_protocols.session_events import Closed, Received
+from swarmtrain_protocols.wire import encode_frame
+from tests.protocols.test_session import ASK, Pair
+
+
+def test_a_frame_that_drips_ends_the_link_though_nobody_is_silent() -> None:
+    """Slowloris behind a good key: each sealed message is whole and brings one byte of a frame."""
+    pair = Pair().run()
+    frame = b"".join(encode_frame(ASK)) * 40
+    cipher, now, at = pair.cores[0]._tx, 0.0, 0
+    assert cipher is not None
+    while not pair.cores[1].closed and now < 60.0:
+        now += 1.0
+        sealed = cipher.encrypt(frame[at : at + 1])
+        at += 1
+        pair.cores[1].receive_bytes(now, len(sealed).to_bytes(2, "little") + sealed)
+        if now >= pair.cores[1].deadline():
+            pair.cores[1].tick(now)
+    (closed,) = [e for e in pair.cores[1].events() if isinstance(e, Closed)]
+    assert (closed.code, closed.by_peer) == ("stalled", False)
+    assert limits.FRAME_TIMEOUT_S <= now <= limits.FRAME_TIMEOUT_S + 2
+
+
+def test_frames_that_follow_each_other_slowly_are_no_drip() -> None:
+    pair = Pair().run()
+    frame = b"".join(encode_frame(ASK))
+    cipher, now = pair.cores[0]._tx, 0.0
+    assert cipher is not None
+    half = len(frame) // 2
+    pieces = [frame[:half]] + [frame[half:] + frame[:half]] * 12  # one is always begun
+    for piece in pieces:
+        now += limits.FRAME_TIMEOUT_S / 2
+        sealed = cipher.encrypt(piece)
+        pair.cores[1].receive_bytes(now, len(sealed).to_bytes(2, "little") + sealed)
+        pair.cores[1].tick(now)
+    assert pair.cores[1].is_open
+    assert len([e for e in pair.cores[1].events() if isinstance(e, Received)]) == 12

@@ -9,13 +9,56 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+MEMBERS_SHOWN = 64
+"""Beyond so many, labels by member would cost more than they tell."""
 GAUGES = {
     "members": "Members of the run.",
     "connected": "Members this site has a link to.",
     "generation": "Generation of the run.",
     "term": "Term of the log.",
     "loss": "Loss of the canonical state, nats per token.",
+    "train_loss": "Loss of this site's trainer, mean of its latest phase.",
+    "outer_lr": "Learning rate of the outer step.",
+    "outer_momentum": "Momentum of the outer step.",
 }
+STATES = {
+    "ended": "1 if the run has ended.",
+    "paused": "1 while the run is paused.",
+    "syncing": "1 while this site catches up.",
+    "disk_full": "1 while this site's disk takes no more.",
+}
+"""Of these the value is whether there is one."""
+TRAINER = {
+    "attached": ("trainer_attached", "1 if a trainer is at work here."),
+    "step": ("trainer_steps", "Inner steps of this site's trainer."),
+    "samples": ("trainer_samples", "Samples that this site's trainer has handed over."),
+}
+DATA = {
+    "samples": ("data_samples", "Samples in an epoch of the data."),
+    "shards": ("data_shards", "Shards that an epoch is dealt in."),
+    "epoch": ("data_epoch", "The oldest epoch that is not finished."),
+    "epochs": ("data_epochs", "Samples counted, in epochs."),
+    "shards_done": ("data_shards_done", "Shards of that epoch that are done."),
+    "shards_held": ("data_shards_held", "Shards that members hold."),
+    "shards_free": ("data_shards_free", "Shards that lost their holder."),
+}
+MEMBER = {
+    "connected": ("member_connected", "1 if this site has a link to the member."),
+    "round": ("member_round", "Round of its latest figures."),
+    "last_report_age_s": ("member_report_age_seconds", "Since its latest figures."),
+    "samples_left": ("member_samples_left", "Samples left in the shards that it holds."),
+}
+MEMBER_ROUND = {
+    **{
+        f"{phase}_s": (f"member_{phase}_seconds", f"Its latest round: {phase}.")
+        for phase in ("compute", "wait", "encode", "send", "receive", "reduce", "apply")
+    },
+    "bytes_sent": ("member_round_bytes_sent", "Bytes it sent in its latest round."),
+    "bytes_received": ("member_round_bytes_received", "Bytes it received in its latest round."),
+    "loss": ("member_train_loss", "Loss of its trainer in its latest phase."),
+    "compute_utilization": ("member_compute_utilization", "Share of time its trainer computed."),
+}
+
 STAGE_GAUGES = {
     "present": ("stage_members", "Members in reach that serve the stage."),
     "ready": ("stage_ready", "Those of them that have its state."),
@@ -52,6 +95,12 @@ class _RunCollector(Collector):
         for channel, state in sorted((run.get("channels") or {}).items()):
             rounds.add_metric([channel], float(state.get("round") or 0))
         yield rounds
+        yield from _site(run)
+        peers = self._snapshot.get("peers") or []
+        yield from _of_members(MEMBER, [(str(one["id"]), one) for one in peers])
+        yield from _of_members(
+            MEMBER_ROUND, [(str(one["id"]), one.get("metrics") or {}) for one in peers]
+        )
         yield from _stages(run.get("pipeline") or {})
         trainer = run.get("trainer") or {}
         if trainer.get("compute_utilization") is not None:
@@ -60,6 +109,36 @@ class _RunCollector(Collector):
                 "Share of wall time that the hook did not block the trainer.",
                 value=float(trainer["compute_utilization"]),
             )
+
+
+def _site(run: dict[str, Any]) -> Iterator[Metric]:
+    """What this site knows of the run, its trainer and the data."""
+    for name, text in STATES.items():
+        there = float(bool(run.get(name)))
+        yield GaugeMetricFamily(f"swarmtrain_{name}", text, value=there)
+    stewards = float(len(run.get("stewards") or []))
+    yield GaugeMetricFamily("swarmtrain_stewards", "Voters of the log.", value=stewards)
+    data = run.get("data") or {}
+    for known, found in ((TRAINER, run.get("trainer") or {}), (DATA, data)):
+        for key, (name, text) in known.items():
+            if found.get(key) is not None:
+                yield GaugeMetricFamily(f"swarmtrain_{name}", text, value=float(found[key]))
+    if data:
+        text, counted = "Samples in committed rounds, each once.", float(data["samples_counted"])
+        yield CounterMetricFamily("swarmtrain_data_samples_counted", text, value=counted)
+
+
+def _of_members(
+    known: dict[str, tuple[str, str]], members: list[tuple[str, dict[str, Any]]]
+) -> Iterator[Metric]:
+    """By label ``member``: the first 16 hex digits of the id, no name that somebody chose."""
+    for key, (name, text) in known.items():
+        gauge = GaugeMetricFamily(f"swarmtrain_{name}", text, labels=["member"])
+        for member, found in members[:MEMBERS_SHOWN]:
+            if found.get(key) is not None:
+                gauge.add_metric([member[:16]], float(found[key]))
+        if gauge.samples:
+            yield gauge
 
 
 def _stages(pipeline: dict[str, Any]) -> Iterator[Metric]:

@@ -105,6 +105,13 @@ function drawHealth() {
   $("run-name").textContent = run.run ? clean(`${run.name || ""} · ${short(run.run)}`) : "";
   document.title = run.run ? `${word} · ${unit()} ${newestRound()} · swarmtrain` : "swarmtrain";
 }
+/* Where the data are dealt in shards. */
+function dataCards(data) {
+  if (!data || !data.samples) return [];
+  const done = `${data.shards_done} of ${data.shards} shards`;
+  const free = data.shards_free ? `, ${data.shards_free} to be dealt again` : "";
+  return [card("epoch", String(data.epoch), done + free)];
+}
 function card(label, value, note) {
   const out = node("div", "card");
   out.append(node("div", "label", label), node("div", "value", value), node("div", "note", note || ""));
@@ -129,6 +136,7 @@ function drawCards() {
     card(`one ${unit()} takes`, seconds(commitEvery()), "median of 20"),
     card("committed", String(run.rounds_committed ?? "–"), share),
     card(pipelineOf() ? "workers busy" : "computing", percent(utilization()), pipelineOf() ? "mean, last 10 s" : "share of wall time"),
+    ...dataCards(run.data),
     card("sent by this site", bytes(run.bytes_sent), `received ${bytes(run.bytes_received)}`),
   );
 }

@@ -104,6 +104,49 @@ def test_metrics_are_prometheus() -> None:
     assert "203.0.113" not in text
 
 
+class DealtRun(FakeRun):
+    """Data dealt in shards, some of them left by a member that is gone."""
+
+    def status(self) -> dict[str, Any]:
+        data = {
+            "shards": 16,
+            "samples": 4096,
+            "digest": "ab" * 32,
+            "epoch": 3,
+            "shards_done": 5,
+            "samples_counted": 14_000,
+            "shards_held": 9,
+            "shards_free": 2,
+            "epochs": 3.42,
+        }
+        return super().status() | {"data": data, "paused": "by hand"}
+
+    def peers(self) -> dict[str, Any]:
+        rows = super().peers()["peers"]
+        return {"peers": [row | {"samples_left": 100 + n} for n, row in enumerate(rows)]}
+
+
+def test_metrics_tell_of_data_members_and_troubles() -> None:
+    text = get("/metrics", feed=make_feed(DealtRun())).text
+    for line in (
+        "swarmtrain_data_epoch 3.0",
+        "swarmtrain_data_shards_free 2.0",
+        "swarmtrain_data_samples_counted_total 14000.0",
+        "swarmtrain_data_epochs 3.42",
+        "swarmtrain_paused 1.0",
+        "swarmtrain_syncing 0.0",
+        "swarmtrain_stewards 3.0",
+        "swarmtrain_trainer_steps 480.0",
+        "swarmtrain_outer_lr 0.4",
+        'swarmtrain_member_samples_left{member="5c5c5c5c5c5c5c5c"} 101.0',
+        'swarmtrain_member_connected{member="1a1a1a1a1a1a1a1a"} 1.0',
+        'swarmtrain_member_compute_utilization{member="5c5c5c5c5c5c5c5c"} 0.97',
+    ):
+        assert line + "\n" in text, line
+    assert "ab" * 32 not in text and "laptop" not in text
+    assert "swarmtrain_data" not in get("/metrics").text
+
+
 def test_health_and_readiness() -> None:
     assert get("/healthz").status_code == 200
     assert get("/readyz").status_code == 200

@@ -10,6 +10,7 @@ from swarmtrain_protocols.core import Connect, PeerId, Send
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages import rounds as rm
+from swarmtrain_protocols.messages.common import Span
 from swarmtrain_protocols.node_events import JoinFailed, LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
 from tests.protocols.rounds_kit import (
@@ -345,6 +346,8 @@ def test_bad_input_of_members_and_strangers_names_them_and_changes_nothing() -> 
         (member, changed(channel=GROUP, codec="no such"), "bad_codec"),
         (member, changed(channel="train/9/9"), "unknown_channel"),
         (member, changed(channel="other"), "unknown_channel"),
+        (member, changed(claims=(Span(0, 1),)), "bad_claim"),
+        (member, changed(channel=GROUP, claims=(Span(0, 1),)), "bad_claim"),
     ]
     before = leader.node.ledger.snapshot()
     for sender, message, code in cases:

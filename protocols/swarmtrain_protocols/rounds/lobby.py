@@ -147,10 +147,9 @@ class Lobbies:
                 return "bad_codec"
             if message.base_round > channel.round:
                 return "base_from_the_future"
-            return ledger.refusal(peer, message.channel, message.claims, message.samples)
         elif not message.channel.startswith("group/"):
             return "unknown_channel"
-        return ""
+        return ledger.refusal(peer, message.channel, message.claims, message.samples)
 
     def withdrawn(self, peer: PeerId, message: m.Withdraw) -> None:
         lobby = self.rooms.get(message.channel)

@@ -28,6 +28,11 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         (("run", "pause", "--reason", "tea"), {"kind": "pause", "reason": "tea"}, "paused; "),
         (("run", "resume"), {"kind": "resume", "reason": ""}, "the run goes on"),
         (("run", "stop"), {"kind": "stop", "reason": ""}, "the run has ended"),
+        (
+            ("run", "evict", "c0ffee", "--reason", "noise"),
+            {"kind": "evict", "member": "c0ffee", "reason": "noise"},
+            "c0ffee is no member any more",
+        ),
         (("ban", "c0ffee"), {"kind": "ban", "member": "c0ffee", "reason": ""}, "c0ffee is banned"),
         (
             ("ban", "c0ffee", "--lift"),

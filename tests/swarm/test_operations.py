@@ -23,7 +23,7 @@ from tests.swarmtrain.cli.test_operations_page import MACHINES, steps
 STAYS = ("up", "join", "seed")
 """Commands that stay in the foreground of their terminal."""
 HEALTH = (0, 20, 21)
-WAIT_S = 90.0
+WAIT_S = 150.0
 CAPITALS = re.compile(r"\b(?:TICKET|ID|KEY|MEMBER|ROUND|FUTURE)\b")
 
 
@@ -203,7 +203,7 @@ def walking(folder: Path) -> Iterator[Walk]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(420)
 def test_the_page_can_be_walked_through(tmp_path: Path) -> None:
     with walking(tmp_path) as walk:
         for machine, words in steps():

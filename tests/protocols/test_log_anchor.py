@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -35,6 +37,21 @@ def test_the_bytes_are_those_of_the_spec() -> None:
     assert anchor.content_hash([STEWARD], b"ledger") == CONTENT
     assert verify_ed25519(FOUNDER.peer_id, b"recovery", payload, recovery.signature)
     assert signed_bytes(b"recovery", payload) != payload
+
+
+def test_vectors() -> None:
+    path = Path(__file__).parents[2] / "protocols" / "vectors" / "log.json"
+    for v in json.loads(path.read_text(encoding="utf-8"))["recoveries"]:
+        h = {k: bytes.fromhex(x) for k, x in v.items() if isinstance(x, str) and k != "what"}
+        steward, founder = (Ed25519Keyring(bytes.fromhex(seed)) for seed in v["seeds"])
+        assert h["steward"] == steward.peer_id
+        assert anchor.content_hash([h["steward"]], h["ledger"]) == h["content"]
+        numbers = v["generation"], v["term"], v["index"]
+        recovery = Recovery(*numbers, h["steward"], h["content"], h["signature"])
+        assert anchor.statement(h["run"], recovery) == h["statement"]
+        assert founder.sign(anchor.DOMAIN, h["statement"]) == h["signature"]
+        view = anchor.recovered_view(h["run"], founder.peer_id, founder.verify, recovery)
+        assert view.digest == h["digest"]
 
 
 def test_its_view_has_one_voter_and_nobody_else_with_a_grant() -> None:

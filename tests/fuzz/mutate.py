@@ -184,14 +184,18 @@ def mutate_value(rng: Random, value: Any) -> Any:
     return _some(rng) if choice < 0.97 else _nested(rng)
 
 
+_packer = msgpack.Packer()  # each has a buffer of a megabyte
+
+
 def splice_msgpack(rng: Random, data: bytes) -> bytes:
     """Change the structure of a MessagePack input; any other input is changed as bytes."""
     try:
         value = msgpack.unpackb(data, strict_map_key=False)
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             value = mutate_value(rng, value)
-        return bytes(msgpack.packb(value)[:SIZE_MAX])
+        return bytes(_packer.pack(value)[:SIZE_MAX])
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.StackError):
+        _packer.reset()
         return mutate_bytes(rng, data)
 
 

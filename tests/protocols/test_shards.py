@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.ledger import Ledger, load_snapshot
+from swarmtrain_protocols.messages.rounds import Ready, Withdraw
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.rounds.offer import Offer
 from swarmtrain_protocols.shards import DataState, LeaseBook, Span, data_state, joined, without
-from tests.protocols.rounds_kit import Log, opening
+from tests.protocols.rounds_kit import TRAIN, VALUES, Log, events, hash_of, opening, sent
 from tests.protocols.shards_kit import NAMES, Broken, play, positions
+from tests.protocols.test_rounds_member import Seat
 
 A, B, C = NAMES[:3]
 
@@ -336,3 +340,22 @@ def test_other_channels_claim_nothing() -> None:
     ledger = dealt().ledger
     assert ledger.refusal(A, "group/g", (), 5.0) == ""
     assert ledger.refusal(A, "group/g", (Span(0, 1),), 1.0) == "bad_claim"
+
+
+def test_a_member_takes_back_what_it_may_not_claim_any_more_and_says_so() -> None:
+    seat = Seat()
+    seat.log.ledger.data = data_state(10, 5)
+    assert seat.log.add(e.DataDefined(100, bytes(32), A))
+    held = seat.log.ledger.data.held(seat.me)
+    good = Offer(TRAIN, hash_of("good"), VALUES, "fp32", 4.0, 0, 0, claims=held)
+    seat.member.offer(0.0, good)
+    assert [m.claims for _, m in sent(seat.take(), Ready)] == [held]
+    assert seat.member.undecided(TRAIN) is not None
+    seat.log.ledger.data.deal([A, B, bytes(32)])  # as after its death was logged
+    seat.log.ledger.data.deal([A, B, bytes(32), seat.me])
+    seat.member.reconcile(1.0)
+    effects = seat.take()
+    (notice,) = events(effects, fx.Notice)
+    assert (notice.name, notice.fields) == ("contribution_rejected", {"reason": "stale_claim"})
+    (decision,) = events(effects, fx.ContributionDecided)
+    assert decision.outcome == "excluded" and len(sent(effects, Withdraw)) == 1

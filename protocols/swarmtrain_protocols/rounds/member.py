@@ -361,6 +361,8 @@ class RoundMember:
         if offer is None or offer.bound is not None or not channel.holds_state or offer.pledged:
             return
         claims = self.ledger.refusal(self._me, channel.name, offer.claims, offer.samples)
+        if claims:
+            self._out.append(Emit(fx.Notice("contribution_rejected", {"reason": claims})))
         if claims or channel.round - offer.base_round > self._max_base_age:
             if self.leader is not None:
                 message = m.Withdraw(self.ledger.generation, channel.name, offer.root)

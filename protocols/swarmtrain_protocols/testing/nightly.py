@@ -3,7 +3,7 @@
 Prints every violation with its seed, its shrunk schedule and the last events, then the counters.
 Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
 ``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores. ``--kind pipelines`` runs
-schedules of pipelines instead of rounds.
+schedules of pipelines instead of rounds, ``--kind data`` those of swarms that deal their data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from swarmtrain_protocols.testing.checkers import missing
 from swarmtrain_protocols.testing.faults import Fault, shrink, to_text
 from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
+from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
 from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
 
 SHRINK_RUNS_MAX = 80
@@ -53,11 +54,19 @@ PIPELINE_SOMETIMES = (
 )
 """The same for pipelines."""
 
+DATA_SOMETIMES = (
+    *("fault:crash", "fault:cut", "fault:split", "fault:vanish", "fault:aim-crash"),
+    *("data:committed", "data:aborted", "data:excluded", "data:starved", "entry:MemberLeft"),
+    "notice:message_ignored:stale_claim",
+)
+"""The same where data are dealt in shards."""
+
 Run = Callable[..., Outcome]
 """(seed, schedule or nothing) -> what came of it."""
 KINDS: dict[str, tuple[Run, Sequence[str]]] = {
     "rounds": (run_swarm, SOMETIMES),
     "pipelines": (run_pipeline, PIPELINE_SOMETIMES),
+    "data": (run_data_swarm, DATA_SOMETIMES),
 }
 
 

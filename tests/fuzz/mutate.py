@@ -149,7 +149,8 @@ def _grow(rng: Random, items: list[Any]) -> None:
     elif choice == 1 and items:
         items.insert(at, copy.deepcopy(items[at]))
     elif choice == 2 and items:
-        items.extend([copy.deepcopy(items[at])] * rng.choice((3, 70, 1100)))
+        plain = not isinstance(items[at], (list, dict))  # or it grows beyond all use
+        items.extend([copy.deepcopy(items[at])] * rng.choice((3, 70, 1100) if plain else (3,)))
     elif choice == 3 and items:
         other = rng.randrange(len(items))
         items[at], items[other] = items[other], items[at]

@@ -47,6 +47,8 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     relay: Relay = "auto"
     """Carry streams between members that cannot dial each other: ``auto``: if this site does not
     train; ``yes``; ``no``: neither that, nor have its own carried."""
+    port_mapping: bool = True
+    """Ask the gateway for a port (PCP, NAT-PMP, UPnP) where others cannot dial this site."""
     trains: bool = True
     holds_state: bool = True
     votes: bool = False
@@ -187,6 +189,7 @@ PEER_KEYS: dict[str, str] = {
     "net.data_cap": "data_cap",
     "net.donor_share": "donor_share",
     "net.relay": "relay",
+    "net.port_mapping": "port_mapping",
     "dashboard.bind": "dashboard",
     "log.level": "log_level",
     "log.format": "log_format",

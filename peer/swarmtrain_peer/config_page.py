@@ -102,6 +102,9 @@ PEER_TEXTS = {
         "Carry streams between members that cannot dial each other (`auto`: if this machine does "
         "not train); `no`: nor have its own links carried."
     ),
+    "net.port_mapping": (
+        "Ask the router for a port (PCP, NAT-PMP, UPnP) where others cannot dial this machine."
+    ),
     "dashboard.bind": "host:port of the dashboard; empty: none.",
     "log.level": "debug, info, warning or error: the least that a command writes as a JSON log.",
     "log.format": "text; json: what commands write to standard error is one record a line "

@@ -59,6 +59,19 @@ def outward_ip() -> str:
         return str(probe.getsockname()[0])
 
 
+def default_gateway() -> str:
+    """The IPv4 router that leads to the internet, as Linux says; '' if none, or elsewhere."""
+    try:
+        with open("/proc/net/route", encoding="ascii") as table:
+            rows = [line.split() for line in table][1:]
+    except OSError:
+        return ""
+    for row in rows:
+        if len(row) > 7 and row[1] == row[7] == "00000000" and row[2] != "00000000":
+            return socket.inet_ntoa(int(row[2], 16).to_bytes(4, "little"))
+    return ""
+
+
 def announced(bound: str) -> tuple[str, ...]:
     """Where others can dial a listener: itself, or this machine's outward address."""
     host_part, _, port = bound.rpartition(":")

@@ -12,18 +12,20 @@ from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.events import EventLog
+from swarmtrain_peer.portmapping import PortMapper
 from swarmtrain_peer.reaching import Reaching
 from swarmtrain_peer.relaying import Relaying
 from swarmtrain_peer.settings import PeerSettings
 from swarmtrain_peer.transport import Transport
-from swarmtrain_protocols import reach, relay
-from swarmtrain_protocols.addresses import is_private, join_address
+from swarmtrain_protocols import limits, reach, relay
+from swarmtrain_protocols.addresses import is_private, join_address, split_address
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import reach as rm
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
+from swarmtrain_protocols.portmap import Mapped, NotMapped
 from swarmtrain_protocols.relocation import relocate
 
 FIRST_VERDICT_S = 4.0
@@ -48,6 +50,8 @@ class Outreach:
         self._claimed: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._verdict_is_there = asyncio.Event()
+        self._mapper: asyncio.Task[None] | None = None
+        self._mapped: Mapped | None = None
         self._started = False
 
     def start(self, claimed: tuple[str, ...]) -> None:
@@ -141,12 +145,15 @@ class Outreach:
             self._events.emit("peer_fault", peer=peer.hex(), fault=fault.code, why=fault.why)
         return True
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._started:
             self.reaching.pump.close()
             self.relaying.close()
         for task in self._tasks:
             task.cancel()
+        if self._mapper is not None:
+            self._mapper.cancel()  # which gives the mapping back
+            await asyncio.wait([self._mapper], timeout=limits.UPNP_TIMEOUT_S)
 
     # -- what is found -----------------------------------------------------------------------------
 
@@ -155,10 +162,38 @@ class Outreach:
         fields = {"state": verdict.state, "agree": verdict.agree, "asked": verdict.asked}
         self._events.emit("reachability", **fields, seen=verdict.seen)
         node = self._node
+        if verdict.state == "outgoing only":
+            self._ask_the_gateway()
         if verdict.state != "unknown":
             self.addresses = self._found(verdict)
             if node is not None:
                 self._run(lambda now: relocate(node, now, self.addresses))
+
+    def _ask_the_gateway(self) -> None:
+        """Others cannot dial this site, but perhaps its router sends a port on to it."""
+        wanted = self._settings.port_mapping and self._claimed and not self._settings.announce
+        if not wanted or self._mapper is not None or "." not in self._claimed[0]:
+            return
+        client, port = split_address(self._claimed[0])
+        if client.startswith("127.") or not is_private(self._claimed[0]):
+            return
+        work = PortMapper(host.default_gateway(), client, port, self._mapping_changed).run()
+        self._mapper = self._loop.create_task(work)
+
+    def _mapping_changed(self, news: Mapped | NotMapped) -> None:
+        """A mapped port is a claim like another: others have to try it."""
+        before = self._mapped
+        self._mapped = news if isinstance(news, Mapped) else None
+        if isinstance(news, Mapped):
+            address = join_address(news.external, news.port)
+            fields = {"protocol": news.protocol, "lease_s": news.lease_s}
+            self._events.emit("port_mapped", address=address, **fields)
+            claims: tuple[str, ...] = (address, *self._claimed)
+        else:
+            self._events.emit("port_mapping_failed", reason=news.reason)
+            claims = self._claimed
+        if before is not None or self._mapped is not None:
+            self.reaching.pump.run(self.reaching.core.listen, claims)
 
     def _found(self, verdict: reach.Verdict) -> tuple[str, ...]:
         if verdict.state == "outgoing only":
@@ -186,6 +221,7 @@ class Outreach:
                 "agree": verdict.agree,
                 "asked": verdict.asked,
                 "seen": verdict.seen or None,
+                "mapped": self._mapped.protocol if self._mapped is not None else None,
             },
             "relay": {
                 "serves": core.relays,

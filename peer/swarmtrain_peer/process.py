@@ -70,6 +70,7 @@ def settings_of(site: Site) -> PeerSettings:
         caps_bytes_per_s=(config.up_bytes_per_s, config.down_bytes_per_s),
         donor_share=config.donor_share,
         relay=config.relay,
+        port_mapping=config.port_mapping,
         manifest=site.manifest(),
         founder=founder,
         ticket=ticket,

@@ -478,7 +478,7 @@ class PeerRuntime:
             self._contacts.save(self.node.dht.book)
         for task in self._tasks:
             task.cancel()
-        self.outreach.close()
+        await self.outreach.close()
         await self.transport.close()
         for pool in (self.pool, self.chunk_pool, self.disk_pool):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -46,4 +46,5 @@ class PeerSettings:
     """Of the measured uplink, for members that fetch state."""
     relay: str = "auto"
     """See ``PeerConfig.relay``."""
+    port_mapping: bool = True
     threads: int = field(default_factory=lambda: max(2, min(4, host.cpu_count())))

@@ -56,7 +56,7 @@ class Member(Node):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.outreach.close()
+        await self.outreach.close()
         await super().__aexit__(*exc)
         self.records.close()
 

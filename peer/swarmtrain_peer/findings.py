@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["good", "note", "bad"]
+TIMEOUT_S = 6.0
+"""How long an address is waited for."""
+CLOCK_TOLERANCE_S = 60.0
+"""As much as records of the DHT are allowed (``limits.DHT_CLOCK_SKEW_S``)."""
 CHECKS = (
     "version", "key", "ticket", "route", "clock", "port", "reachability", "speed", "disk",
     "memory", "device", "run",

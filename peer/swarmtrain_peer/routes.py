@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain_peer import host
 from swarmtrain_peer.admission import MEANINGS
-from swarmtrain_peer.findings import Finding, found, good, span
+from swarmtrain_peer.findings import CLOCK_TOLERANCE_S, TIMEOUT_S, Finding, found, good, span
 from swarmtrain_peer.transport import Transport
 from swarmtrain_protocols import PROTOCOL_VERSION
 from swarmtrain_protocols.addresses import split_address
@@ -21,10 +21,6 @@ from swarmtrain_protocols.errors import SwarmError
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages.session import Hello, Refused
-
-TIMEOUT_S = 6.0
-CLOCK_TOLERANCE_S = 60.0
-"""As much as records of the DHT are allowed (``limits.DHT_CLOCK_SKEW_S``)."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,13 +32,23 @@ from swarmtrain_peer.checkup import (
 )
 from swarmtrain_peer.config import load_settings
 from swarmtrain_peer.events import escape_text
-from swarmtrain_peer.findings import CHECKS, Finding, found, good, span
-from swarmtrain_peer.routes import CLOCK_TOLERANCE_S, TIMEOUT_S, Route, probe, reach
+from swarmtrain_peer.findings import (
+    CHECKS,
+    CLOCK_TOLERANCE_S,
+    TIMEOUT_S,
+    Finding,
+    found,
+    good,
+    span,
+)
 from swarmtrain_peer.site import Site, find_site
 from swarmtrain_peer.spawn import child_environment
 from swarmtrain_protocols.errors import SwarmError, UsageError
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import PROTOCOL_VERSION, RunKeys, Ticket
+
+if TYPE_CHECKING:
+    from swarmtrain_peer.routes import Route
 
 ADDRESSES_TRIED_MAX = 16
 DEVICE_TIMEOUT_S = 120.0
@@ -182,6 +192,7 @@ def try_routes(
     """Every address of the ticket, at the same time, as a joiner would."""
     if ticket is None or keyring is None:
         return []
+    from swarmtrain_peer.routes import probe
 
     async def work() -> list[Route]:
         tried = (
@@ -211,6 +222,8 @@ def soften(findings: Sequence[Finding]) -> list[Finding]:
 
 def look_at_live(live: Live, timeout_s: float) -> list[Finding]:
     """A live site holds the key, so others are only knocked at; the rest it says itself."""
+    from swarmtrain_peer.routes import reach
+
     others = [p for p in live.peers if not p.get("is_self")]
     addresses = [a for p in others for a in p.get("addresses") or []][:ADDRESSES_TRIED_MAX]
 

@@ -18,6 +18,7 @@ from swarmtrain.cli.output import (
     human_bytes,
     table,
 )
+from swarmtrain.cli.paths import carried, reachability, reached
 from swarmtrain.cli.stages import (
     STEPS,
     coverage_table,
@@ -91,6 +92,7 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
     fields = {
         "run": f"{answer.get('name')} {str(answer.get('run'))[:16]}",
         "site": f"{answer.get('site_name')} {str(answer.get('site'))[:8]} on {listen}",
+        "reach": reachability(answer) or "unknown",
         "members": f"{answer.get('members')}, {answer.get('connected')} connected",
         "leader": f"{leader}{me}, term {answer.get('term')}",
         "stewards": _stewards(answer),
@@ -98,6 +100,9 @@ def status_lines(answer: dict[str, Any], word: str, reason: str) -> list[str]:
         "loss": "not measured" if loss is None else f"{loss:.4f}",
         "traffic": f"{sent} sent, {received} received",
     }
+    if (relay := carried(answer)).get("relayed_bytes"):
+        total, streams = human_bytes(relay["relayed_bytes"]), relay.get("streams")
+        fields["relays"] = f"{total} for members that cannot be dialled, {streams} streams now"
     if answer.get("data"):
         fields["data"] = data_line(answer["data"])
     lines = [f"{word}: {reason}", *(f"{key:8} {value}" for key, value in fields.items())]
@@ -164,7 +169,7 @@ def peers(site: SiteOption = None, home: Home = None, as_json: Json = False) -> 
             "connected" if peer.get("connected") else "away",
             "-" if peer.get("round") is None else peer.get("round"),
             *([_shards(peer)] if dealt else []),
-            ", ".join(peer.get("addresses") or []) or "outgoing only",
+            reached(peer),
         )
         for peer in answer.get("peers", [])
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swarmtrain.cli.output import human_bytes, table
+from swarmtrain.cli.paths import reached
 
 Document = Mapping[str, Any]
 
@@ -120,7 +121,7 @@ def peers_table(peers: Sequence[Document]) -> list[str]:
             peer["driving"] if peer["drives"] else "-",
             "connected" if peer.get("connected") else "away",
             "-" if peer.get("round") is None else peer.get("round"),
-            ", ".join(peer.get("addresses") or []) or "outgoing only",
+            reached(peer),
         )
         for peer in peers
     ]

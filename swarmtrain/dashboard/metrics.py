@@ -95,6 +95,7 @@ class _RunCollector(Collector):
         for channel, state in sorted((run.get("channels") or {}).items()):
             rounds.add_metric([channel], float(state.get("round") or 0))
         yield rounds
+        yield from _reach(run)
         yield from _site(run)
         peers = self._snapshot.get("peers") or []
         yield from _of_members(MEMBER, [(str(one["id"]), one) for one in peers])
@@ -109,6 +110,17 @@ class _RunCollector(Collector):
                 "Share of wall time that the hook did not block the trainer.",
                 value=float(trainer["compute_utilization"]),
             )
+
+
+def _reach(run: dict[str, Any]) -> Iterator[Metric]:
+    """Whether others can dial this site, and what it carries for those whom nobody can dial."""
+    state = (run.get("reachability") or {}).get("state")
+    if state in ("reachable", "outgoing only"):
+        text = "1 if others can dial this site."
+        yield GaugeMetricFamily("swarmtrain_reachable", text, value=int(state == "reachable"))
+    if relay := run.get("relay"):
+        text, value = "Bytes carried between other members.", float(relay["relayed_bytes"])
+        yield CounterMetricFamily("swarmtrain_relayed_bytes", text, value=value)
 
 
 def _site(run: dict[str, Any]) -> Iterator[Metric]:

@@ -73,6 +73,8 @@ class FakeRun:
                 "compute_utilization": 0.981,
             },
             "listen": ["127.0.0.1:40417"],
+            "reachability": {"state": "reachable", "agree": 2, "asked": 2, "seen": "203.0.113.10"},
+            "relay": {"serves": True, "streams": 2, "relayed_bytes": 1 << 20},
             "changes": self.changes,
         }
 
@@ -88,6 +90,9 @@ class FakeRun:
                     "votes": index < 3,
                     "holds_state": True,
                     "reachable": index != 3,
+                    "reachability": "reachable" if index != 3 else "outgoing only",
+                    "path": "direct" if index != 3 else "relayed",
+                    "via": None if index != 3 else IDS[0],
                     "connected": True,
                     "is_leader": index == 1,
                     "round": self.rounds,

@@ -183,7 +183,10 @@ function drawMembers() {
   const rows = state.peers.map((peer) => {
     const figures = peer.metrics || {}, row = node("tr");
     const role = peer.is_leader ? "leader" : peer.votes ? "steward" : "member";
-    const link = peer.reachable === false ? "outgoing only" : (peer.addresses || []).join(", ");
+    const via = peer.via ? `, relayed by ${short(peer.via)}` : "";
+    const doubt = peer.reachability === "unknown" ? " (not tried)" : "";
+    const at = (peer.addresses || []).join(", ") + doubt;
+    const link = (peer.reachable === false ? "outgoing only" : at) + via;
     const id = node("span", "mono", short(peer.id));
     row.append(
       cell("name", `${peer.name || short(peer.id)}${peer.id === state.run.site ? " (this site)" : ""}`),

@@ -136,6 +136,8 @@ def test_metrics_tell_of_data_members_and_troubles() -> None:
         "swarmtrain_paused 1.0",
         "swarmtrain_syncing 0.0",
         "swarmtrain_stewards 3.0",
+        "swarmtrain_reachable 1.0",
+        "swarmtrain_relayed_bytes_total 1.048576e+06",
         "swarmtrain_trainer_steps 480.0",
         "swarmtrain_outer_lr 0.4",
         'swarmtrain_member_samples_left{member="5c5c5c5c5c5c5c5c"} 101.0',

@@ -11,7 +11,7 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.lobby import REPORT_WAIT_S, Lobbies, Lobby
 from swarmtrain_protocols.rounds.policy import RoundPolicy
-from tests.protocols.rounds_kit import GROUP, TRAIN, VALUES, A, B, C, D, Log, hash_of
+from tests.protocols.rounds_kit import GROUP, TRAIN, VALUES, A, B, C, D, Log, hash_of, joined
 
 POLICY = RoundPolicy("fp32", "fp32", chunk_values=8)
 
@@ -109,6 +109,18 @@ def test_callers_that_left_are_forgotten() -> None:
     log.add(e.MemberLeft(B, "leave"))
     lobbies.reconcile(log.ledger)
     assert list(lobbies.room(GROUP).callers) == [A]
+
+
+def test_who_came_with_a_ticket_for_something_else_does_not_train() -> None:
+    log, lobbies = Log(A), rooms()
+    log.add(joined(B, role="seed"))
+    log.add(joined(C, role="observer"))
+    for peer in (B, C):
+        fault = lobbies.announced(1.0, log.ledger, PeerId(peer), ready(TRAIN))
+        assert fault == "may_not_train" and lobbies.rooms == {}
+        assert lobbies.announced(1.0, log.ledger, PeerId(peer), ready(GROUP)) == ""
+        lobbies.rooms.clear()
+    assert lobbies.announced(1.0, log.ledger, PeerId(A), ready(TRAIN)) == ""
 
 
 def test_the_shape_of_the_majority_is_summed_and_a_tie_goes_to_the_lowest_member() -> None:

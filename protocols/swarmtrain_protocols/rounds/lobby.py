@@ -141,6 +141,8 @@ class Lobbies:
         if message.channel.startswith("train/"):
             if channel is None:
                 return "unknown_channel"
+            if ledger.members[peer].role != "trainer":
+                return "may_not_train"
             if message.values != channel.values:
                 return "bad_shape"
             if message.codec != self.policy.scatter_codec:

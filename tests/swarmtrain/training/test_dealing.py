@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,8 @@ def train(trainer: Trainer, data: Numbered, epochs: float) -> None:
 def test_rounds_that_fail_neither_lose_nor_repeat_a_sample(tmp_path: Path, overlap: str) -> None:
     run = DealtRun(tmp_path, resolved={"overlap": overlap, "outer_lr": 0.5})
     luck = np.random.default_rng(5)
-    run.fate = lambda site, round_: ("committed", "aborted", "excluded")[luck.integers(3)]
+    fates = ("committed", "committed", "aborted", "excluded")
+    run.fate = lambda site, round_: fates[luck.integers(4)]
     trainer, data = Trainer(run, 0), Numbered()
     train(trainer, data, 3)
     trainer.swarm.close()
@@ -256,3 +258,39 @@ def test_turns_follow_the_members() -> None:
     members = iter([("x", "y"), ("x", "y"), ("w", "x"), ("w", "x"), ("y",)])
     assert list(by_turns("abcde", "x", lambda: next(members), lambda: False)) == ["a", "d", "e"]
     assert list(by_turns("abc", "x", lambda: ("x",), lambda: True)) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_peer_process_that_dies_with_a_hand_over_neither_loses_nor_repeats(
+    tmp_path: Path, known: bool
+) -> None:
+    """Its successor knows what became of the hand-over, or the trainer takes it with it again."""
+    run = DealtRun(tmp_path, resolved={"overlap": "eager", "outer_lr": 0.5})
+    site, (trainer, data) = run.sites["site0"], (Trainer(run, 0), Numbered())
+    batches = iter(trainer.swarm.data(torch.utils.data.DataLoader(data, batch_size=SIZE)))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            train_step(trainer.model, trainer.optimizer, next(batches))
+
+    steps(3 * STEPS)
+    site.withheld = True
+    steps(STEPS)
+    deadline_s = time.monotonic() + 20
+    while not run.waiting:
+        steps(1)
+        assert time.monotonic() < deadline_s
+    if known:
+        run.decide(CHANNEL)  # counted, and nobody was told
+    site.kill()
+    site.withheld = False
+    site.restart()
+    while "peer_attached" not in trainer.names():
+        trainer.swarm.flush(0.05)
+        assert time.monotonic() < deadline_s
+    while run.data.counted < 2 * SAMPLES:
+        steps(1)
+        assert time.monotonic() < deadline_s
+    trainer.swarm.close()
+    assert set(run.positions.values()) == {1}
+    assert all(run.positions[position] for position in range(SAMPLES))

@@ -39,6 +39,7 @@ def test_the_run_file_names_a_data_set_and_deals_it() -> None:
     assert (named.kind, named.options["streaming"]) == ("hf", "1") and keys.shards == 4096
 
 
+@pytest.mark.slow
 def test_the_script_trains_alone(tmp_path: Path) -> None:
     said = script(tmp_path, SWARMTRAIN_OFFLINE="1")
     assert said.startswith("step 50, round 0, loss ")

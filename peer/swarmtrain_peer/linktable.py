@@ -101,6 +101,8 @@ class LinkTable:
         if not link.initiator:
             self.inbound -= 1
         peer = link.peer
+        if peer is None:  # a dial whose other side never said who it is
+            peer = next((p for p, dial in self._outgoing.items() if dial is link), None)
         if peer is None:
             return
         if self._challengers.get(peer) is link:

@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import NotAuthorised
 from tests.peer.test_transport import LEAVE, go
 from tests.peer.transport_kit import WAIT_S, Node
@@ -114,5 +115,31 @@ def test_a_killed_peer_comes_back_at_once() -> None:
                 await b.until("disconnected", new.id)
                 await b.until("connected", new.id)
             await old.transport.close()
+
+    go(main())
+
+
+@pytest.mark.parametrize("sleeper", [0, 1])
+def test_a_dial_that_was_never_answered_stands_in_nobodys_way(
+    sleeper: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A laptop sleeps: its kernel takes connections, and nobody speaks. Then it wakes up."""
+    monkeypatch.setattr(limits, "HANDSHAKE_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        port = silent.sockets[0].getsockname()[1]
+        async with Node(1) as a, Node(2) as b:
+            awake, asleep = ((a, b), (b, a))[sleeper]
+            awake.transport.learn(asleep.id, [f"127.0.0.1:{port}"])
+            awake.transport.connect(asleep.id)
+            await awake.until("refused", "timeout")
+            silent.close()
+            monkeypatch.setattr(limits, "HANDSHAKE_TIMEOUT_S", 3.0)
+            assert await asleep.transport.connect_address(awake.address, WAIT_S) == awake.id
+            await awake.until("connected", asleep.id)
+            assert awake.transport.send(asleep.id, LEAVE)
+            await asleep.until("message", awake.id)
+            assert not awake.saw("disconnected") and not asleep.saw("disconnected")
 
     go(main())

@@ -356,9 +356,11 @@ class Backend:
                 "the founder's key is not here",
                 "run `swarmtrain ticket create` where `swarmtrain up` was first run",
             )
-        if not self._runtime.addresses:
-            raise SwarmError("this site cannot be dialled", "it has no address to put in a ticket")
-        return {"ticket": str(Ticket(self._runtime.addresses, settings.run, secret))}
+        doors = self._runtime.outreach.doors()
+        if not doors:
+            why = "neither it nor another member has an address to put in a ticket"
+            raise SwarmError("this site cannot be dialled", why)
+        return {"ticket": str(Ticket(doors, settings.run, secret))}
 
     async def _tickets(self, args: Document, connection: ControlConnection) -> Document:
         return {"tickets": self._runtime.tickets.rows(self._runtime.node.ledger)}

@@ -31,6 +31,7 @@ from swarmtrain_protocols.relocation import relocate
 FIRST_VERDICT_S = 4.0
 """A newcomer says in the log whether it can be dialled; it waits this long to know."""
 
+DOORS_MAX = 3
 _OF_REACH = (rm.DialBackRequest, rm.DialBack)
 _OF_RELAY = (rm.RelayRequest, rm.RelayReply, rm.RelayOffer)
 
@@ -229,6 +230,18 @@ class Outreach:
                 "relayed_bytes": core.relayed_bytes,
             },
         }
+
+    def doors(self) -> tuple[str, ...]:
+        """Addresses for a ticket: this site's, or of members that can be dialled, stewards first.
+
+        Any member lets newcomers in, so a site that nobody can dial can still invite them.
+        """
+        if self.addresses or self._node is None:
+            return self.addresses
+        ledger = self._node.ledger
+        open_ = [m for m in ledger.ordered_members() if m.reachable and m.addresses]
+        open_.sort(key=lambda m: (m.id not in ledger.voters, m.joined_index, m.ordinal))
+        return tuple(dict.fromkeys(m.addresses[0] for m in open_))[:DOORS_MAX]
 
     def path(self, peer: PeerId, recorded: bool) -> dict[str, Any]:
         """For ``peers``: how this site is linked to a member, and what is known of reaching it.

@@ -27,10 +27,13 @@ class LinkRate:
         self._full_bytes = 0
 
     def full(self, now: float, sent_bytes: int) -> None:
-        """The kernel takes no more; ``sent_bytes`` have been handed over since the start."""
+        """The kernel takes no more; ``sent_bytes`` have been handed over since the start.
+
+        Nothing sent is no rate: the window goes on until something is.
+        """
         if self._full_s is None:
             self._full_s, self._full_bytes = now, sent_bytes
-        elif now - self._full_s >= WINDOW_S:
+        elif now - self._full_s >= WINDOW_S and sent_bytes > self._full_bytes:
             self.bytes_per_s = (sent_bytes - self._full_bytes) / (now - self._full_s)
             self._full_s, self._full_bytes = now, sent_bytes
 

@@ -54,3 +54,13 @@ def test_the_pay_off() -> None:
     assert pays(0.5, 480e6, 49e6) and not pays(0.5, 480e6, 51e6)
     assert pays(0.1, 480e6, 9.9e6) and not pays(0.1, 480e6, 10.1e6)
     assert not pays(0.04, 480e6, 1.0)
+
+
+def test_a_path_that_stands_still_has_no_rate_until_it_moves() -> None:
+    rate = LinkRate()
+    rate.full(10.0, 5000)
+    rate.full(10.0 + 3 * WINDOW_S, 5000)
+    assert rate.bytes_per_s is None
+    assert rate.packed(memoryview(bytes(100_000))) is None
+    rate.full(10.0 + 4 * WINDOW_S, 5000 + 8000)
+    assert rate.bytes_per_s is not None and abs(rate.bytes_per_s - 8000 / (4 * WINDOW_S)) < 1.0

@@ -222,7 +222,7 @@ class Phase:
             return
         if self._adopt_at >= 0:
             self._streamed(session, port, notify)
-        if self.steps < self._due:
+        if self.steps < self._due and not self.tempo.is_over(self.steps, extra["step_s"]):
             return
         if self.in_flight is not None and not self._settle(session, port, notify):
             return

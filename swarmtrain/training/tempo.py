@@ -61,6 +61,15 @@ class Tempo:
         """The swarm's pace: seconds between two contributions of any channel, 0: not known."""
         self._pace_s = max(0.0, pace_s)
 
+    def is_over(self, steps: int, step_s: float) -> bool:
+        """Whether a phase of ``steps`` so far, of ``step_s`` each, should end before its time.
+
+        Its steps take longer than when it began: what is ready by the deadline counts.
+        """
+        if not self._pace_s or self._usual < FEW_STEPS or steps < self._least:
+            return False
+        return steps * step_s >= (1 + LEAVE_SHARE) * self._pace_s * self._fragments
+
     def phase_done(self, step_s: float) -> bool:
         """A phase with steps of ``step_s`` is over; true if the next one has another length."""
         if not self._pace_s or not step_s > 0.0 or self._usual < FEW_STEPS:

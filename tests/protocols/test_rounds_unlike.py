@@ -51,9 +51,12 @@ def test_absurd_phases_are_not_counted(absurd: float) -> None:
 
 
 def test_grace_times_are_shares_of_a_phase() -> None:
-    assert unlike.opening_grace_s(40.0) == 10.0
-    assert (unlike.opening_grace_s(1.0), unlike.opening_grace_s(1e6)) == (2.0, 60.0)
-    assert unlike.closing_grace_s(40.0, 5.0, hidden=True) == 15.0
+    assert unlike.opening_grace_s(40.0, hidden=True) == 10.0
+    assert unlike.opening_grace_s(40.0, hidden=False) == 4.0
+    assert unlike.opening_grace_s(1.0, hidden=True) == 2.0
+    assert unlike.opening_grace_s(1e6, hidden=True) == 60.0
+    assert (unlike.patience_s(1.0), unlike.patience_s(1000.0)) == (5.0, 1000.0)
+    assert unlike.closing_grace_s(40.0, 5.0, hidden=True) == 22.5
     assert unlike.closing_grace_s(40.0, 5.0, hidden=False) == 4.0
     assert unlike.closing_grace_s(40.0, 39.0, hidden=True) == 2.0, "nothing of the phase is left"
 

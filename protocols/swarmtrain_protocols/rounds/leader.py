@@ -177,22 +177,26 @@ class RoundLeader:
                 self._close(now, channel, phase)
                 phase = None
             if channel.open is not None and phase is None:
-                self._phases[name] = Phase(
-                    channel.open.key, channel.open, now, now + self._timeout(channel)
-                )
-                lobby = self._lobbies.room(name)
+                lobby, opened = self._lobbies.room(name), channel.open
+                phase = Phase(opened.key, opened, now, now + self._timeout(channel))
+                turn = lobby.turns.plan(opened, lobby.rates, self._hidden(opened.key.round))
+                phase.patient, phase.hopeless = turn
+                self._phases[name] = phase
                 lobby.proposed_open = None
                 self._choice.opened(channel.open.key, lobby.listed(channel.open))
                 lobby.first_ready = now if lobby.ready else math.inf
-                lobby.half_ready = math.inf
+                lobby.half_ready, lobby.opened_at = math.inf, now
         self.step(now)
 
     def _close(self, now: float, channel: ChannelState, phase: Phase) -> None:
         del self._phases[channel.name]
+        lobby = self._lobbies.room(channel.name)
+        lobby.decided_at = now
         outcome = channel.outcome(phase.key.round)
         if outcome is None or outcome.attempt != phase.key.attempt:
             return
-        self._lobbies.room(channel.name).committed(now)
+        lobby.committed(now)
+        lobby.turns.decided(phase.opened, (member for member, _, _ in outcome.contributors))
         for member, holding in phase.holding.items():
             if holding.root != outcome.root:
                 self._fault(member, "wrong_result")
@@ -258,7 +262,7 @@ class RoundLeader:
         expected, quorum = self._lobbies.expected(now, self.ledger, name, present)
         complete = all(k in lobby.ready for k in expected) and len(ready) >= quorum
         self._lobbies.note_half(now, name, expected)
-        grace_over = now >= self._lobbies.grace_over_at(name)
+        grace_over = now >= self._lobbies.grace_over_at(name, self._hidden(key.round))
         enough = len(ready) >= (1 if name.startswith("group/") else quorum)
         if not complete and not (grace_over and enough):
             return
@@ -371,7 +375,7 @@ class RoundLeader:
         wanted = [
             i
             for i, c in enumerate(phase.opened.contributors)
-            if c.member in present and i not in phase.refused
+            if c.member in present and i not in phase.refused and i not in phase.hopeless
         ]
         phase.note_half(now, len(delivered), len(wanted), self._hidden(phase.key.round))
         late = now >= min(phase.deadline, phase.close_at)
@@ -459,7 +463,9 @@ class RoundLeader:
             times.append(self._loss.deadline())
             for name, lobby in self._lobbies.rooms.items():
                 if lobby.ready and name not in self._phases and lobby.proposed_open is None:
-                    times.append(self._lobbies.grace_over_at(name))
+                    key = self.ledger.next_key(name)
+                    hidden = key is not None and self._hidden(key.round)
+                    times.append(self._lobbies.grace_over_at(name, hidden))
                     if self._now < self._lobbies.complete_at:
                         times.append(self._lobbies.complete_at)
         for phase in self._phases.values():

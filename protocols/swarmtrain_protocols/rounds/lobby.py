@@ -19,7 +19,8 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.policy import RoundPolicy
-from swarmtrain_protocols.rounds.unlike import Paces, half_of, opening_grace_s
+from swarmtrain_protocols.rounds.turns import Turns
+from swarmtrain_protocols.rounds.unlike import Paces, half_of, opening_grace_s, patience_s
 
 REPORT_WAIT_S = 2.0
 """A new leader knows of nobody's state; links come up and reports follow within moments."""
@@ -33,7 +34,11 @@ class Lobby:
     first_ready: float = math.inf
     half_ready: float = math.inf
     """When half of the expected were ready."""
+    opened_at: float = -math.inf
+    decided_at: float = -math.inf
+    """When the last attempt was opened and decided, as this leader saw it."""
     paces: Paces = field(default_factory=Paces)
+    turns: Turns = field(default_factory=Turns)
     rates: dict[bytes, float] = field(default_factory=dict)
     """Bytes per second, the lower one of up and down, of members that have said both."""
     callers: dict[bytes, None] = field(default_factory=dict)
@@ -189,6 +194,7 @@ class Lobbies:
             if ledger.paused:
                 lobby.proposed_open = None  # an opening behind the pause is ignored by everybody
             lobby.paces.keep(ledger.members)
+            lobby.turns.keep(ledger.members)
             for table in (lobby.callers, lobby.rates):
                 for member in [k for k in table if k not in ledger.members]:
                     del table[member]
@@ -243,14 +249,22 @@ class Lobbies:
         else:
             lobby.half_ready = min(lobby.half_ready, now)
 
-    def grace_over_at(self, name: str) -> float:
-        """When fewer than expected will do: the faster half sets the pace, if one is known."""
+    def grace_over_at(self, name: str, hidden: bool) -> float:
+        """When fewer than expected will do: the faster half sets the pace, if one is known.
+
+        Not before the others can be ready: members whose phases are as long, and begin at other
+        times, would be left out in turns.
+        """
         lobby = self.rooms[name]
-        over = lobby.first_ready + self.grace_s(name)
         pace_s = lobby.paces.pace_s()
         if name.startswith("group/") or self.policy.grace_s or not pace_s:
-            return over
-        return min(over, lobby.half_ready + opening_grace_s(pace_s))
+            return lobby.first_ready + self.grace_s(name)
+        grace_s = opening_grace_s(pace_s, hidden)
+        others = lobby.opened_at if hidden else lobby.decided_at + grace_s
+        return max(
+            min(lobby.first_ready + patience_s(pace_s), lobby.half_ready + grace_s),
+            others + pace_s,
+        )
 
     def grace_s(self, name: str) -> float:
         """Seconds from the first announcement after which fewer than expected will do."""
@@ -260,7 +274,7 @@ class Lobbies:
             return self.policy.expect_grace_s if expecting else self.policy.group_grace_s
         if self.policy.grace_s:
             return self.policy.grace_s
-        return min(60.0, max(5.0, lobby.interval_s, lobby.paces.pace_s()))
+        return min(60.0, max(5.0, lobby.interval_s))
 
     def _at_work(self, now: float, lobby: Lobby, member: bytes, number: int) -> bool:
         report = lobby.reports.get(member)

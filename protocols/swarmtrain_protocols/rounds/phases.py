@@ -55,12 +55,16 @@ class Phase:
     """Owners that are waited for no longer."""
     close_at: float = math.inf
     """When the set is closed without those that are late: half were delivered long before."""
+    patient: bool = False
+    """It is the turn of slow links: the set waits for them."""
+    hopeless: tuple[int, ...] = ()
+    """Contributions that are in if they arrive, and not waited for."""
 
     def note_half(self, now: float, delivered: int, wanted: int, hidden: bool) -> None:
         """Half of the contributions are where they are summed: the others have this long left."""
         if delivered < half_of(wanted) or not delivered:
             self.close_at = math.inf
-        elif self.close_at == math.inf and self.opened.phase_s:
+        elif self.close_at == math.inf and self.opened.phase_s and not self.patient:
             took_s = now - self.started
             self.close_at = now + closing_grace_s(self.opened.phase_s, took_s, hidden)
 

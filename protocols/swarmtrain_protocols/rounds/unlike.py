@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from swarmtrain_protocols.rounds.pace import SECONDS_MAX
 
 GRACE_SHARE = 0.25
-"""Of a phase: how long the rest is waited for once half of the expected are ready."""
+"""Of a phase: how long the rest is waited for once half of the expected are ready. Where exchanges
+run behind the next phase that delays an attempt, and takes no trainer's time."""
 GRACE_S_MIN = 2.0
 """A process that the kernel has put aside for a moment is not late."""
 GRACE_S_MAX = 60.0
-HIDDEN_SHARE = 0.5
+PATIENCE_S_MIN = 5.0
+HIDDEN_SHARE = 0.75
 """Of what is left of a phase: so long may bytes take that are hidden behind the next phase."""
 OPEN_SHARE = 0.1
 """Of a phase, where trainers wait for the outcome."""
@@ -45,9 +47,15 @@ def discount_of(late_rounds: int) -> float:
     return 1.0 / math.sqrt(1.0 + late_rounds)
 
 
-def opening_grace_s(pace_s: float) -> float:
+def opening_grace_s(pace_s: float, hidden: bool) -> float:
     """Seconds from when half of the expected are ready to when the others are not waited for."""
-    return min(GRACE_S_MAX, max(GRACE_S_MIN, GRACE_SHARE * pace_s))
+    share = GRACE_SHARE if hidden else OPEN_SHARE
+    return min(GRACE_S_MAX, max(GRACE_S_MIN, share * pace_s))
+
+
+def patience_s(pace_s: float) -> float:
+    """Seconds from the first that is ready to when even half of the expected are not awaited."""
+    return max(PATIENCE_S_MIN, pace_s)
 
 
 def closing_grace_s(pace_s: float, half_took_s: float, hidden: bool) -> float:

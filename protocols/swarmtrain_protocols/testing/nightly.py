@@ -3,7 +3,8 @@
 Prints every violation with its seed, its shrunk schedule and the last events, then the counters.
 Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
 ``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores. ``--kind pipelines`` runs
-schedules of pipelines instead of rounds, ``--kind data`` those of swarms that deal their data.
+schedules of pipelines instead of rounds, ``--kind data`` those of swarms that deal their data,
+``--kind unlike`` those of members that differ.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from swarmtrain_protocols.testing.faults import Fault, shrink, to_text
 from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
 from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
 from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
+from swarmtrain_protocols.testing.unlike_swarm import run_unlike
 
 SHRINK_RUNS_MAX = 80
 
@@ -61,12 +63,19 @@ DATA_SOMETIMES = (
 )
 """The same where data are dealt in shards."""
 
+UNLIKE_SOMETIMES = (
+    *("fault:crash", "fault:pause", "fault:cut", "fault:slow", "late:0", "late:1"),
+    *("round:train", "round:partial", "decided:committed", "decided:excluded", "decided:aborted"),
+)
+"""The same for members that differ."""
+
 Run = Callable[..., Outcome]
 """(seed, schedule or nothing) -> what came of it."""
 KINDS: dict[str, tuple[Run, Sequence[str]]] = {
     "rounds": (run_swarm, SOMETIMES),
     "pipelines": (run_pipeline, PIPELINE_SOMETIMES),
     "data": (run_data_swarm, DATA_SOMETIMES),
+    "unlike": (run_unlike, UNLIKE_SOMETIMES),
 }
 
 

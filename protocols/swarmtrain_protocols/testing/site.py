@@ -212,13 +212,17 @@ class Site:
             self._define_model(now)
         for channel in self._phase_at:
             if now >= self._phase_at[channel]:
-                length_s = self._luck.between(*self.spec.phase_s)
-                self._phase_at[channel] = now + length_s
-                self._hand_over(now, channel)
-                self._phase_s[channel] = length_s
+                self._boundary(now, channel)
         if now >= self._group_at:
             self._group_at = now + self.spec.group_every_s * self._luck.between(0.5, 1.5)
             self._call_group(now)
+
+    def _boundary(self, now: float, channel: str) -> None:
+        """A phase of the trainer is over, and the next one begins."""
+        length_s = self._luck.between(*self.spec.phase_s)
+        self._phase_at[channel] = now + length_s
+        self._hand_over(now, channel)
+        self._phase_s[channel] = length_s
 
     def _dial_ticket(self) -> None:
         """The ticket names the founding site and one more."""
@@ -312,7 +316,7 @@ class Site:
         expect: int,
     ) -> None:
         blob = self.plane.encode(values, codec)
-        self.truth.offered(self.ctx.peer, channel, blob, samples, values.size, codec)
+        self.truth.offered(self.ctx.peer, channel, blob, samples, values.size, codec, base_round)
         phase_s = self._phase_s.get(channel, 0.0)
         offer = Offer(channel, blob.root, values.size, codec, samples, base_round, expect, phase_s)
         self.core.contribute(now, offer)

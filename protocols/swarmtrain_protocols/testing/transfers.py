@@ -30,6 +30,8 @@ class Transfers:
         self.world = world
         self._free_at: dict[tuple[str, str], float] = {}
         self._luck: dict[str, Stream] = {}
+        self.up_share: dict[str, float] = {}
+        """Of the weather's rate, by host: the uplinks that are slower."""
 
     def start(self, asker: Host, effect: core.Fetch) -> None:
         """Ask ``effect.peer``; the answer comes as ``fetched`` or ``fetch_failed``."""
@@ -99,10 +101,13 @@ class Transfers:
 
     def _queue_s(self, provider: Host, asker: Host, nbytes: int) -> float:
         now, took_s = self.world.now, nbytes / self.world.model.rate_bytes_per_s
-        sent_at = max(now, self._free_at.get(("up", provider.name), 0.0)) + took_s
+        up_s = took_s / self.up_share.get(provider.name, 1.0)
+        sent_at = max(now, self._free_at.get(("up", provider.name), 0.0)) + up_s
         self._free_at["up", provider.name] = sent_at
-        here_at = max(sent_at, self._free_at.get(("down", asker.name), 0.0) + took_s)
-        self._free_at["down", asker.name] = here_at
+        free_at = self._free_at.get(("down", asker.name), 0.0)
+        here_at = max(sent_at, free_at + took_s)
+        # What comes slowly leaves room for the rest.
+        self._free_at["down", asker.name] = max(now, free_at) + took_s if self.up_share else here_at
         self.world.bytes_moved[provider.name] += nbytes
         return here_at - now
 

@@ -23,6 +23,7 @@ class Contribution:
     values: int
     codec: str
     chunks: tuple[bytes, ...]
+    base_round: int = 0
 
 
 @dataclass
@@ -41,10 +42,17 @@ class Truth:
         return self.names[peer]
 
     def offered(
-        self, member: bytes, channel: str, blob: Blob, samples: float, values: int, codec: str
+        self,
+        member: bytes,
+        channel: str,
+        blob: Blob,
+        samples: float,
+        values: int,
+        codec: str,
+        base_round: int = 0,
     ) -> None:
         """A site has encoded a contribution and is about to announce it."""
         assert blob.root not in self.contributions, "contributions of the simulator are unique"
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)
-        made = Contribution(member, channel, samples, values, codec, chunks)
+        made = Contribution(member, channel, samples, values, codec, chunks, base_round)
         self.contributions[blob.root] = made

@@ -30,6 +30,18 @@ def test_like_members_keep_the_steps_of_the_run() -> None:
     assert after(tempo, 0.12, 0.09, 0.11, 0.3, 0.1, 0.3, 0.1) == [20] * 7
 
 
+def test_a_phase_ends_early_when_its_steps_take_longer_than_the_pace() -> None:
+    tempo = Tempo(20)
+    assert not tempo.is_over(19, 9.0), "nobody knows the pace yet"
+    tempo.heard(2.0)
+    assert [tempo.is_over(steps, 0.5) for steps in (1, 4, 5, 6)] == [False, False, True, True]
+    assert not tempo.is_over(19, 0.13), "a little slower than most"
+    assert Tempo(7).is_over(6, 9.0) is False
+    streamed = Tempo(20, steps_min=6)
+    streamed.heard(2.0)
+    assert not streamed.is_over(5, 9.0)
+
+
 def test_it_follows_when_things_change_and_comes_back_to_the_usual() -> None:
     tempo = Tempo(20)
     tempo.heard(2.0)

@@ -86,10 +86,10 @@ def coefficients_of(samples: Sequence[float]) -> list[float]:
     for item in samples:
         total += item
     assert total > 0
-    return [_fp32(item / total) for item in samples]
+    return [fp32(item / total) for item in samples]
 
 
-def _fp32(value: float) -> float:
-    """The nearest fp32 value, ties to even (IEEE 754)."""
+def fp32(value: float) -> float:
+    """The nearest fp32 value of a binary64 one, ties to even (IEEE 754)."""
     rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
     return rounded

@@ -6,7 +6,7 @@ snapshot of the ledger, and the time that applying an entry takes for it. Proof:
 simulator with faults (``testing/shard_swarm.py``), and orders of events without a network
 (``tests/protocols/shards_kit.py``).
 
-    python benchmarks/shards.py [--swarms 200] [--orders 2000] [--rounds 400] [--output FILE]
+    python -m benchmarks.shards [--swarms 200] [--orders 2000] [--rounds 400] [--output FILE]
 """
 
 from __future__ import annotations

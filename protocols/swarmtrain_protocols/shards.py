@@ -125,8 +125,9 @@ class DataState(msgspec.Struct):
 
         ``round_number``: the next round of the counting channel.
         """
+        chosen = frozenset(counted)
         for member in self.claimed:
-            if member in counted:
+            if member in chosen:
                 self._count(member, self.claimed[member], round_number)
         self.claimed = {}
         if self.dealt and round_number > self.round:
@@ -152,8 +153,8 @@ class DataState(msgspec.Struct):
         records = sum(1 + len(one.open) for one in self.marks)
         while records > limits.SHARD_MARK_RECORDS_MAX and len(self.marks) > 2:
             # Old ones become fewer, new ones stay: every other one of the older half goes.
-            thinned = self.marks[1 : len(self.marks) // 2 + 1 : 2]
-            self.marks = [one for one in self.marks if one not in thinned]
+            half = len(self.marks) // 2 + 1
+            self.marks = self.marks[:half:2] + self.marks[half:]
             records = sum(1 + len(one.open) for one in self.marks)
 
     def rewound(self, round_number: int) -> None:

@@ -103,7 +103,7 @@ MUTANTS = (
         "only what is in the set counts",
         DataState,
         "decided",
-        "if member in counted:",
+        "if member in chosen:",
         "if True:",
     ),
     case(

@@ -31,6 +31,7 @@ from swarmtrain_protocols.relocation import relocate
 FIRST_VERDICT_S = 4.0
 """A newcomer says in the log whether it can be dialled; it waits this long to know."""
 
+LOOK_S = 0.01
 DOORS_MAX = 3
 _OF_REACH = (rm.DialBackRequest, rm.DialBack)
 _OF_RELAY = (rm.RelayRequest, rm.RelayReply, rm.RelayOffer)
@@ -50,7 +51,6 @@ class Outreach:
         self._run: Callable[[Callable[[float], object]], None] = lambda call: None
         self._claimed: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._verdict_is_there = asyncio.Event()
         self._mapper: asyncio.Task[None] | None = None
         self._mapped: Mapped | None = None
         self._started = False
@@ -104,14 +104,13 @@ class Outreach:
         return self.reaching.core.verdict if self._started else reach.Verdict()
 
     async def first_verdict(self) -> None:
-        """Wait until somebody has tried to dial this site, not for long."""
-        try:
-            async with asyncio.timeout(FIRST_VERDICT_S):
-                while self.verdict.state == "unknown":
-                    self._verdict_is_there.clear()
-                    await self._verdict_is_there.wait()
-        except TimeoutError:
-            return  # it goes on as it claims, and the check goes on too
+        """Wait until those who were asked have tried to dial this site, not for long."""
+        until_s = host.mono_s() + FIRST_VERDICT_S
+        for _ in range(int(FIRST_VERDICT_S / LOOK_S)):
+            settled = self.verdict.state != "unknown" or not self.reaching.core.waits
+            if settled or host.mono_s() >= until_s:
+                return  # if nobody knows it goes on as it claims, and the check goes on too
+            await asyncio.sleep(LOOK_S)
 
     # -- what the peer tells -----------------------------------------------------------------------
 
@@ -159,7 +158,6 @@ class Outreach:
     # -- what is found -----------------------------------------------------------------------------
 
     def _judged(self, verdict: reach.Verdict) -> None:
-        self._verdict_is_there.set()
         fields = {"state": verdict.state, "agree": verdict.agree, "asked": verdict.asked}
         self._events.emit("reachability", **fields, seen=verdict.seen)
         node = self._node

@@ -107,6 +107,11 @@ class Reach:
         self._meters: dict[PeerId, Meter] = {}
         self._all = Meter(limits.DIAL_BACK_RATE_ALL_PER_S, limits.DIAL_BACK_BURST_ALL)
 
+    @property
+    def waits(self) -> bool:
+        """Somebody was asked and has not answered yet."""
+        return bool(self._asked)
+
     # -- what the shell tells ------------------------------------------------------------------
 
     def listen(self, now: float, addresses: tuple[str, ...]) -> None:

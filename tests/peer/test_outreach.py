@@ -144,6 +144,26 @@ def test_a_port_that_somebody_else_serves_makes_it_outgoing_only(
     go(main)
 
 
+def test_a_newcomer_waits_for_those_it_has_asked_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DIAL_BACK_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        log: dict[PeerId, bool] = {}
+        async with Member(1, tmp_path, log) as me, Member(2, tmp_path, log) as other:
+            await me.outreach.first_verdict()  # nobody is asked yet
+            assert me.outreach.verdict.state == "unknown"
+            me.outreach.reaching.pump.run(me.outreach.reaching.core.listen, ("203.0.113.9:9",))
+            await me.join(other)
+            assert me.outreach.reaching.core.waits
+            await me.outreach.first_verdict()
+            assert not me.outreach.reaching.core.waits, "it was answered"
+            assert me.outreach.verdict.state == "unknown", "that port is of another host"
+
+    go(main)
+
+
 def test_a_knock_that_was_not_sent_for_gets_no_answer(tmp_path: Path) -> None:
     async def main() -> None:
         async with Member(1, tmp_path, {}) as me:

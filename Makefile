@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-full sim-nightly soak bench spec wheel clean
+.PHONY: help install demo test check test-full sim-nightly soak fuzz bench spec wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -53,6 +53,10 @@ soak: $(STAMP)   ## members that come and go for MINUTES, a long demo with peers
 	$(BIN)/python -m tests.swarm.churn --minutes $(MINUTES)
 	$(BIN)/swarmtrain demo --chaos --no-dashboard --steps $(SOAK_STEPS) --json
 	$(BIN)/python -m tests.swarm.trainer_kills 200
+
+FUZZ_INPUTS ?= 1000000
+fuzz: $(STAMP)   ## hostile bytes into every decoder; prints inputs, rate, what was unexpected
+	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS)
 
 bench: $(STAMP)  ## all-reduce against gloo, in one run; results in benchmarks/results
 	$(BIN)/python benchmarks/allreduce.py

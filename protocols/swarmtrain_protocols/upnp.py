@@ -180,7 +180,10 @@ def parse_description(data: bytes, url: str, sender: str) -> Gateway:
     found = {s.child("serviceType"): s for s in parse_xml(data).all("service")}
     for service in SERVICES:
         if service in found:
-            control = urljoin(url, found[service].child("controlURL"))
+            try:
+                control = urljoin(url, found[service].child("controlURL"))
+            except ValueError as error:
+                raise _bad(f"a control URL that is none: {error}") from None
             return Gateway(same_host(control, sender), service)
     raise _bad("a gateway that maps no ports")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fuzz import core_targets, file_targets, number_targets, text_targets, web_targets
+from tests.fuzz import lan_targets as lan
 from tests.fuzz import wire_targets as wire
 from tests.fuzz.engine import Target
 
-MODULES = (wire, number_targets, core_targets, file_targets, text_targets, web_targets)
+MODULES = (wire, number_targets, core_targets, file_targets, text_targets, web_targets, lan)
 PLANNED = (
     "frame decoder",
     "message schema",
@@ -22,6 +23,7 @@ PLANNED = (
     "dashboard",
     "control socket",
     "event log",
+    "routers",
 )
 """What the specification of the tests asks for; ``COVERS`` says which targets are it."""
 COVERS: dict[str, tuple[str, ...]] = {
@@ -37,6 +39,7 @@ COVERS: dict[str, tuple[str, ...]] = {
     "dashboard": ("dashboard", "completion"),
     "control socket": ("control", "control_answer"),
     "event log": ("event_log",),
+    "routers": ("port_map", "upnp_search", "upnp_description", "upnp_reply"),
 }
 
 

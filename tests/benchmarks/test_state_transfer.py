@@ -30,7 +30,7 @@ class Leader:
 
 
 def test_rounds_are_told_apart_by_whether_a_joiner_was_there() -> None:
-    """Rounds 5 to 7 meet the joiner, the one in which it leaves and the next are of neither kind."""
+    """Some meet the joiner; the one in which it leaves and the next are of neither kind."""
     leader = Leader(12, {6: 0.5})
     joins = [{"begin_s": 110.5, "end_s": 116.4}]
     found = state_transfer.split(leader, joins, 103.0)  # type: ignore[arg-type]

@@ -62,6 +62,8 @@ class Dialler:
             with contextlib.suppress(ValueError):  # said by others: nothing of ours is wrong
                 split_address(address)
                 good.append(address)
+        if peer not in self._targets:
+            self._make_room()
         target = self._targets.setdefault(peer, _Target())
         merged = list(dict.fromkeys([*good, *target.addresses]))
         target.addresses = merged[: limits.ADDRESSES_PER_PEER_MAX]
@@ -70,6 +72,15 @@ class Dialler:
         """It cannot be dialled any more, as it says."""
         if target := self._targets.get(peer):
             target.addresses.clear()
+
+    def _make_room(self) -> None:
+        """Forget somebody whom nobody waits for; those whose last dial failed go first."""
+        if len(self._targets) < limits.DIAL_TARGETS_MAX:
+            return
+        idle = (p for p, t in self._targets.items() if not (t.task or t.timer or t.pending))
+        gone = max(idle, key=lambda p: self._targets[p].failures > 0, default=None)
+        if gone is not None:
+            del self._targets[gone]
 
     def addresses(self, peer: PeerId) -> list[str]:
         """Known addresses, best first."""

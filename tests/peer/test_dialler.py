@@ -139,3 +139,20 @@ def test_failures_become_typed_errors() -> None:
             assert isinstance(error, kind) and error.todo and code in error.why
 
     go(main())
+
+
+def test_invented_peers_push_out_nobody_who_could_be_dialled() -> None:
+    async def main() -> None:
+        bench = Bench(dead="unreachable", good="")
+        bench.dialler.learn(PEER, ["good:1"])
+        for number in range(limits.DIAL_TARGETS_MAX + 50):
+            invented = PeerId(number.to_bytes(32, "big"))
+            bench.dialler.learn(invented, ["dead:1"])
+            if number < 60:
+                bench.dialler.queue(invented, LEAVE)
+                bench.dialler.forget_wish(invented)
+                await bench.fails(number + 1)
+        assert len(bench.dialler._targets) == limits.DIAL_TARGETS_MAX
+        assert bench.dialler.addresses(PEER) == ["good:1"]
+
+    go(main())

@@ -26,6 +26,9 @@ _CLONE_NEWNET = 0x40000000
 _TCP, _UDP = 6, 17
 MTU_BYTES = 9000
 LAN_IP = "192.168.7.2"
+GATEWAY_IP = "192.168.7.1"
+PCP_PORT = 5351
+MAPPED_PORT = 41000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,10 +75,16 @@ def _fold(total: int) -> int:
 
 
 class Router:
-    """Translates between ``lan`` and ``wan``, two TUN descriptors; ``public`` is its address."""
+    """Translates between ``lan`` and ``wan``, two TUN descriptors; ``public`` is its address.
 
-    def __init__(self, lan: int, wan: int, public: str) -> None:
+    ``maps``: it answers PCP (RFC 6887), and sends mapped ports on to the home.
+    """
+
+    def __init__(self, lan: int, wan: int, public: str, *, maps: bool = False) -> None:
         self.public = public
+        self.maps = maps
+        self.mapped: dict[int, int] = {}
+        """Port inside by port outside, as asked for by PCP."""
         self.dropped = 0
         """Packets from outside that nobody has asked for."""
         self.forwarded = 0
@@ -131,6 +140,10 @@ class Router:
         if found is None:
             return None
         protocol, at, source, target = found
+        if packet[16:20] == IPv4Address(GATEWAY_IP).packed:
+            if self.maps and (protocol, target) == (_UDP, PCP_PORT):
+                os.write(self._lan, self._pcp(packet[at + 8 :], source))
+            return None
         port = self._out.get((protocol, source))
         if port is None:
             port, self._next_port = self._next_port, self._next_port + 1
@@ -144,11 +157,29 @@ class Router:
         if found is None:
             return None
         protocol, at, source, target = found
-        if (protocol, target, bytes(packet[12:16]), source) not in self._asked:
+        asked = (protocol, target, bytes(packet[12:16]), source) in self._asked
+        if not asked and not (protocol == _TCP and target in self.mapped):
             self.dropped += 1
             return None
         inner = self._in[protocol, target]
         return self._rewrite(packet, protocol, at, 16, self._inner, at + 2, inner)
+
+    def _pcp(self, request: bytearray, to_port: int) -> bytes:
+        """The packet that answers a MAP request; a lifetime of 0 ends the mapping."""
+        lease, (inner,) = request[4:8], struct.unpack_from("!H", request, 40)
+        if any(lease):
+            self.mapped[MAPPED_PORT] = inner
+            self._out[_TCP, inner], self._in[_TCP, MAPPED_PORT] = MAPPED_PORT, inner
+        else:
+            self.mapped.clear()
+        place = bytes(10) + b"\xff\xff" + self._public
+        head = bytes([2, 0x81, 0, 0]) + bytes(lease) + struct.pack("!I", 50) + bytes(12)
+        body = head + bytes(request[24:42]) + struct.pack("!H", MAPPED_PORT) + place
+        udp = struct.pack("!HHHH", PCP_PORT, to_port, 8 + len(body), 0) + body
+        ends = IPv4Address(GATEWAY_IP).packed + self._inner
+        ip = bytearray(struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, _UDP, 0) + ends)
+        struct.pack_into("!H", ip, 10, ~_fold(sum(struct.unpack("!10H", ip))) & 0xFFFF)
+        return bytes(ip) + udp
 
     @staticmethod
     def _rewrite(
@@ -218,15 +249,15 @@ class Lab:
         with inside(self.internet):
             Path(f"/proc/sys/net/ipv4/conf/{device}/{name}").write_text(value)
 
-    def home(self, public: str) -> tuple[str, Router]:
-        """A namespace whose only way out is a router with that public address."""
+    def home(self, public: str, *, maps: bool = False) -> tuple[str, Router]:
+        """A namespace whose only way out is a router with that public address; see ``Router``."""
         number = len(self._routers)
         name = f"swarm{os.getpid()}-h{number}"
         self._namespace(name)
         lan, wan = _tun(name, "lan"), _tun(self.internet, f"wan{number}")
         _ip("-n", name, "addr", "add", f"{LAN_IP}/24", "dev", "lan")
-        _ip("-n", name, "route", "add", "default", "dev", "lan")
+        _ip("-n", name, "route", "add", "default", "via", GATEWAY_IP, "dev", "lan")
         _ip("-n", self.internet, "route", "add", f"{public}/32", "dev", f"wan{number}")
         self._set(f"wan{number}", "rp_filter", "0")
-        self._routers.append(Router(lan, wan, public))
+        self._routers.append(Router(lan, wan, public, maps=maps))
         return name, self._routers[-1]

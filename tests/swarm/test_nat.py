@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from swarmtrain_protocols.tickets import Ticket
 from tests.swarm.harness import Seat, Swarm, closing_all, poll_until, wait_same_stand
-from tests.swarm.homenat import Lab, inside
+from tests.swarm.homenat import MAPPED_PORT, Lab, inside
 from tests.swarm.synthetic import VALUES
 from tests.swarm.test_faults import commits_with, round_of, train, wait_round
 
@@ -106,3 +107,29 @@ def test_two_members_behind_routers_and_one_seed_train(tmp_path: Path) -> None:
         assert two.events("state_fetched"), "it did not begin anew"
         assert [reachability(s)["state"] for s in (one, two)] == ["outgoing only"] * 2
         swarm.check_hashes()
+
+
+def test_a_router_that_maps_ports_makes_its_member_reachable(tmp_path: Path) -> None:
+    """Outgoing only at first; the mapped port is tried by both others, then told; given back."""
+    with Lab() as lab, Swarm(tmp_path) as swarm:
+        home, router = lab.home("44.9.0.1", maps=True)
+        with inside(lab.public("44.1.0.1")):
+            founder = swarm.found(start_peers=2, config={"listen": "44.1.0.1:0"})
+        ticket = founder.ticket()
+        with inside(lab.public("44.2.0.1")):
+            swarm.enter("ada", ticket, config={"listen": "0.0.0.0:0"})
+        with inside(home):
+            hidden = swarm.enter("nat", ticket, config=HOME)
+        first = hidden.wait_event("reachability", lambda r: r["state"] == "outgoing only")
+        mapped = hidden.wait_event("port_mapped")
+        address = f"44.9.0.1:{MAPPED_PORT}"
+        assert (mapped["address"], mapped["protocol"]) == (address, "PCP")
+        assert first["seq"] < mapped["seq"], "a site that can be dialled asks for nothing"
+        wait_verdict(hidden, "reachable", 2)
+        poll_until(lambda: as_seen(founder, hidden)["reachable"], "the log says so")
+        assert as_seen(founder, hidden)["addresses"][0] == address
+        assert reachability(hidden)["mapped"] == "PCP"
+        assert Ticket.parse(str(hidden.ticket())).addresses[0] == address
+        assert router.mapped, "the mapping is there"
+        assert hidden.stop() == 0
+        assert not router.mapped, "it is given back"

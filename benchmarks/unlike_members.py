@@ -63,9 +63,9 @@ class PausingTrainer(PresetTrainer):
 
     pause_s = 0.0
 
-    def _step(self) -> None:
+    def _step(self, tokens: I64, targets: I64) -> None:
         time.sleep(self.pause_s)
-        super()._step()
+        super()._step(tokens, targets)
 
 
 def train(folder: Path, pause_s: float) -> None:

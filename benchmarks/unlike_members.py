@@ -30,7 +30,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from swarmtrain.training import trainer
 from swarmtrain.training.trainer import PresetTrainer, Signals
@@ -43,6 +45,7 @@ from swarmtrain_protocols.manifest import RunKeys, Ticket
 
 RESULTS = Path(__file__).parent / "results"
 Document = dict[str, Any]
+I64 = NDArray[np.int64]
 CHANNEL = "train/0/0"
 MEMBERS = ("a", "b", "slow-compute", "slow-uplink")
 SLOW_COMPUTE, SLOW_UPLINK = 5, 10

@@ -198,3 +198,17 @@ def test_a_contribution_that_was_listed_is_not_listed_again_by_an_old_announceme
         == ""
     )
     assert B in lobbies.room(TRAIN).ready
+
+
+def test_what_was_said_before_something_newer_that_came_first_is_old() -> None:
+    """Delayed past a second contribution of its sender, it may be in a committed round by now."""
+    log, newest = Log(A, B), {}
+    lobbies = Lobbies(POLICY, 0.0, newest)
+    first = ready(TRAIN, root=hash_of("first"), seen=5)
+    assert lobbies.announced(1.0, log.ledger, PeerId(B), ready(TRAIN, seen=9)) == ""
+    assert lobbies.announced(2.0, log.ledger, PeerId(B), first) == ""
+    assert lobbies.room(TRAIN).ready[B].root == hash_of("given")
+    again = Lobbies(POLICY, 3.0, newest)
+    assert again.announced(3.0, log.ledger, PeerId(B), first) == ""
+    assert B not in again.room(TRAIN).ready, "nor by the next leadership of this site"
+    assert again.announced(3.0, log.ledger, PeerId(A), first) == "" and A in again.room(TRAIN).ready

@@ -15,7 +15,8 @@ from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.relayed import nat_spec_of, run_nat
 from tests.sim.test_mutants import Mutant, plant
 
-SEEDS = range(5)
+SEEDS = (*range(5), 69)
+"""69: an announcement that is doubled and comes after a second one of its sender."""
 
 
 def test_hidden_trainers_get_on_through_trouble() -> None:

@@ -18,7 +18,7 @@ from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby
+from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby, Newest
 from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.owners import Owners
 from swarmtrain_protocols.rounds.pace import OverlapChoice
@@ -64,7 +64,8 @@ class RoundLeader:
         self._out = out
         self._propose = propose
         self._connected = connected
-        self._lobbies = Lobbies(policy, 0.0)
+        self._newest: Newest = {}
+        self._lobbies = Lobbies(policy, 0.0, self._newest)
         self._phases: dict[str, Phase] = {}
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
@@ -75,7 +76,7 @@ class RoundLeader:
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
         self.active = active
-        self._lobbies = Lobbies(self.policy, now)
+        self._lobbies = Lobbies(self.policy, now, self._newest)
         self._phases.clear()
         self._leaving.clear()
         self._loss = LossWatch()
@@ -155,6 +156,8 @@ class RoundLeader:
         return phase if phase is not None and phase.key == key else None
 
     def disconnected(self, now: float, peer: PeerId) -> None:
+        for key in [k for k in self._newest if k[1] == peer]:
+            del self._newest[key]  # nothing that was under way on that link comes any more
         if self.active:
             self._lobbies.disconnected(peer)
             self.step(now)

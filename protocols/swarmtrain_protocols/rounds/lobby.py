@@ -73,11 +73,20 @@ class Lobby:
         self.last_commit = now
 
 
-class Lobbies:
-    """All rooms of one leadership, which began at ``now``."""
+Newest = dict[tuple[str, PeerId], int]
+"""By channel and member: the highest ``seen`` that it announced with since its link is up."""
 
-    def __init__(self, policy: RoundPolicy, now: float) -> None:
+
+class Lobbies:
+    """All rooms of one leadership, which began at ``now``.
+
+    Args:
+        newest: outlives a leadership, since an announcement may come after the next one began.
+    """
+
+    def __init__(self, policy: RoundPolicy, now: float, newest: Newest | None = None) -> None:
         self.policy = policy
+        self._newest: Newest = {} if newest is None else newest
         self.complete_at = now + REPORT_WAIT_S
         self.rooms: dict[str, Lobby] = {}
         self._generation = -1
@@ -102,6 +111,7 @@ class Lobbies:
             mine = sum(peer in lobby.ready for lobby in self.rooms.values())
             if mine >= limits.GROUPS_PER_MEMBER_MAX or not self._has_room(ledger):
                 return "flood"
+        self._newest[message.channel, peer] = message.seen
         lobby = self.room(message.channel)
         if not lobby.ready:
             lobby.first_ready = now
@@ -113,12 +123,14 @@ class Lobbies:
         )
         return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
 
-    @staticmethod
-    def _is_old(ledger: Ledger, peer: PeerId, message: m.Ready) -> bool:
-        """An attempt has listed this very contribution, which its sender had not seen.
+    def _is_old(self, ledger: Ledger, peer: PeerId, message: m.Ready) -> bool:
+        """An attempt has listed this very contribution, which its sender had not seen; or it was
+        said before another one that has come already, and that may be counted by now.
 
         Equal roots alone say nothing: a member may well contribute equal values twice.
         """
+        if message.seen < self._newest.get((message.channel, peer), 0):
+            return True
         channel = ledger.channels.get(message.channel)
         index, root = channel.listed.get(peer, (-1, b"")) if channel is not None else (-1, b"")
         return message.root == root and message.seen < index
@@ -129,6 +141,8 @@ class Lobbies:
             for name in [n for n, r in self.rooms.items() if not r.ready]:
                 if name not in ledger.channels:
                     del self.rooms[name]
+                    for key in [k for k in self._newest if k[0] == name]:
+                        del self._newest[key]
         return len(self.rooms) < 2 * limits.CHANNELS_MAX
 
     def _refusal(self, ledger: Ledger, peer: PeerId, message: m.Ready) -> str:

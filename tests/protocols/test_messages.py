@@ -122,6 +122,3 @@ def check_decodes_or_faults(data: bytes) -> None:
         assert fault.code == "malformed"
     else:
         assert type(message) in MESSAGES
-
-
-

@@ -15,6 +15,7 @@ from swarmtrain_peer import figures as module
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.roundclock import RoundClock
+from swarmtrain_peer.siterate import SiteRate
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import RoundKey
@@ -35,7 +36,9 @@ class Runtime:
         self.listeners: list[Callable[[object], None]] = []
         self.link_listeners: list[Callable[[PeerId], None]] = []
         self.transport: Any = SimpleNamespace(stats=self.traffic(0))
-        self.node: Any = SimpleNamespace(me=ME)
+        self.rates = SiteRate()
+        pace = SimpleNamespace(bytes_per_s=(0.0, 0.0))
+        self.node: Any = SimpleNamespace(me=ME, member=SimpleNamespace(pace=pace))
         self.settings: Any = SimpleNamespace(holds_state=holds_state)
         self.told: list[bytes] = []
         self.faults: list[tuple[PeerId, str]] = []

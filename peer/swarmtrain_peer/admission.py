@@ -64,11 +64,12 @@ def refused_error(code: str, by: str = "the run") -> NotAuthorised:
     return NotAuthorised(f"{by} refuses this site", f"{code}: {why}" if why else code, todo)
 
 
-class Twins:
-    """Whether another live process has this site's identity, which the log lists as a member.
+class TurnedAway:
+    """Whether this process is refused for good although its log lists the site as a member.
 
-    Each of the others keeps one link to an identity, and turns a second one away while the first
-    answers. The leader's word is enough; without it, that of all who were asked.
+    Another live process may have its identity: each of the others keeps one link to an identity,
+    and turns a second one away while the first answers. Or the log on its disk is old, and it has
+    been banned since. The leader's word is enough; without it, that of all who were asked.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class Twins:
         self, node: NodeCore, peer: PeerId | None, code: str, linked: Sequence[PeerId]
     ) -> bool:
         """``peer`` has turned this process away with ``code``; ``linked``: who has not."""
-        if code != "duplicate" or node.joiner.registered or peer is None or peer in linked:
+        if code not in FINAL or node.joiner.registered or peer is None or peer in linked:
             return False  # the log knows this very process, or both sides have dialled
         self._refusers[peer] = None
         enough = min(2, max(1, len(node.ledger.members) - 1))

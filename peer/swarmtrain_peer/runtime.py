@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.admission import FINAL, Twins, admit, refused_error
+from swarmtrain_peer.admission import FINAL, TurnedAway, admit, refused_error
 from swarmtrain_peer.alarm import DiskAlarm
 from swarmtrain_peer.contactsfile import ContactsFile
 from swarmtrain_peer.driver import Driver
@@ -86,7 +86,7 @@ class PeerRuntime:
         self.tickets = TicketBook(settings.tickets)
         self._early: list[tuple[str, tuple[object, ...]]] = []
         self._started = False
-        self._twins = Twins()
+        self._turned_away = TurnedAway()
         self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
         self._tasks: list[asyncio.Future[None]] = []
@@ -359,7 +359,7 @@ class PeerRuntime:
         # What one peer says ends nobody whom the log lists as a member.
         listed = self._started and self.node.joiner.is_member
         linked = self.transport.connected_peers()
-        if code in FINAL and (not listed or self._twins.found(self.node, peer, code, linked)):
+        if code in FINAL and (not listed or self._turned_away.found(self.node, peer, code, linked)):
             self.fail(refused_error(code, address))
 
     def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:

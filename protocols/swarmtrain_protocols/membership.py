@@ -104,8 +104,11 @@ class Joiner:
         )
 
     def turned_out(self, body: e.MemberLeft | e.MemberBanned) -> None:
-        """Somebody is no member any more: by order it may be this site, which then asks no more."""
-        if body.member != self._me or self.refused or self._leaving:
+        """Somebody is no member any more: by order it may be this site, which then asks no more.
+
+        What befell an earlier process of this site is history, and may have been taken back since.
+        """
+        if body.member != self._me or self.refused or self._leaving or self._registered < 0:
             return
         banned = isinstance(body, e.MemberBanned)
         if banned or body.reason.startswith(EVICTED):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from swarmtrain_peer.admission import FINAL, Twins, admit, refused_error
+from swarmtrain_peer.admission import FINAL, TurnedAway, admit, refused_error
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.identity import Ed25519Keyring
@@ -58,10 +58,11 @@ class Known:
         self.joiner = SimpleNamespace(registered=False)
 
 
-def test_a_twin_is_found_by_the_leaders_word_or_by_that_of_all_who_were_asked() -> None:
+@pytest.mark.parametrize("code", ["duplicate", "banned"])
+def test_refused_for_good_by_the_leaders_word_or_by_that_of_all_who_were_asked(code: str) -> None:
     def found(node: Known, *peers: bytes, linked: tuple[bytes, ...] = ()) -> bool:
-        twins = Twins()
-        said = [twins.found(node, PeerId(p), "duplicate", linked) for p in peers]  # type: ignore[arg-type]
+        turned = TurnedAway()
+        said = [turned.found(node, PeerId(p), code, linked) for p in peers]  # type: ignore[arg-type]
         return said[-1]
 
     log = Log(A, B, C)
@@ -74,4 +75,4 @@ def test_a_twin_is_found_by_the_leaders_word_or_by_that_of_all_who_were_asked() 
     node = Known(log, B)
     node.joiner.registered = True
     assert not found(node, B)
-    assert not Twins().found(Known(log, B), PeerId(B), "expired", ())  # type: ignore[arg-type]
+    assert not TurnedAway().found(Known(log, B), PeerId(B), "full", ())  # type: ignore[arg-type]

@@ -63,6 +63,16 @@ def test_who_is_turned_out_does_not_ask_again_and_who_was_lost_does(
     assert len(asked(door.step(2.0, A))) == (not code and body.member == B)
 
 
+def test_what_befell_an_earlier_process_is_history() -> None:
+    """A site that returns reads of its ban in the log, and only then that it was lifted."""
+    door = Door(A)
+    banned = e.MemberBanned(B, "lied")
+    door.log.add(banned)
+    door.joiner.turned_out(banned)
+    door.log.add(e.MemberBanned(B, "", lifted=True))
+    assert door.joiner.refused == "" and asked(door.step(2.0, A)) == [A]
+
+
 def test_who_goes_down_at_once_is_let_go_at_once_unless_it_votes() -> None:
     fold = Fold(A, B, C, model=True)
     fold.log.add(e.StewardsChanged((A,)))

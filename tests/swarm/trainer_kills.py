@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from swarmtrain_peer.events import read_events
 from swarmtrain_peer.spawn import child_environment
@@ -22,6 +25,7 @@ from tests.swarm.harness import CHANNEL, WAIT_S, Seat, Swarm, closing_all, wait_
 from tests.swarm.synthetic import VALUES, Oracle, Plan, Trainer, delta, seq_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+DISCOUNTS = tuple(1.0 / math.sqrt(1.0 + late) for late in range(3))
 STAGES = ("begin", "written", "complete", "handed")
 VICTIM, WITNESS = 1, 2
 """Keys of the two trainers' pseudo-gradients."""
@@ -78,6 +82,8 @@ class Counted:
         self._keys = keys
         self.contributions: dict[int, list[tuple[str, int]]] = {}
         self._samples: dict[int, list[tuple[float, str]]] = {}
+        self._weights: dict[int, list[float]] = {}
+        """By round: the logged coefficients; who came a round late counts for less (spec 08)."""
 
     def look(self) -> None:
         """Take up what is new; the site remembers 64 rounds."""
@@ -86,6 +92,7 @@ class Counted:
                 self._samples[item["round"]] = [
                     (c["samples"], c["id"]) for c in item["contributors"]
                 ]
+                self._weights[item["round"]] = [c["coefficient"] for c in item["contributors"]]
 
     def check(self) -> int:
         """Every state hash equals the oracle's; returns how many contributions the victim made."""
@@ -99,15 +106,26 @@ class Counted:
         victims: list[int] = []
         for round_ in range(max(hashes)):
             listed = self._samples[round_]
+            late = discounts([s for s, _ in listed], self._weights[round_])
             parts = [
-                (samples, delta(self._keys[who], seq_of(samples), VALUES))
-                for samples, who in listed
+                (samples * discount, delta(self._keys[who], seq_of(samples), VALUES))
+                for discount, (samples, who) in zip(late, listed, strict=True)
             ]
             victims += [seq_of(s) for s, who in listed if self._keys[who] == VICTIM]
             oracle.step(parts)
             assert oracle.state_hash() == hashes[round_ + 1], f"round {round_} is not what was sent"
         assert len(victims) == len(set(victims)), "a hand-over was counted twice"
         return len(victims)
+
+
+def discounts(samples: list[float], weights: list[float]) -> tuple[float, ...]:
+    """What each contribution was discounted by for coming late (spec 08), from the coefficients."""
+    for found in itertools.product(DISCOUNTS, repeat=len(samples)):
+        counted = [s * d for s, d in zip(samples, found, strict=True)]
+        shares = [c / sum(counted) for c in counted]
+        if max(found) == 1.0 and np.allclose(shares, weights, atol=1e-6):
+            return found
+    raise AssertionError(f"{weights} are no coefficients of {samples}")
 
 
 def kill_often(folder: Path, times: int, seed: int) -> dict[str, Any]:

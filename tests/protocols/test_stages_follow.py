@@ -108,6 +108,8 @@ def test_a_newly_assigned_stage_is_fetched_and_reported() -> None:
     assert {channel for _, channel in asked(seat.reconcile(1.0))} == {TWO}
     offer = SnapshotOffer(TWO, (0,), (state_hash(2, 0),))
     seat.catchup.offered(1.1, PeerId(B), offer)
+    (wanted,) = of_kind(seat.take(), fx.PrepareSnapshot)
+    seat.catchup.prepared(1.15, TWO, wanted.snapshot.root, (), False)
     fetches = of_kind(seat.take(), Fetch)
     assert fetches[0].purpose == fx.Snapshot(TWO, 0, state_hash(2, 0), VALUES)
     for fetch in fetches:

@@ -78,6 +78,20 @@ def test_a_contributor_that_lost_its_bytes_says_so() -> None:
     assert [c.index for c in chosen.coefficients] == [0, 1]
 
 
+def test_an_attempt_whose_contributors_have_all_lost_their_bytes_is_aborted_at_once() -> None:
+    """All were killed right after it was opened, and are back: nobody waits for its deadline."""
+    chair = Chair(A, B)
+    opened = chair.open(A, B)
+    for index, part in enumerate(opened.parts):
+        chair.say(1.2, part.owner, m.PartsHeld(opened.key, index, ()))
+    for item in opened.contributors:
+        assert chair.proposed == []
+        chair.say(1.3, item.member, m.Withdraw(0, TRAIN, item.root))
+    (aborted,) = chair.commit(1.3)
+    assert isinstance(aborted, e.RoundAborted)
+    assert aborted.reason == "contributions did not arrive"
+
+
 def test_an_attempt_to_which_nobody_delivers_is_aborted_in_time() -> None:
     chair = Chair(A, B)
     chair.open(A, B)

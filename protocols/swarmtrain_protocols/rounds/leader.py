@@ -387,11 +387,13 @@ class RoundLeader:
             return
         group = phase.key.channel.startswith("group/")
         minimum = 1 if group else min(self.policy.min_peers, len(phase.opened.contributors))
+        minimum = max(minimum, 1)
+        possible = len(phase.opened.contributors) - len(phase.refused)  # those taken back: never
         listed = [phase.opened.contributors[i] for i in delivered]
         samples = [item.samples * item.discount for item in listed]
-        if len(delivered) < max(minimum, 1) and now < phase.deadline:
+        if len(delivered) < minimum <= possible and now < phase.deadline:
             return
-        if len(delivered) < max(minimum, 1) or not sum(samples) > 0:
+        if len(delivered) < minimum or not sum(samples) > 0:
             self._abort(now, phase, "contributions did not arrive")
             return
         values = coefficients_of(samples)

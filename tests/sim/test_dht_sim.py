@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from swarmtrain_protocols.core import Connect, Effect, PeerId
 from swarmtrain_protocols.dht.events import DhtFound
 from swarmtrain_protocols.dht.kademlia import DhtCore
@@ -164,6 +166,7 @@ def run_dht(seed: int, schedule: list[Fault]) -> tuple[World, str]:
     return world, ""
 
 
+@pytest.mark.slow
 def test_everything_published_is_found_after_trouble() -> None:
     plan = Plan(
         NAMES,

@@ -53,6 +53,7 @@ def long_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swarm, "HEAL_AT_S", 240.0)
 
 
+@pytest.mark.slow
 def test_slow_links_make_it_eager_and_fast_ones_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
     long_phases(monkeypatch)
     modes: list[list[str]] = []

@@ -82,6 +82,7 @@ def test_lookups_converge_to_the_truth() -> None:
         assert closest == network.nearest(target, limits.DHT_K, but=reader.me.peer)
 
 
+@pytest.mark.slow
 def test_records_outlive_a_complete_turnover_of_their_holders() -> None:
     network = Network(3, loss=0.02)
     old = network.grow(30, every_s=0.3)

@@ -49,6 +49,7 @@ def leave(site: Site) -> None:
         client.call("end", {"code": 0})
 
 
+@pytest.mark.slow
 def test_it_rests_outside_its_hours_and_works_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

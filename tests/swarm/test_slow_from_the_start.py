@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarm.delayline import DelayLine
+from tests.swarm.proxy import Proxy
 from tests.swarm.harness import Seat, Swarm, closing_all, poll_until, wait_same_stand
 from tests.swarm.synthetic import Plan, Trainer
 
@@ -18,13 +18,13 @@ def train(seats: list[Seat]) -> list[Trainer]:
     return [Trainer(s.site, plan).start() for s, plan in zip(seats, plans, strict=True)]
 
 
-def behind(line: DelayLine, seat: Seat) -> None:
+def behind(line: Proxy, seat: Seat) -> None:
     line.target_port = int(seat.site.port_path.read_text())
 
 
 def test_a_member_joins_over_five_seconds_one_way_and_trains(tmp_path: Path) -> None:
     """A handshake takes 20 s there, a round about a minute."""
-    line = DelayLine()
+    line = Proxy()
     line.delay_s = 5.0
     with Swarm(tmp_path) as swarm, closing_all(line):
         founder = swarm.found(
@@ -47,7 +47,7 @@ def test_a_member_joins_over_five_seconds_one_way_and_trains(tmp_path: Path) -> 
 
 def test_stewards_a_second_apart_elect_a_leader_and_keep_it(tmp_path: Path) -> None:
     """The round trip is longer than the shortest election timeout: patience has to grow."""
-    lines = [DelayLine() for _ in range(3)]
+    lines = [Proxy() for _ in range(3)]
     with Swarm(tmp_path) as swarm, closing_all(*lines):
         founder = swarm.found(config={"announce": (lines[0].address,)}, start_peers=3, grace_s=60.0)
         behind(lines[0], founder)

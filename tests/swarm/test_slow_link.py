@@ -12,7 +12,7 @@ import torch
 
 from swarmtrain.training.swarm import Swarm as Trainer
 from swarmtrain_peer.events import Record
-from tests.swarm.delayline import DelayLine
+from tests.swarm.proxy import Proxy
 from tests.swarm.harness import Seat, Swarm, closing_all
 
 STEP_S = 0.02
@@ -72,7 +72,7 @@ def by_round(seat: Seat, name: str) -> dict[int, Record]:
 def test_a_slow_link_raises_neither_step_time_nor_hook_time(
     tmp_path: Path, delay_s: float, inner_steps: int
 ) -> None:
-    line = DelayLine()
+    line = Proxy()
     wait_s = 30.0 + 4 * inner_steps * STEP_S
     with Swarm(tmp_path) as swarm, closing_all(line):
         founder = swarm.found(
@@ -122,7 +122,7 @@ def test_a_slow_link_raises_neither_step_time_nor_hook_time(
 @pytest.mark.timeout(300)
 def test_auto_goes_eager_where_the_exchange_is_slow_at_every_member_alike(tmp_path: Path) -> None:
     """Run keys as they are by default, phases of half a second, a link of 40 ms."""
-    line = DelayLine()
+    line = Proxy()
     with Swarm(tmp_path) as swarm, closing_all(line):
         founder = swarm.found(
             overlap="auto",

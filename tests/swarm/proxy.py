@@ -64,6 +64,11 @@ class _Held:
     nbytes: int = 0
 
 
+async def _until(free: Callable[[], bool]) -> None:
+    while not free():  # noqa: ASYNC110, faults are set from other threads
+        await asyncio.sleep(POLL_S)
+
+
 class Proxy:
     """Listens on ``address``; forwards to 127.0.0.1:``target_port``, which may be set later.
 
@@ -136,8 +141,7 @@ class Proxy:
         port = writer.get_extra_info("peername")[1]
         pipe = _Pipe(self._who(port) if self._who is not None else "", writer)
         try:
-            while self._held(pipe, True) or self._held(pipe, False):
-                await asyncio.sleep(POLL_S)
+            await _until(lambda: not (self._held(pipe, True) or self._held(pipe, False)))
             inner, pipe.far = await asyncio.open_connection("127.0.0.1", self.target_port)
         except OSError:
             writer.close()
@@ -165,8 +169,7 @@ class Proxy:
         leaving = asyncio.create_task(self._leave(pipe, line, held, writer, inward))
         try:
             while True:
-                while held.nbytes > HELD_BYTES_MAX:
-                    await asyncio.sleep(POLL_S)
+                await _until(lambda: held.nbytes <= HELD_BYTES_MAX)
                 try:
                     data = await reader.read(PIECE_BYTES)
                 except ConnectionError:
@@ -193,8 +196,7 @@ class Proxy:
         while True:
             due_s, data = await line.get()
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            while self._held(pipe, inward):
-                await asyncio.sleep(POLL_S)
+            await _until(lambda: not self._held(pipe, inward))
             held.nbytes -= len(data)
             if not data:
                 return

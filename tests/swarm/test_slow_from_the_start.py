@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarm.proxy import Proxy
 from tests.swarm.harness import Seat, Swarm, closing_all, poll_until, wait_same_stand
+from tests.swarm.proxy import Proxy
 from tests.swarm.synthetic import Plan, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

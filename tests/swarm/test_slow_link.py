@@ -12,8 +12,8 @@ import torch
 
 from swarmtrain.training.swarm import Swarm as Trainer
 from swarmtrain_peer.events import Record
-from tests.swarm.proxy import Proxy
 from tests.swarm.harness import Seat, Swarm, closing_all
+from tests.swarm.proxy import Proxy
 
 STEP_S = 0.02
 WIDTH = 512

@@ -2,12 +2,14 @@
 
 Nothing is durable before its sync is over. At a crash, what was pending is a matter of luck: a
 prefix of the pending records and any of the pending files may have reached the platter, the rest is
-lost. A torn record fails its checksum when it is read, so tearing equals losing; it is counted.
+lost; a power cut takes all of it. A torn record fails its checksum when it is read, so tearing
+equals losing; it is counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from swarmtrain_protocols.core import Persist
 from swarmtrain_protocols.testing.draws import Stream
@@ -16,13 +18,20 @@ from swarmtrain_protocols.testing.draws import Stream
 class Disk:
     """``records`` and ``files`` survive a crash; ``pending`` may not."""
 
-    def __init__(self, luck: Stream, seen: Counter[str]) -> None:
+    def __init__(self, luck: Stream, seen: Counter[str], now: Callable[[], float]) -> None:
         self.records: list[bytes] = []
         self.files: dict[str, bytes] = {}
         self._pending: list[Persist] = []
         self._pending_files: dict[str, bytes | None] = {}
+        self.full_until = 0.0
         self._luck = luck
         self._seen = seen
+        self._now = now
+
+    @property
+    def full(self) -> bool:
+        """There is no space for anything now."""
+        return self.full_until > self._now()
 
     def append(self, batch: list[Persist]) -> None:
         """Begin to write records; they are durable after ``sync``."""
@@ -33,9 +42,16 @@ class Disk:
         self._keep(len(self._pending))
         self._pending.clear()
 
-    def write(self, name: str, data: bytes | None) -> None:
-        """Begin to replace (or with None to delete) a file; durable after ``sync_file``."""
+    def write(self, name: str, data: bytes | None) -> bool:
+        """Begin to replace (or with None to delete) a file; durable after ``sync_file``.
+
+        False: there is no space for it, and nothing has changed.
+        """
+        if data is not None and self.full:
+            self._seen["disk:no-space"] += 1
+            return False
         self._pending_files[name] = data
+        return True
 
     def sync_file(self, name: str) -> None:
         """The pending version of ``name`` is durable now (written aside and renamed: atomic)."""
@@ -48,8 +64,24 @@ class Disk:
             return self._pending_files[name]
         return self.files.get(name)
 
-    def crash(self) -> None:
-        """Lose, keep or tear what was not synced, by seed."""
+    def rot(self, luck: Stream) -> str:
+        """Flip one bit of one stored file; its name, or '' if there is none."""
+        names = [name for name in sorted(self.files) if self.files[name]]
+        if not names:
+            return ""
+        name = names[luck.integer(len(names))]
+        broken = bytearray(self.files[name])
+        broken[luck.integer(len(broken))] ^= 1 << luck.integer(8)
+        self.files[name] = bytes(broken)
+        return name
+
+    def crash(self, *, unsynced: bool = True) -> None:
+        """Lose, keep or tear what was not synced, by seed; with ``unsynced`` False lose all."""
+        if not unsynced:
+            self._seen["disk:lost"] += bool(self._pending)
+            self._seen["disk:file-lost"] += bool(self._pending_files)
+            self._pending.clear()
+            self._pending_files.clear()
         if self._pending:
             kept = self._luck.integer(len(self._pending) + 1)
             self._keep(kept)

@@ -3,22 +3,35 @@
 | kind      | a     | b       | for ``duration_s``                                             |
 | --------- | ----- | ------- | -------------------------------------------------------------- |
 | crash     | site  |         | kill -9; restarts after that time                              |
+| power     | site  |         | power cut: nothing unsynced survives, nobody is told; restarts |
 | vanish    | site  |         | never comes back, disk and all; others notice only by silence  |
 | pause     | site  |         | SIGSTOP; everything fires on resume                            |
+| sleep     | site  |         | the same, and its monotonic clock stands still                 |
 | cut       | site  | site    | both directions                                                |
 | cut1      | site  | site    | only a → b                                                     |
 | isolate   | site  |         | all links of a, both ways                                      |
 | split     | a,b,c |         | these against all others, both ways                            |
+| flap      | site  |         | all its links go down and up, ``FLAP_S`` each                  |
 | slow      | site  |         | latency of all its links × ``SLOW_FACTOR``                     |
+| slownode  | site  |         | each event takes ``SLOW_EVENT_S`` of its only processor        |
 | lossy     | site  |         | its links lose ``LOSSY`` of what is sent (or reset)            |
 | duplicate | site  |         | its links deliver ``LOSSY`` of messages twice (datagrams)      |
+| reorder   | site  |         | its links hold ``LOSSY`` of messages back (datagrams)          |
+| tail      | site  |         | heavy-tailed delays on its links (Pareto, ``TAIL_SHAPE``)      |
+| noisy     | site  |         | bits flip on its links: a chunk is corrupt, a message a reset  |
 | slowdisk  | site  |         | syncs take up to ``SLOW_SYNC_S``                               |
-| aim-crash | site  | trigger | crash right after the next effect of that kind                 |
-| aim-cut   | site  | trigger | isolate right after the next effect of that kind               |
-| aim-pause | site  | trigger | pause right after the next effect of that kind                 |
+| diskfull  | site  |         | nothing can be written                                         |
+| rot       | site  |         | a bit flips in one of its stored files (no time)               |
+| flip      | site  |         | a bit flips in the state that it holds in memory (no time)     |
+| wall      | site  | seconds | its wall clock is set by so much (no time)                     |
+| drift     | site  | rate    | its monotonic clock runs at that rate                          |
+| jump      | site  |         | its monotonic clock jumps ahead by ``duration_s``              |
+| aim-KIND  | site  | trigger | any kind of one site, right after the trigger                  |
 
-Triggers are ``persist``, ``synced``, ``fetch``, ``send:TAG``, ``emit:CLASS`` and ``do:CLASS``:
-faults aimed at a state find in ten schedules what random times do not find in thousands.
+Instead of the name of a site, ``a`` may be a role: ``@leader``, ``@owner0`` (of part 0 of the open
+attempt), ``@steward``, ``@member``: the first site that has it then. ``aims`` says what a
+trigger is. Faults aimed at a state find in ten schedules what random times do not find in
+thousands.
 """
 
 from __future__ import annotations
@@ -31,6 +44,15 @@ from swarmtrain_protocols.testing.draws import Stream
 SLOW_FACTOR = 20.0
 LOSSY = 0.3
 SLOW_SYNC_S = 2.0
+SLOW_EVENT_S = (0.01, 0.1)
+FLAP_S = (0.1, 2.0)
+REORDER_S = 3.0
+NOISY = 0.1
+TAIL_SHAPE = 1.1
+TAIL_SCALE_S = 0.05
+TAIL_MAX_S = 8.0
+WALL_STEPS_S = (-3600.0, -1.0, 1.0, 3600.0)
+DRIFT_RATES = (0.8, 0.99, 1.01, 1.25)
 
 PLAIN_KINDS = (
     "crash",
@@ -48,6 +70,13 @@ PLAIN_KINDS = (
     "vanish",
 )
 AIMED_KINDS = ("aim-crash", "aim-crash", "aim-cut", "aim-pause")
+MORE_KINDS = (
+    *("power", "sleep", "flap", "slownode", "reorder", "tail", "noisy"),
+    *("wall", "drift", "jump"),
+)
+"""Kinds that any world can have; drawn beside ``Plan.kinds``, from a row of draws of their own."""
+STRIKES = ("crash", "power", "isolate", "pause")
+"""What an aimed fault of a role may be."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,6 +107,11 @@ class Plan:
     vanish_max: int = 0
     vanishable: tuple[str, ...] = ()
     durations_s: tuple[float, ...] = field(default=(0.3, 1.0, 3.0, 8.0))
+    more: tuple[str, ...] = ()
+    more_max: int = 4
+    aims: tuple[tuple[str, str], ...] = ()
+    """(role, trigger) of aimed faults at a state; drawn with ``more``."""
+    aims_share: float = 0.3
 
 
 def generate(seed: int, plan: Plan) -> list[Fault]:
@@ -96,7 +130,46 @@ def generate(seed: int, plan: Plan) -> list[Fault]:
             else:
                 gone.append(item.a)
         found.append(item)
-    return sorted(found)
+    return sorted(found + _more(seed, plan, bool(gone)))
+
+
+def _more(seed: int, plan: Plan, gone: bool) -> list[Fault]:
+    """Faults of the kinds in ``plan.more`` and of ``plan.aims``.
+
+    Their draws are their own: the older part of a seed's schedule stays what it always was. One
+    site at most loses data, so ``rot`` and ``flip`` exclude each other and ``vanish``.
+    """
+    luck = Stream(seed, "more faults")
+    kinds = [kind for kind in plan.more if luck.chance(0.5)]
+    found: list[Fault] = []
+    for _ in range(luck.integer(plan.more_max + 1)):
+        item = _another(luck, plan, kinds)
+        spoils = item is not None and item.kind in {"rot", "flip"}
+        if item is None or (spoils and gone):
+            continue
+        gone = gone or spoils
+        found.append(item)
+    return found
+
+
+def _another(luck: Stream, plan: Plan, kinds: Sequence[str]) -> Fault | None:
+    at_s = round(luck.between(plan.start_s, plan.end_s), 3)
+    duration_s = plan.durations_s[luck.integer(len(plan.durations_s))]
+    duration_s = round(duration_s * luck.between(0.5, 1.5), 3)
+    name = plan.names[luck.integer(len(plan.names))]
+    choice, number = luck.uniform(), luck.uniform()
+    if plan.aims and choice < plan.aims_share:
+        role, trigger = plan.aims[int(number * len(plan.aims))]
+        kind = "aim-" + STRIKES[luck.integer(len(STRIKES))]
+        return Fault(at_s, kind, role, trigger, duration_s)
+    if not kinds:
+        return None
+    kind, value = kinds[int(number * len(kinds))], ""
+    if kind == "wall":
+        value = str(WALL_STEPS_S[luck.integer(len(WALL_STEPS_S))])
+    elif kind == "drift":
+        value = str(DRIFT_RATES[luck.integer(len(DRIFT_RATES))])
+    return Fault(at_s, kind, name, value, duration_s)
 
 
 def _one(luck: Stream, plan: Plan, kinds: Sequence[str]) -> Fault:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from swarmtrain_protocols import core
-from swarmtrain_protocols.core import Effect, PeerId
+from swarmtrain_protocols import core, limits
+from swarmtrain_protocols.core import Effect, PeerId, Persist
+from swarmtrain_protocols.testing.aims import labels_of
+from swarmtrain_protocols.testing.clock import HostClock
 from swarmtrain_protocols.testing.disk import Disk
 from swarmtrain_protocols.testing.draws import Stream, generator
-from swarmtrain_protocols.testing.faults import SLOW_SYNC_S, Fault
+from swarmtrain_protocols.testing.faults import SLOW_EVENT_S, SLOW_SYNC_S, Fault
 from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
 
 if TYPE_CHECKING:
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 
 SPINS_MAX = 200
 """Ticks without progress of time after which a core is said to spin."""
-CLOCK_OFFSET_S_MAX = 1e5
-CLOCK_DRIFT_MAX = 2e-4
-WALL_START_S = 1_800_000_000.0
-WALL_SKEW_S_MAX = 20.0
 
 Completion = tuple[float, Callable[[float], None]]
 
@@ -93,9 +91,13 @@ class Host:
         self.incarnation = 0
         self.alive = False
         self.vanished = False
+        self.dark = False
+        """Off, so that nobody is told why it does not answer."""
         self.paused_until = 0.0
+        self.asleep_until = 0.0
+        self.slow_until = 0.0
         self.node: Any = None
-        self.disk = Disk(Stream(world.seed, name, "disk"), world.seen)
+        self.disk = Disk(Stream(world.seed, name, "disk"), world.seen, lambda: world.now)
         self.fetches: dict[int, Transfer] = {}
         self.armed: list[Fault] = []
         self.slow_disk_until = 0.0
@@ -107,11 +109,12 @@ class Host:
         self._spins = 0
         self._spin_at = -1.0
         self._sync_luck = Stream(world.seed, name, "sync")
-        luck = Stream(world.seed, name, "clock")
-        self._offset_s = luck.between(0.0, CLOCK_OFFSET_S_MAX)
-        self._rate = 1.0 + luck.between(-CLOCK_DRIFT_MAX, CLOCK_DRIFT_MAX)
-        self._wall_skew_s = luck.between(-WALL_SKEW_S_MAX, WALL_SKEW_S_MAX)
-        self._last_local = 0.0
+        self._work_luck = Stream(world.seed, name, "work")
+        self.clock = HostClock(Stream(world.seed, name, "clock"))
+        self._busy_until = 0.0
+        self._waiting: list[Persist] = []
+        self._full_since: float | None = None
+        self._gave_notice = False
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -119,6 +122,7 @@ class Host:
         """Start the process from what is durable."""
         assert not self.alive and not self.vanished
         self.alive = True
+        self.dark = False
         self.world.trace.record(self.world.now, self.name, "boot", str(self.incarnation).encode())
         context = Context(
             name=self.name,
@@ -128,7 +132,7 @@ class Host:
             disk=self.disk,
             rng=generator(self.world.seed, self.name, str(self.incarnation)),
             now=self.local_now(),
-            wall_s=WALL_START_S + self.world.now + self._wall_skew_s,
+            wall_s=self.clock.wall_s(self.world.now),
             incarnation=self.incarnation,
             peers=self.world.peers,
         )
@@ -139,8 +143,8 @@ class Host:
         self.world.guarded(self, build)
         self.settle()
 
-    def kill(self) -> None:
-        """Like kill -9: no clean-up, and everything volatile is lost."""
+    def kill(self, *, unsynced: bool = True) -> None:
+        """Like kill -9: no clean-up, and everything volatile is lost; see ``Disk.crash``."""
         assert self.alive
         self.world.trace.record(self.world.now, self.name, "kill")
         self.alive = False
@@ -149,10 +153,39 @@ class Host:
         self._queue.clear()
         self._syncing = False
         self.fetches.clear()
-        self.disk.crash()
+        self.disk.crash(unsynced=unsynced)
+        self._waiting.clear()
+        self._full_since, self._gave_notice = None, False
         self._tick_at = math.inf
         self._tick_number += 1
-        self.paused_until = 0.0
+        self._wake(self.world.now)
+        self.paused_until = self._busy_until = 0.0
+
+    def well(self, now: float) -> None:
+        """The world is healed: nothing is slow, full, armed or wrong here any more."""
+        self.armed.clear()
+        self.slow_disk_until = self.slow_until = 0.0
+        self._wake(now)
+        self.clock.run_at(now, 1.0)
+        self.disk.full_until = 0.0
+        if self.alive and self.node is not None:
+            self.retime()
+
+    def _wake(self, now: float) -> None:
+        """It sleeps no longer; what it would have slept more is no time for its clock either."""
+        if self.asleep_until > now:
+            self.clock.jump(self.asleep_until - now)
+        self.asleep_until = 0.0
+
+    @property
+    def held_until(self) -> float:
+        """Until when everything that happens to this machine waits."""
+        return max(self.paused_until, self._busy_until)
+
+    def worked(self) -> None:
+        """An event was handled; on a slow machine the next one waits its turn."""
+        if self.slow_until > self.world.now:
+            self._busy_until = self.world.now + self._work_luck.between(*SLOW_EVENT_S)
 
     @property
     def running(self) -> bool:
@@ -168,12 +201,20 @@ class Host:
 
     def local_now(self) -> float:
         """This machine's monotonic clock; each has its own zero and drift."""
-        local = self._offset_s + self.world.now * self._rate
-        self._last_local = max(self._last_local, local)
-        return self._last_local
+        return self.clock.local_s(self.world.now)
 
-    def _world_time(self, local: float) -> float:
-        return (local - self._offset_s) / self._rate
+    def retime(self) -> None:
+        """Something happened to the clock: timers go by what it shows from now on."""
+        self._tick_at = math.inf
+        if self.alive:
+            self._set_timer()
+
+    def tell_wall(self) -> None:
+        """The wall clock was set; nodes that care look at it now and then."""
+        told = getattr(self.node, "wall_set", None)
+        if told is not None:
+            self.world.guarded(self, told, self.local_now(), self.clock.wall_s(self.world.now))
+            self.settle()
 
     # --- calls into the node ---------------------------------------------------------------------
 
@@ -211,19 +252,62 @@ class Host:
 
     def _next_effect(self) -> None:
         effect = self._queue.popleft()
-        if isinstance(effect, core.Persist):
+        if isinstance(effect, Persist):
             batch = [effect]
-            while self._queue and isinstance(self._queue[0], core.Persist):
+            while self._queue and isinstance(self._queue[0], Persist):
                 following = self._queue.popleft()
-                assert isinstance(following, core.Persist)
+                assert isinstance(following, Persist)
                 batch.append(following)
-            self._syncing = True
-            self.disk.append(batch)
-            self.world.after(self._sync_delay_s(), self, self._synced)
-            self.hit("persist")
+            self._persist(batch)
+            self._done("persist", *batch)
             return
-        label = self.world.execute(self, effect)
+        self._done(self.world.execute(self, effect), effect)
+
+    def _done(self, label: str, *effects: Effect) -> None:
+        """Effects were carried out: is a fault aimed at that?"""
         self.hit(label)
+        if self.world.trouble.aims:
+            for effect in effects:
+                for name in labels_of(effect):
+                    if self.alive:
+                        self.world.trouble.hit(self, name)
+
+    # --- the record file, as ``swarmtrain_peer.journal`` treats it -------------------------------
+
+    def _persist(self, batch: list[Persist]) -> None:
+        self._waiting += batch
+        if self._full_since is None:
+            self._write()
+        else:
+            self._look_who_waits()
+
+    def _write(self) -> None:
+        """Begin to write what waits; without space, try again later."""
+        if self.disk.full:
+            self.world.seen["disk:full"] += 1
+            self._full_since = self._full_since or self.world.now
+            self.world.after(limits.DISK_FULL_RETRY_S, self, self._write)
+            self._look_who_waits()
+            return
+        self._full_since = None
+        self._syncing = True
+        self.disk.append(self._waiting)
+        self._waiting = []
+        self.world.after(self._sync_delay_s(), self, self._synced)
+
+    def _look_who_waits(self) -> None:
+        """What others rely on holds back all that follows; the rest is written later."""
+        assert self._full_since is not None
+        was_blocked = self._syncing
+        self._syncing = any(item.relied for item in self._waiting)
+        self.world.seen["disk:full-relied"] += self._syncing
+        if self._syncing and self.world.now - self._full_since >= limits.DISK_FULL_PATIENCE_S:
+            if not self._gave_notice:
+                self._gave_notice = True
+                self.world.seen["disk:gave-notice"] += 1
+                self.world.network.close_all(self)
+        elif was_blocked and not self._syncing:
+            self.settle()
 
     def _sync_delay_s(self) -> float:
         model = self.world.model
@@ -233,28 +317,28 @@ class Host:
 
     def _synced(self) -> None:
         self.disk.sync()
-        self._syncing = False
+        self._syncing = self._gave_notice = False
         self.world.trace.record(self.world.now, self.name, "synced")
-        self.hit("synced")
+        self._done("synced", "synced")
         if self.alive:
             self.settle()
 
     def hit(self, label: str) -> None:
         """Fire a fault that is aimed at what this host has just done."""
-        if not self.armed:
-            return
         for item in self.armed:
             if item.b == label:
                 self.armed.remove(item)
                 self.world.fire(item)
-                return
+                break
+        if self.world.trouble.aims and self.alive:
+            self.world.trouble.hit(self, label)
 
     # --- timer -----------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
-        wanted = self._world_time(self.node.deadline())
-        if wanted >= self._tick_at:
-            return
+        wanted = self.clock.world_s(self.node.deadline())
+        if wanted >= self._tick_at or self._gave_notice:
+            return  # a site whose disk is full and whom others wait for stands still
         self._tick_at = max(wanted, self.world.now)
         self._tick_number += 1
         self.world.at(self._tick_at, self, self._timer, self._tick_number)
@@ -264,10 +348,11 @@ class Host:
             return
         self._tick_at = math.inf
         deadline = self.node.deadline()
-        if self._world_time(deadline) > self.world.now + 1e-9:
+        if self.clock.world_s(deadline) > self.world.now + 1e-9 or self._gave_notice:
             self._set_timer()
             return
-        self._last_local = max(self.local_now(), deadline)
+        self.local_now()
+        self.clock.reach(deadline)
         self._count_spins()
         self.world.trace.record(self.world.now, self.name, "tick")
         self.call("tick")

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.testing.draws import Stream, exponential
-from swarmtrain_protocols.testing.faults import LOSSY, SLOW_FACTOR
+from swarmtrain_protocols.testing.faults import (
+    LOSSY,
+    NOISY,
+    REORDER_S,
+    SLOW_FACTOR,
+    TAIL_MAX_S,
+    TAIL_SCALE_S,
+    TAIL_SHAPE,
+)
 from swarmtrain_protocols.testing.keyring import peer_id_of
 
 if TYPE_CHECKING:
@@ -162,7 +170,7 @@ class Network:
                 self._transmit(connection, a, b, packet)
 
     def trouble(self, kind: str, host: str, change: int) -> None:
-        """Begin (+1) or end (-1) slow, lossy or duplicate times of all links of a host."""
+        """Begin (+1) or end (-1) times of some kind of trouble on all links of a host."""
         self._trouble[kind, host] = self._trouble.get((kind, host), 0) + change
 
     def heal(self) -> None:
@@ -231,6 +239,12 @@ class Network:
         if connection is not None and connection.state[a.name] == "up":
             self._end(connection, a.name)
 
+    def close_all(self, a: Host) -> None:
+        """End every connection that ``a`` has."""
+        for pair, connection in sorted(self._connections.items()):
+            if a.name in pair and connection.state[a.name] == "up":
+                self._end(connection, a.name)
+
     def died(self, host: Host, *, silent: bool) -> None:
         """The process of ``host`` is gone: its kernel says so, or (``silent``) nobody does."""
         self.forget_addresses(host)
@@ -295,7 +309,9 @@ class Network:
         loss = LOSSY if self._has("lossy", a, b) else model.loss
         if stream and (model.mode == "datagram" or loss == LOSSY):
             loss /= 20.0  # a reset takes much more with it than one datagram
-        if lost < loss and packet.kind != "fin":
+        flipped = self._flipped(a, b, packet)
+        if (lost < loss and packet.kind != "fin") or flipped:
+            self.world.seen["net:flipped"] += flipped
             if stream:
                 self.world.seen["net:reset"] += 1
                 self._reset(connection, a, b)
@@ -303,7 +319,7 @@ class Network:
                 self.world.seen["net:lost"] += 1
             return
         at_s = self.world.now + packet.extra_s + self._latency_s(a, b, uniform, tail)
-        at_s = max(at_s, connection.opens_at[b])
+        at_s = max(at_s + self._held_back_s(a, b, packet, stream), connection.opens_at[b])
         if stream and not packet.bulk:
             at_s = connection.last[a] = max(at_s, connection.last[a] + ORDER_GAP_S)
         self._schedule(connection, b, packet, at_s)
@@ -312,6 +328,33 @@ class Network:
             self.world.seen["net:doubled"] += 1
             late, _, _, much = self._stream(a, b, "double").four()
             self._schedule(connection, b, packet, at_s + DOUBLE_S_MAX * late * (much < 0.5))
+
+    def _flipped(self, a: str, b: str, packet: Packet) -> bool:
+        """A flipped bit fails the frame's authentication: the link ends, or the datagram is gone.
+
+        Chunks are looked at where they arrive (``transfers``).
+        """
+        if packet.kind != "message" or not self.noisy(a, b):
+            return False
+        return self._stream(a, b, "noise").chance(NOISY)
+
+    def noisy(self, a: str, b: str) -> bool:
+        """Bits flip between the two."""
+        return self._has("noisy", a, b)
+
+    def _held_back_s(self, a: str, b: str, packet: Packet, stream: bool) -> float:
+        """Seconds by which a packet comes later than others do."""
+        late_s = 0.0
+        if self._has("tail", a, b):
+            uniform = self._stream(a, b, "tail").uniform()
+            late_s = min(TAIL_MAX_S, TAIL_SCALE_S * ((1.0 - uniform) ** (-1.0 / TAIL_SHAPE) - 1.0))
+            self.world.seen["net:tail"] += late_s > 1.0
+        if packet.kind == "message" and not stream and self._has("reorder", a, b):
+            held, much, _, _ = self._stream(a, b, "reorder").four()
+            if held < LOSSY:
+                self.world.seen["net:held-back"] += 1
+                late_s += REORDER_S * much
+        return late_s
 
     def _schedule(self, connection: Connection, b: str, packet: Packet, at_s: float) -> None:
         host = self.world.hosts[b]
@@ -364,7 +407,7 @@ class Network:
         def arrived() -> None:
             shut = self.is_cut(a.name, b.name) or self.is_cut(b.name, a.name)
             if b.name in self.unreachable or not b.alive:
-                wait_s = timeout_s if shut or b.vanished else back_s
+                wait_s = timeout_s if shut or b.dark else back_s
                 self.world.after(wait_s, None, self._dial_failed, a, b, dial)
             elif shut or b.paused_until > self.world.now:
                 self.world.after(timeout_s, None, self._dial_failed, a, b, dial)

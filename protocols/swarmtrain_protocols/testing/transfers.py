@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from swarmtrain_protocols import core, merkle
 from swarmtrain_protocols.rounds.effects import SnapshotLeaves
 from swarmtrain_protocols.testing.draws import Stream
+from swarmtrain_protocols.testing.faults import NOISY
 from swarmtrain_protocols.testing.network import Packet
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class Transfers:
 
     def _check(self, provider: Host, blob: merkle.Blob, effect: core.Fetch) -> None:
         """An honest node must never offer bytes that do not belong to the root."""
+        if provider.name in self.world.trouble.spoilt:
+            return  # a bit has flipped there: whoever fetches looks at every chunk
         fresh = merkle.Blob.of(blob.chunks)
         if not fresh.root == blob.root == effect.root:
             self.world.violation("blob", f"{provider.name} provides bytes that do not fit the root")
@@ -124,7 +127,8 @@ class Transfers:
             self._done(asker, effect, leaves)
             return
         luck = self._luck.setdefault(asker.name, Stream(self.world.seed, asker.name, "corrupt"))
-        if luck.chance(self.world.model.corrupt):
+        noisy = self.world.network.noisy(transfer.provider, asker.name)
+        if luck.chance(max(self.world.model.corrupt, NOISY if noisy else 0.0)):
             index = luck.integer(len(chunks))
             place = luck.integer(max(1, len(chunks[index])))
             broken = bytearray(chunks[index])
@@ -140,6 +144,8 @@ class Transfers:
         del asker.fetches[effect.ticket]
         data = b"".join(chunks)
         self.world.trace.record(self.world.now, asker.name, "fetched", data)
+        if self.world.trouble.aims:
+            self.world.trouble.hit(asker, "fetched")
         self.world.seen["fetch:done"] += 1
         self.world.guarded(asker, asker.node.accept, effect.purpose, effect.first, chunks)
         asker.call("fetched", effect.ticket)

@@ -9,18 +9,18 @@ from __future__ import annotations
 import heapq
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from swarmtrain_protocols import core, messages
 from swarmtrain_protocols.core import Effect, PeerId
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.testing import transfers
-from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.host import Context, Factory, Host, Node
 from swarmtrain_protocols.testing.network import Network, NetworkModel, Packet
 from swarmtrain_protocols.testing.trace import Trace
+from swarmtrain_protocols.testing.trouble import Trouble
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.checkers import Checker
@@ -65,10 +65,10 @@ class World:
         self.checkers: list[Checker] = []
         self.network = Network(self, strict_addresses)
         self.transfers = transfers.Transfers(self)
+        self.trouble = Trouble(self)
         self.healed = False
         self._heap: list[tuple[float, int, Host | None, int, Callable[..., None], Any]] = []
         self._sequence = 0
-        self._fault_luck = Stream(seed, "fault details")
 
     # --- building --------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class World:
     def plan(self, schedule: Iterable[Fault]) -> None:
         """Let the faults of a schedule happen at their times."""
         for item in sorted(schedule):
-            self.at(item.at_s, None, self._begin, item)
+            self.at(item.at_s, None, self.trouble.begin, item)
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -118,12 +118,16 @@ class World:
             if host is not None:
                 if host.incarnation != incarnation or not host.alive:
                     continue
-                if host.paused_until > time_s:
-                    self.at(host.paused_until, host, call, *args)
+                if host.held_until > time_s:
+                    self.at(host.held_until, host, call, *args)
                     continue
             if self.trace.events > EVENTS_MAX:
                 self.violation("events", f"more than {EVENTS_MAX} events")
             call(*args)
+            if host is not None:
+                host.worked()
+                if self.trouble.aims:
+                    self.trouble.hit(host, "event")
             if stop is not None and stop():
                 return True
         self.now = max(self.now, until_s)
@@ -151,13 +155,21 @@ class World:
                 f"exception {type(error).__name__}", f"t={self.now:.4f} in {host.name}:\n{text}"
             ) from error
 
-    def crash(self, name: str, *, restart_s: float | None, silent: bool = False) -> None:
-        """Kill a process; it starts again from its disk after ``restart_s`` (None: never)."""
+    def crash(
+        self, name: str, *, restart_s: float | None, silent: bool = False, unsynced: bool = True
+    ) -> None:
+        """Kill a process; it starts again from its disk after ``restart_s`` (None: never).
+
+        Args:
+            silent: the machine is off, and nobody is told.
+            unsynced: what was not synced may have reached the disk, as the seed says.
+        """
         host = self.hosts[name]
         if not host.alive:
             return
-        host.kill()
+        host.kill(unsynced=unsynced)
         host.vanished = restart_s is None
+        host.dark = silent
         self.network.died(host, silent=silent)
         for checker in self.checkers:
             checker.crashed(self, host)
@@ -167,11 +179,11 @@ class World:
     def heal(self) -> None:
         """End all trouble: links, weather, stopped and crashed processes (not the vanished)."""
         self.healed = True
+        self.trouble.aims.clear()
         self.network.heal()
         self.model = self.model.healed()
         for host in self.hosts.values():
-            host.armed.clear()
-            host.slow_disk_until = 0.0
+            host.well(self.now)
             resume_s, host.paused_until = host.paused_until, min(host.paused_until, self.now)
             if resume_s > self.now:
                 self._hasten(host, resume_s)
@@ -188,75 +200,7 @@ class World:
 
     def fire(self, item: Fault) -> None:
         """An aimed fault has met its moment."""
-        self.seen["fault:" + item.kind] += 1
-        self.seen[f"aim:{item.b}"] += 1
-        host = self.hosts[item.a]
-        if item.kind == "aim-crash":
-            self.crash(item.a, restart_s=item.duration_s)
-        elif item.kind == "aim-vanish":
-            self.crash(item.a, restart_s=None, silent=True)
-        elif item.kind == "aim-cut":
-            self._cut_for(self._pairs([item.a]), item.duration_s)
-        else:
-            assert item.kind == "aim-pause", item
-            self._pause(host, item.duration_s)
-
-    def _begin(self, item: Fault) -> None:
-        if self.healed:
-            return
-        names = item.a.split(",")
-        hosts = [self.hosts[name] for name in names]
-        host, duration_s = hosts[0], item.duration_s
-        self.trace.record(self.now, item.a, "fault " + item.kind)
-        if item.kind.startswith("aim-"):
-            if host.alive:
-                host.armed.append(item)
-            return
-        if item.kind in {"crash", "vanish", "pause", "slowdisk"} and not host.running:
-            return
-        self.seen["fault:" + item.kind] += 1
-        if item.kind == "crash":
-            self.crash(host.name, restart_s=duration_s)
-        elif item.kind == "vanish":
-            self.crash(host.name, restart_s=None, silent=True)
-        elif item.kind == "pause":
-            self._pause(host, duration_s)
-        elif item.kind == "slowdisk":
-            host.slow_disk_until = self.now + duration_s
-        elif item.kind == "cut":
-            self._cut_for([(item.a, item.b), (item.b, item.a)], duration_s)
-        elif item.kind == "cut1":
-            self._cut_for([(item.a, item.b)], duration_s)
-        elif item.kind in {"isolate", "split"}:
-            self._cut_for(self._pairs(names), duration_s)
-        else:
-            assert item.kind in {"slow", "lossy", "duplicate"}, item
-            self.network.trouble(item.kind, host.name, +1)
-            self.after(duration_s, None, self._trouble_over, item.kind, host.name)
-
-    def _pause(self, host: Host, duration_s: float) -> None:
-        host.paused_until = self.now + duration_s
-        self.trace.record(self.now, host.name, "pause")
-        self.network.paused(host, host.paused_until)
-
-    def _pairs(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        others = [name for name in self.hosts if name not in names]
-        inside = [name for name in self.hosts if name in names]
-        return [pair for a in inside for b in others for pair in ((a, b), (b, a))]
-
-    def _cut_for(self, pairs: Sequence[tuple[str, str]], duration_s: float) -> None:
-        for a, b in pairs:
-            self.network.cut(a, b)
-        self.after(duration_s, None, self._mend, pairs)
-
-    def _mend(self, pairs: Sequence[tuple[str, str]]) -> None:
-        if not self.healed:
-            for a, b in pairs:
-                self.network.mend(a, b)
-
-    def _trouble_over(self, kind: str, name: str) -> None:
-        if not self.healed:
-            self.network.trouble(kind, name, -1)
+        self.trouble.fire(item, self.hosts[item.a])
 
     def _boot(self, host: Host) -> None:
         if not host.alive and not host.vanished:
@@ -325,6 +269,8 @@ class World:
             def arrive(target: Host) -> None:
                 self.trace.record(self.now, target.name, "receive " + host.name, data)
                 target.receive(host.peer, decoded)
+                if self.trouble.aims:
+                    self.trouble.hit(target, "receive:" + tag)
 
             self.network.send(host, other, Packet("message", data, arrive))
         return "send:" + tag

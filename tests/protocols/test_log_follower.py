@@ -18,6 +18,7 @@ from swarmtrain_protocols.messages.log import (
 )
 from tests.protocols.log_world import (
     KeyedHash,
+    Site,
     World,
     instant,
 )
@@ -77,6 +78,30 @@ def test_a_follower_changes_a_silent_source_and_serves_others_itself() -> None:
         world.run(0.25)
     assert world.sites["d"].shown.index >= len(world.oracle.truth) - 6
     assert world.sites["d"].core.source == world.sites["b"].id  # type: ignore[union-attr]
+
+
+def test_followers_of_a_dead_leader_ask_stewards_and_not_each_other() -> None:
+    """Two that fed each other heard of no new leader until both had found the other stale."""
+    world = World(13, "abcdefgh", hints=3).settled("abc")
+    followers = [world.sites[name].core for name in "defgh"]
+
+    def know(leader: Site) -> bool:
+        return all(core is not None and core.leader == leader.id for core in followers)
+
+    for _ in range(6):
+        first = world.leader()
+        assert first is not None and world.run(5.0, lambda site=first: know(site))  # type: ignore[misc]
+        world.run(1.0)
+        first.crash()
+        for other in (site for site in world.sites.values() if site is not first):  # all of them notice
+            world.at(world.now + 0.05, first._broken, other, other.life)
+        assert world.run(5.0, lambda: world.leader() is not None)
+        second = world.leader()
+        assert second is not None
+        limit_s = second.core.timeouts.heartbeat_s  # type: ignore[union-attr]
+        assert world.run(limit_s, lambda site=second: know(site))  # type: ignore[misc]
+        first.start()
+        world.propose()
 
 
 @pytest.mark.parametrize("what", ["entry", "signature", "nobody", "stranger", "term"])

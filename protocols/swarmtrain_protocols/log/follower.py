@@ -107,10 +107,16 @@ class Follower:
             self._ask(self.source)
 
     def _candidates(self) -> list[PeerId]:
-        """Where to subscribe, the best first, those with a link before those without."""
+        """Where to subscribe, the best first, those with a link before those without.
+
+        Who was fed begins with the stewards again when its source is gone: two followers that
+        fed each other would hear nothing new until both found their source stale.
+        """
         s = self._s
         view = s.log.view
         voters = () if view is None else view.everyone()
+        first = s.me[0] % max(1, len(voters))  # the followers of a dead leader spread over the rest
+        voters = (*voters[first:], *voters[:first])
         leader = () if s.leader is None else (s.leader,)
         if s.superseded is not None:
             leader = (PeerId(s.superseded.steward),)
@@ -223,8 +229,8 @@ class Follower:
         self._collect(peer, m)
         if s.halted or peer != self.source:
             return
-        if s.log.commit + 1 >= m.length:
-            s.felt(m.pulse)  # a pulse is passed on only with the news that came before it
+        if s.log.commit + 1 >= m.length and s.felt(m.pulse):  # only with the news before it
+            self._turn = 0
         if m.snapshot is not None:
             self._snapshots.on_certificate(peer, m.snapshot)
         have = s.log.commit + 1 + len(self._align())

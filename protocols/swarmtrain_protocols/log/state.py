@@ -112,10 +112,12 @@ class LogState:
         log = self.log
         return any(v is not None and v.trusts(peer) for v in (log.view, log.committed_view))
 
-    def felt(self, pulse: tuple[int, int]) -> None:
-        """Remember the newest pulse of a leader, and when it was new here."""
-        if pulse > self.pulse:
-            self.pulse, self.pulse_at = pulse, self.now
+    def felt(self, pulse: tuple[int, int]) -> bool:
+        """Remember the newest pulse of a leader, and when it was new here; True if it is new."""
+        if pulse <= self.pulse:
+            return False
+        self.pulse, self.pulse_at = pulse, self.now
+        return True
 
     def set_leader(self, leader: PeerId | None, term: int) -> None:
         """Remember who leads, and tell if that is news."""

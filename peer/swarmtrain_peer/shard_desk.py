@@ -13,6 +13,7 @@ from swarmtrain_peer import host
 from swarmtrain_peer.control import ControlConnection
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, QuorumLost, RunMismatch
 from swarmtrain_protocols.messages.common import Span, Spans
 from swarmtrain_protocols.messages.member import Propose
@@ -149,14 +150,18 @@ def _pairs(spans: Spans) -> list[list[int]]:
 
 
 def claiming(offer: Offer, args: Document) -> Offer:
-    """``offer`` with the claims of its hand-over.
+    """``offer`` with the claims of its hand-over, and with what an earlier one returned (08 §2.8).
 
     Raises:
-        LocalProtocolError: they are no pairs of whole numbers.
+        LocalProtocolError: they are no pairs of whole numbers, or no samples of so many phases.
     """
     try:
         pairs = [(int(first), int(count)) for first, count in args.get("claims") or ()]
+        carried, age = float(args.get("carried") or 0.0), int(args.get("age") or 0)
     except (TypeError, ValueError) as error:
         raise LocalProtocolError("claims of a hand-over", str(error)) from None
+    if not 0.0 <= carried <= limits.SAMPLES_MAX or age < 0:
+        raise LocalProtocolError("a hand-over", f"it carries {carried} samples of {age} phases")
     offer.claims = tuple(Span(first, count) for first, count in pairs)
+    offer.samples, offer.age = offer.samples + carried, age
     return offer

@@ -162,7 +162,7 @@ class Contributor(msgspec.Struct, frozen=True, array_like=True):
     base_round: Count
     claims: Spans = ()
     discount: float = 1.0
-    """Declared for one that is late (08 §2.8), 1 for one in time."""
+    """Declared for one that is late, or of several phases (08 §2.8); 1 for one in time."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):

@@ -94,6 +94,16 @@ class InFlight:
     seq: int
     args: Document
 
+    @property
+    def content(self) -> tuple[float, int]:
+        """Samples of all phases in it, and how many phases that are."""
+        fresh, carried = float(self.args["samples"]), float(self.args["carried"])
+        samples = fresh + carried
+        return samples, int(self.args["age"]) + 1 if samples else 0
+
+
+NOTHING = (0.0, 0)
+
 
 class Phase:
     """One channel. All methods run on the training thread.
@@ -134,6 +144,8 @@ class Phase:
         self._shm = ""
         self._momentum_round = 0
         self._weight = 1.0
+        self._returned = NOTHING
+        """Samples and phases in the progress that goes along with the next hand-over."""
         self._overlay: Overlay | None = None
 
     @property
@@ -181,7 +193,7 @@ class Phase:
         self._retune(session, round_)
         self._begin_phase(round_)
         self._momentum_round = round_
-        self.in_flight = None
+        self.in_flight, self._returned = None, NOTHING
 
     def _begin_phase(self, round_: int) -> None:
         if not self._flat.exact(self.channel):
@@ -252,8 +264,8 @@ class Phase:
             return
         if self._adopt_at >= 0:
             self._take_theta(session, self.rules.mix)
-        # Progress that was returned and has nothing new with it weighs what it weighed.
-        self.samples = self.samples or float(book.waiting)
+        if not self._returned[1]:
+            self.samples = self.samples or float(book.waiting)
         self._boundary(session, port, notify, extra)
 
     def settled(self, session: Session) -> bool:
@@ -313,8 +325,9 @@ class Phase:
 
     def _apply(self, decision: Decision) -> None:
         assert self.in_flight is not None
+        counted = decision.outcome == "committed" and decision.coefficient > 0
+        self._returned = NOTHING if counted else self.in_flight.content
         if self.book is not None:
-            counted = decision.outcome == "committed" and decision.coefficient > 0
             self.book.decided(counted, decision.round)
         if decision.outcome == "aborted":
             self.overlay.decided(None)
@@ -357,8 +370,7 @@ class Phase:
         if claims is None:  # what it was trained on is somebody else's by now
             self._drop(session, notify, round_, "its data")
             return
-        if self.book is not None:
-            self.samples = min(self.samples, float(sum(span.count for span in claims)))
+        samples, carried, age = self._content(sum(span.count for span in claims))
         self._pass_rounds(round_)
         self._retune(session, round_)
         if step is not None:
@@ -366,7 +378,7 @@ class Phase:
         seq = self._seq = max(self._seq + 1, side.next_seq(self.channel))
         self._flat.read(self.channel, self._x)
         side.begin(self.channel, seq)
-        handover = self.overlay.boundary(self._theta, self._x, self._weight)
+        self.overlay.boundary(self._theta, self._x, self._weight)
         if not np.isfinite(np.dot(self.overlay.delta, self.overlay.delta)):
             self.non_finite += 1
             notify("non_finite", {"channel": self.channel, "times": self.non_finite})
@@ -379,17 +391,31 @@ class Phase:
             **extra,
             "channel": self.channel,
             "seq": seq,
-            "samples": self.samples,
+            "samples": samples,
+            "carried": carried,
             "base_round": self.base_round,
             "steps": self.steps,
-            "age": handover.age,
+            "age": age,
             "claims": [[span.first, span.count] for span in claims],
         }
-        side.commit(self.channel, HandoverInfo(seq, self.base_round, self.samples, self.steps))
+        info = HandoverInfo(seq, self.base_round, samples + carried, self.steps)
+        side.commit(self.channel, info)
         self.in_flight = InFlight(seq, args)
         self.boundaries += 1
         port.send(session, "handover", args)
         self._go_on(session, port, notify, round_)
+
+    def _content(self, claimed: int) -> tuple[float, float, int]:
+        """Samples of this phase and of earlier ones that go along; how many of the latter.
+
+        No more than are ``claimed`` of data that are dealt. With nothing new in it, what was
+        returned weighs what it weighed.
+        """
+        fresh, (carried, phases) = self.samples, self._returned
+        if self.book is not None:
+            fresh = min(fresh, float(claimed))
+            carried = min(carried, claimed - fresh)
+        return fresh, carried, phases if fresh > 0 else max(0, phases - 1)
 
     def _switch(self, step: OuterStep, notify: Notify) -> None:
         """This boundary's round has its own mode and outer step, the same at every member."""

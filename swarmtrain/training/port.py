@@ -11,9 +11,11 @@ attach       schema, schema_hash, layout, rank, pid, device,   ``Attached``
              samples_per_step, again (true after a loss),
              in_flight {channel: seq}
 define       seqs {channel: seq}                               {}: θ⁰ is read and its slots released
-handover     channel, seq, samples, base_round, steps, age,    {}: repeats of one seq are fine
-             loss, phase_s, blocked_s, step_s (mean seconds
-             of a step outside the hook), next_position
+handover     channel, seq, samples (of this phase), carried    {}: repeats of one seq are fine
+             (of earlier ones in it, ``age`` of which have
+             any), age, base_round, steps, loss, phase_s,
+             blocked_s, step_s (mean seconds of a step
+             outside the hook), next_position
 scalars      values {name: number}, step                       {}
 evaluated    round, loss, tokens                               {}
 finished     (all planned steps are done; evaluating goes on)  {}

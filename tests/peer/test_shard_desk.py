@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -137,3 +138,11 @@ def test_claims_of_a_hand_over() -> None:
     for wrong in ([[1]], [["x", 2]], [3]):
         with pytest.raises(LocalProtocolError):
             claiming(offer, {"claims": wrong})
+
+
+def test_what_was_returned_goes_along_with_its_samples() -> None:
+    offer = claiming(Offer("train/0/0", b"r", 8, "fp32", 4.0, 0, 0), {"carried": 6.0, "age": 2})
+    assert (offer.samples, offer.age) == (10.0, 2)
+    for wrong in ({"carried": -1.0}, {"carried": math.nan}, {"carried": "x"}, {"age": -1}):
+        with pytest.raises(LocalProtocolError):
+            claiming(Offer("train/0/0", b"r", 8, "fp32", 4.0, 0, 0), wrong)

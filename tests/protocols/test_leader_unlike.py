@@ -135,6 +135,18 @@ def test_a_late_contribution_is_listed_with_its_discount(
     assert [c.value for c in chosen.coefficients] == pytest.approx(expected, abs=1e-7)
 
 
+def test_what_was_returned_adds_displacement_and_samples_but_no_weight() -> None:
+    found = chair(OFF)
+    for peer, phases in ((A, 1), (B, 1), (D, 3)):
+        found.ready(2.0, peer, base_round=0, samples=8.0 * phases, age=phases - 1)
+    body = opened_by(found, 200.0)
+    found.deliver_all(200.1, body)
+    (chosen,) = found.commit(200.1)
+    assert isinstance(chosen, e.RoundSet)
+    assert [c.value for c in chosen.coefficients] == pytest.approx([1 / 3] * 3, abs=1e-7)
+    assert sorted(c.samples for c in body.contributors) == [8.0, 8.0, 24.0], "progress has them all"
+
+
 def deliver(found: Chair, now: float, opened: e.RoundOpened, *who: bytes) -> None:
     indices = tuple(i for i, c in enumerate(opened.contributors) if c.member in who)
     for number, part in enumerate(opened.parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import msgspec
 import pytest
 
 from swarmtrain_protocols import entries as e
@@ -119,9 +120,12 @@ def test_an_offer_is_announced_and_again_to_every_new_leader() -> None:
     assert to == LEADER
     seen = seat.log.ledger.index
     assert ready == m.Ready(0, TRAIN, MINE, VALUES, "fp32", 4.0, 0, 0, seen)
+    offer = seat.member.undecided(TRAIN)
+    assert offer is not None
+    offer.age = 2
     seat.member.leader = PeerId(A)
     seat.member.announce(1.0)
-    assert sent(seat.take(), m.Ready) == [(A, ready)]
+    assert sent(seat.take(), m.Ready) == [(A, msgspec.structs.replace(ready, age=2))]
     seat.member.leader = None
     seat.member.announce(2.0)
     assert seat.take() == []

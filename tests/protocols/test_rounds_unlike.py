@@ -28,6 +28,13 @@ def test_the_discount_is_the_inverse_root_of_the_rounds() -> None:
     assert (found[0], found[3]) == (1.0, 0.5)
 
 
+def test_the_displacement_of_several_phases_has_the_weight_of_one() -> None:
+    """Of what each of them had, if its samples are those of all of them."""
+    for phases in (1, 2, 5):
+        assert 80.0 * phases * unlike.discount_of(0, phases - 1) == pytest.approx(80.0, rel=1e-15)
+    assert unlike.discount_of(3, 1) == 0.25
+
+
 def test_the_faster_half_sets_the_pace_and_one_hiccup_does_not() -> None:
     paces = unlike.Paces()
     assert paces.pace_s() == 0.0

@@ -34,7 +34,7 @@ def as_tested(test: Callable[..., None], *args: object) -> Callable[[int], str]:
 
 
 links_take_turns = as_tested(
-    test_unlike.test_slow_members_do_not_set_the_pace_and_their_samples_count, "off", 0.75, 0.15
+    test_unlike.test_slow_members_do_not_set_the_pace_and_their_samples_count, "off", 0.75, 0.8
 )
 two_phases = as_tested(
     test_unlike.test_a_link_that_would_take_two_phases_does_not_hold_the_others_up
@@ -56,8 +56,26 @@ MUTANTS = (
         "the discount of a late contribution is declared",
         leader.RoundLeader,
         "_contributor",
-        "discount_of(late)",
+        "discount_of(late, said.age)",
         "1.0",
+        trouble,
+        range(6),
+    ),
+    Mutant(
+        "what several phases have moved has the weight of one",
+        leader.RoundLeader,
+        "_contributor",
+        "said.age)",
+        "0)",
+        trouble,
+        range(6),
+    ),
+    Mutant(
+        "how many phases are in a contribution is said",
+        member.RoundMember,
+        "_send_ready",
+        "offer.age,",
+        "0,",
         trouble,
         range(6),
     ),

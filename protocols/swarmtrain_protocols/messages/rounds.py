@@ -27,9 +27,9 @@ Codec = Annotated[str, Meta(max_length=16)]
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """A contribution is encoded and committed to by ``root``; member -> leader.
 
-    ``values`` is the length of the vector, ``samples`` its weight, ``base_round`` the canonical
-    round that its trainer last saw. ``expect`` is the number of contributors that a group call
-    waits for (0: every member that has called before).
+    ``values`` is the length of the vector, ``samples`` what it was trained on, ``base_round`` the
+    canonical round that its trainer last saw. ``expect`` is the number of contributors that a group
+    call waits for (0: every member that has called before).
     """
 
     generation: Count
@@ -51,6 +51,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     up_bytes_per_s: float = 0.0
     """What the sender's uplink was measured to carry, or its cap; 0: not known."""
     down_bytes_per_s: float = 0.0
+    age: Count = 0
+    """How many of the phases in it were handed over before, and returned (08 §2.8)."""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):

@@ -296,11 +296,12 @@ class RoundLeader:
         )
 
     def _contributor(self, key: RoundKey, said: m.Ready, member: bytes) -> e.Contributor:
-        """As it is listed; one that comes later than others has its discount written beside it."""
-        late = 0
+        """As it is listed; a late one, or one of several phases, has its discount beside it."""
+        discount = 1.0
         if key.channel.startswith("train/"):
             late = lateness(key.round, said.base_round, self._hidden(key.round))
-        weight = said.samples, said.base_round, said.claims, discount_of(late)
+            discount = discount_of(late, said.age)
+        weight = said.samples, said.base_round, said.claims, discount
         return e.Contributor(member, said.root, *weight)
 
     def _hidden(self, round_number: int) -> bool:

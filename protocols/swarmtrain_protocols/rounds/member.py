@@ -134,6 +134,7 @@ class RoundMember:
                     self.pace.exchange_s(offer.channel),
                     offer.claims,
                     *self.pace.bytes_per_s,
+                    offer.age,
                 ),
             )
         )

@@ -29,5 +29,7 @@ class Offer:
     again_at: float = math.inf
     claims: Spans = ()
     """Positions in the data of the run that it was trained on (13)."""
+    age: int = 0
+    """How many of the phases in it were handed over before, and returned."""
     pledged: bool = False
     """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""

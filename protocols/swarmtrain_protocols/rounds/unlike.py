@@ -42,9 +42,12 @@ def lateness(round_number: int, base_round: int, hidden: bool) -> int:
     return max(0, round_number - base_round - (1 if hidden else 0))
 
 
-def discount_of(late_rounds: int) -> float:
-    """Factor on the weight of a contribution: (1 + late)^-1/2, 1 for one in time."""
-    return 1.0 / math.sqrt(1.0 + late_rounds)
+def discount_of(late_rounds: int, age: int = 0) -> float:
+    """Factor on the weight of a contribution: (1 + late)^-1/2, 1 for one in time.
+
+    ``age``: earlier phases in it. Their displacement adds up, so its weight is that of one phase.
+    """
+    return 1.0 / math.sqrt(1.0 + late_rounds) / (1.0 + age)
 
 
 def opening_grace_s(pace_s: float, hidden: bool) -> float:

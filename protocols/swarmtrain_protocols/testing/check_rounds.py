@@ -193,7 +193,8 @@ class RoundsAreRight(LogIsOne):
         usual = 0 if self._mode(key.round) == "off" else 1
         late = max(0, key.round - item.base_round - usual)
         world.seen[f"late:{min(late, 2)}"] += 1
-        return float(item.samples / np.sqrt(1 + late))
+        age = self.truth.contributions[item.root].age
+        return float(item.samples / np.sqrt(1 + late) / (1 + age))
 
     def _mode(self, round_number: int) -> str:
         return [mode for first, mode in self.modes if first <= round_number][-1]
@@ -313,7 +314,8 @@ class RoundsAreRight(LogIsOne):
         states = self.states[event.channel]
         if event.round >= len(states):
             world.violation("OS1", f"{host.name} is at round {event.round} of {event.channel}")
-        if states[event.round].state_hash != event.state_hash:
+        flipped = (host.name, event.channel) in world.trouble.flipped  # see ``flips``
+        if states[event.round].state_hash != event.state_hash and not flipped:
             world.violation("OS1", f"{host.name} has another state before round {event.round}")
 
     def _decided(self, world: World, host: Host, event: fx.ContributionDecided) -> None:
@@ -348,5 +350,7 @@ class RoundsAreRight(LogIsOne):
                 continue  # its commit is applied here before anybody has emitted it
             right = known[state.round]
             same = right.raw == state.theta.tobytes() + state.slots["momentum"].tobytes()
-            if not same and node.core.catchup.tracks[channel].state_hash is not None:
+            flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
+            told = node.core.catchup.tracks[channel].state_hash is not None
+            if not same and not flipped and told:
                 world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from swarmtrain_protocols import entries as e
@@ -32,7 +31,9 @@ from swarmtrain_protocols.state import CanonicalState
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import address_of
+from swarmtrain_protocols.testing.site_disk import SiteDisk
 from swarmtrain_protocols.testing.truth import Truth
+from swarmtrain_protocols.wallclock import WallClock
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Completion, Context
@@ -73,22 +74,6 @@ class SitePart:
     reachable: bool = True
 
 
-class _SavedResult(msgspec.Struct, frozen=True):
-    channel: str
-    round: int
-    root: bytes
-    values: int
-    codec: str
-    chunks: tuple[bytes, ...]
-
-
-class _SavedState(msgspec.Struct, frozen=True):
-    channel: str
-    round: int
-    values: int
-    chunks: tuple[bytes, ...]
-
-
 class Site:
     """Satisfies ``testing.host.Node``."""
 
@@ -102,7 +87,8 @@ class Site:
         self._numbers = np.random.default_rng(ctx.rng.getrandbits(60))
         self._extra: list[Effect] = []
         self._snapshots: dict[str, list[bytes]] = {}
-        self._checkpoints: dict[str, int] = {}
+        self.disk = SiteDisk(ctx.disk, self.plane, truth.seen)
+        self._wall = WallClock(ctx.now, ctx.wall_s)
         self._links = 0
         self._redial_at = ctx.now
         self._model_at = math.inf
@@ -147,33 +133,12 @@ class Site:
 
     def _restore(self, now: float) -> None:
         """Load states and results from the disk, as the peer process does when it starts."""
-        files = self.ctx.disk.files
-        for name in sorted(files):
-            if name.startswith("state/"):
-                saved = msgspec.msgpack.decode(files[name], type=_SavedState)
-                state = self.plane.new_state(saved.channel, saved.round, saved.values)
-                for index, chunk in enumerate(saved.chunks):
-                    state.load_chunk(index, chunk)
-                self._checkpoints[saved.channel] = saved.round
-                self.plane.states[saved.channel] = state
-                self._load_results(state)
-                self._adopt(now, state)
-
-    def _load_results(self, state: CanonicalState) -> None:
-        """Have the results that follow a loaded state at hand.
-
-        They may be of attempts that were aborted: the core applies one only if the log has
-        committed this very root.
-        """
-        round_number = state.round
-        while (saved := self._saved_result(state.channel, round_number)) is not None:
-            self.plane.adopt_result(Blob.of(saved.chunks), saved.values, saved.codec)
-            self.core.stored_earlier(saved.channel, saved.round, saved.root)
-            round_number += 1
-
-    def _saved_result(self, channel: str, round_number: int) -> _SavedResult | None:
-        data = self.ctx.disk.read(f"result/{channel}/{round_number}")
-        return None if data is None else msgspec.msgpack.decode(data, type=_SavedResult)
+        for state in self.disk.load():
+            self.plane.states[state.channel] = state
+            for saved in self.disk.results_after(state):
+                self.plane.adopt_result(Blob.of(saved.chunks), saved.values, saved.codec)
+                self.core.stored_earlier(saved.channel, saved.round, saved.root)
+            self._adopt(now, state)
 
     def _adopt(self, now: float, state: CanonicalState) -> None:
         """A state that was loaded or made here, not computed from results."""
@@ -252,7 +217,28 @@ class Site:
 
     def disconnected(self, now: float, peer: PeerId) -> None:
         self._links -= 1
+        self._wall.forget(peer)
         self.core.disconnected(now, peer)
+
+    def wall_told(self, now: float, peer: PeerId, wall_s: float) -> None:
+        """The hello of a link tells the other side's wall clock."""
+        self._wall.told(now, peer, wall_s)
+        self.core.dht.set_wall(now, self._wall.wall_s(now))
+
+    def wall_set(self, now: float, wall_s: float) -> None:
+        """This machine's wall clock was set; the run's is that of most."""
+        self._wall.anchored(now, wall_s)
+        self.core.dht.set_wall(now, self._wall.wall_s(now))
+
+    def flip_bit(self, luck: Stream) -> str:
+        """One bit of a state that is in step here is another; its channel, or ''."""
+        names = [name for name in sorted(self.plane.states) if self.core.catchup.in_step(name)]
+        if not names:
+            return ""
+        channel = names[luck.integer(len(names))]
+        theta = self.plane.states[channel].theta.view(np.uint32)
+        theta[luck.integer(theta.size)] ^= np.uint32(1 << luck.integer(23))
+        return channel
 
     # --- trainer ---------------------------------------------------------------------------------
 
@@ -272,8 +258,7 @@ class Site:
                 theta = self._numbers.normal(0.0, 0.1, values).astype(np.float32)
                 state = CanonicalState.first(channel, theta, chunk_values=self.spec.chunk_values)
                 self.truth.models[channel, state.root()] = theta.copy()
-                self._save_state(state)
-                self.ctx.disk.sync_file("state/" + channel)  # weights come first, then the entry
+                self.disk.save(state, sync=True)  # weights come first, then the entry
                 self._adopt(now, state)
         states = [self.plane.states[channel] for channel, _ in self.spec.layout]
         if all(state.round == 0 for state in states):
@@ -314,12 +299,16 @@ class Site:
         samples: float,
         base_round: int,
         expect: int,
-    ) -> None:
+        age: int = 0,
+    ) -> bytes:
         blob = self.plane.encode(values, codec)
-        self.truth.offered(self.ctx.peer, channel, blob, samples, values.size, codec, base_round)
+        made = samples, values.size, codec, base_round, age
+        self.truth.offered(self.ctx.peer, channel, blob, *made)
         phase_s = self._phase_s.get(channel, 0.0)
         offer = Offer(channel, blob.root, values.size, codec, samples, base_round, expect, phase_s)
+        offer.age = age
         self.core.contribute(now, offer)
+        return blob.root
 
     # --- data plane ------------------------------------------------------------------------------
 
@@ -327,12 +316,7 @@ class Site:
         found = self.plane.provide(root)
         if found is not None:
             return found
-        for name in sorted(self.ctx.disk.files):
-            if name.startswith("result/"):
-                saved = msgspec.msgpack.decode(self.ctx.disk.files[name], type=_SavedResult)
-                if saved.root == root:
-                    return Blob.of(saved.chunks)
-        return None
+        return self.disk.served(root)
 
     def accept(self, purpose: object, first: int, chunks: list[bytes]) -> None:
         if isinstance(purpose, fx.SnapshotLeaves):
@@ -385,10 +369,7 @@ class Site:
         for root in self._snapshots.pop(channel, []):
             self.plane.drop(root)
         self.core.catchup.snapshots.pop(channel, None)
-        self._checkpoints.pop(channel, None)
-        for name in sorted(self.ctx.disk.files):
-            if name == "state/" + channel or name.startswith(f"result/{channel}/"):
-                self.ctx.disk.write(name, None)
+        self.disk.drop(channel)
 
     def _later(self, call: Callable[[float], None]) -> Completion:
         return self._luck.between(*self.spec.work_s), call
@@ -411,18 +392,14 @@ class Site:
         durable = channel.startswith("train/")
         if durable:
             values = self.core.ledger.channels[channel].values
-            self._save_result(channel, effect.key.round, blob, values)
+            durable = self._save_result(channel, effect.key.round, blob, values)
         stepwise = self.plane.rules.stepwise(channel)
         norm = self.plane.square_norm(blob.root) if stepwise else 0.0
         self.core.stored(now, effect.key, blob.root, durable, norm)
 
-    def _save_result(self, channel: str, round_number: int, blob: Blob, values: int) -> None:
-        chunks = tuple(bytes(chunk) for chunk in blob.chunks)
+    def _save_result(self, channel: str, round_number: int, blob: Blob, values: int) -> bool:
         codec = self.plane.result_codec(blob.root)
-        saved = _SavedResult(channel, round_number, blob.root, values, codec, chunks)
-        name = f"result/{channel}/{round_number}"
-        self.ctx.disk.write(name, msgspec.msgpack.encode(saved))
-        self.ctx.disk.sync_file(name)
+        return self.disk.save_result(channel, round_number, blob, values, codec)
 
     def _apply(self, now: float, effect: fx.ApplyResult) -> None:
         round_number, state_hash = self.plane.apply(effect)
@@ -445,28 +422,11 @@ class Site:
     def _moved(
         self, now: float, channel: str, round_number: int, state_hash: bytes, installed: bool
     ) -> None:
-        due = self._checkpoints.get(channel, -self.spec.checkpoint_every)
-        if installed or round_number >= due + self.spec.checkpoint_every:
-            self._checkpoint(channel)
+        if installed or self.disk.due(channel, round_number, self.spec.checkpoint_every):
+            synced = self._luck.chance(0.7)  # else a crash may find the older one
+            self.disk.save(self.plane.states[channel], sync=synced)
         self._serve_snapshot(channel)
         self.core.applied(now, channel, round_number, state_hash)
-
-    def _checkpoint(self, channel: str) -> None:
-        """Save the state; results before the last checkpoint are not needed any more."""
-        state = self.plane.states[channel]
-        oldest = self._checkpoints.get(channel, 0)
-        self._save_state(state)
-        if self._luck.chance(0.7):  # else a crash may find the older one
-            self.ctx.disk.sync_file("state/" + channel)
-            self._checkpoints[channel] = state.round
-            for round_number in range(max(0, oldest - 16), oldest):
-                self.ctx.disk.write(f"result/{channel}/{round_number}", None)
-
-    def _save_state(self, state: CanonicalState) -> None:
-        chunks = tuple(bytes(chunk) for chunk in state.blob().chunks)
-        assert chunks[0] == state.header
-        saved = _SavedState(state.channel, state.round, state.theta.size, chunks)
-        self.ctx.disk.write("state/" + state.channel, msgspec.msgpack.encode(saved))
 
     def _complete(self, now: float, effect: fx.CompleteResult) -> None:
         result = effect.result

@@ -24,6 +24,7 @@ class Contribution:
     codec: str
     chunks: tuple[bytes, ...]
     base_round: int = 0
+    age: int = 0
 
 
 @dataclass
@@ -50,9 +51,10 @@ class Truth:
         values: int,
         codec: str,
         base_round: int = 0,
+        age: int = 0,
     ) -> None:
         """A site has encoded a contribution and is about to announce it."""
         assert blob.root not in self.contributions, "contributions of the simulator are unique"
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)
-        made = Contribution(member, channel, samples, values, codec, chunks, base_round)
+        made = Contribution(member, channel, samples, values, codec, chunks, base_round, age)
         self.contributions[blob.root] = made

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.node_events import LedgerChanged
+from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
 from swarmtrain_protocols.testing.checkers import settle_within
 from swarmtrain_protocols.testing.draws import Stream
@@ -64,15 +67,39 @@ class UnlikePart(SitePart):
     tells: bool = True
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Phases of one trainer: their numbers, their displacement f32[n] and their samples."""
+
+    phases: tuple[int, ...]
+    values: F32
+    samples: float
+
+
+class UnlikeTruth(Truth):
+    """Also which phases are in each contribution, by its root; numbers are unique in a swarm."""
+
+    phases: dict[bytes, tuple[int, ...]]
+    begun: int
+
+
 class UnlikeSite(Site):
-    """A trainer that does as many steps as fit, in mode ``off`` or ``eager``."""
+    """A trainer that does as many steps as fit, in mode ``off`` or ``eager``.
+
+    What is returned to it goes along with the next contribution, as the overlay does it.
+    """
 
     part: UnlikePart
 
-    def __init__(self, ctx: Context, spec: SwarmSpec, part: UnlikePart, truth: Truth) -> None:
+    def __init__(self, ctx: Context, spec: SwarmSpec, part: UnlikePart, truth: UnlikeTruth) -> None:
         self._steps = 0
         self._base = -1
         self._waits = False
+        self._known = truth
+        self.handed: list[int] = []
+        self.dropped: list[int] = []
+        self.flying: tuple[bytes, Progress] | None = None
+        self.returned: Progress | None = None
         super().__init__(ctx, spec, part, truth)
         if part.tells:
             up = RATE_BYTES_PER_S * part.up_share
@@ -100,24 +127,55 @@ class UnlikeSite(Site):
             self._phase_at[channel] = now + (0.05 if undecided else self._step_s)
             return
         if self._base < 0 or state.round - self._base > self.core.policy.max_base_age_rounds:
+            if self._base >= 0 and self.returned is not None:  # all progress since is too old
+                self.dropped += self.returned.phases
+                self.returned = None
             self._base, self._steps = state.round, 0
             return
         self._steps += 1
         if self._steps < self._due() or undecided or not self.core.joiner.is_member:
             return
-        values = self._numbers.normal(0.0, 0.01, state.theta.size).astype(np.float32)
-        codec, samples = self.core.policy.scatter_codec, SAMPLES_PER_STEP * self._steps
         self._phase_s[channel] = STEPS * self._step_s
-        self._offer(now, channel, values, codec, samples, self._base, 0)
+        self._give(now, channel, self._numbers.normal(0.0, 0.01, state.theta.size))
         self._waits = self.spec.manifest.keys.overlap == "off"
         self._base, self._steps = (-1 if self._waits else state.round), 0
 
+    def _give(self, now: float, channel: str, fresh: npt.NDArray[np.float64]) -> None:
+        """Offer this phase, and what earlier ones left."""
+        self._known.begun += 1
+        self.handed.append(self._known.begun)
+        old, samples = self.returned, SAMPLES_PER_STEP * self._steps
+        values: F32 = fresh.astype(np.float32)
+        phases: tuple[int, ...] = (self._known.begun,)
+        if old is not None:
+            values, samples = values + old.values, samples + old.samples
+            phases = (*old.phases, *phases)
+        self.returned = None
+        codec, age = self.core.policy.scatter_codec, len(phases) - 1
+        root = self._offer(now, channel, values, codec, samples, self._base, 0, age)
+        self.flying = root, Progress(phases, values, samples)
+        self._known.phases[root] = phases
+
+    def emitted(self, now: float, event: object) -> None:
+        super().emitted(now, event)
+        if isinstance(event, fx.ContributionDecided) and self.flying is not None:
+            root, given = self.flying
+            if event.root == root:
+                counted = event.outcome == "committed" and event.coefficient > 0
+                self.flying, self.returned = None, None if counted else given
+                self.truth.seen["returned"] += not counted
+
 
 class UnlikeAreRight(RoundsAreRight):
-    """AR1 to AR6 with late contributions; UL1: what is declared is so; UL2: samples count once."""
+    """AR1 to AR6 with late contributions; UL1: what is declared is so; UL2: samples count once;
+    UL3: no phase is in two committed rounds, and none that its trainer still waits for is lost.
+    """
 
-    def __init__(self, truth: Truth, keys: RunKeys, chunk_values: int) -> None:
+    def __init__(self, truth: UnlikeTruth, keys: RunKeys, chunk_values: int) -> None:
         super().__init__(truth, keys, chunk_values)
+        self.known = truth
+        self.phases: dict[int, tuple[int, ...]] = {}
+        """Phases that are in each committed round."""
         self.progress = {0: 0.0}
         """Samples of all sets before a round, by the entries."""
         self.samples: dict[bytes, float] = {}
@@ -129,7 +187,10 @@ class UnlikeAreRight(RoundsAreRight):
         if accepted and isinstance(body, e.RoundOpened):
             self._declared(world, body)
         elif accepted and isinstance(body, e.RoundCommitted):
-            self._count(body)
+            self._count(world, body)
+        elif accepted and isinstance(body, e.Rewound):
+            number = body.rounds[body.channels.index(CHANNEL)]
+            self.phases = {k: found for k, found in self.phases.items() if k < number}
 
     def _declared(self, world: World, body: e.RoundOpened) -> None:
         usual = 0 if self._mode(body.key.round) == "off" else 1
@@ -137,16 +198,31 @@ class UnlikeAreRight(RoundsAreRight):
             if item.base_round != self.truth.contributions[item.root].base_round:
                 world.violation("UL1", f"{body.key} lists another base than {item} was made from")
             late = max(0, body.key.round - item.base_round - usual)
-            if not math.isclose(item.discount, (1 + late) ** -0.5, rel_tol=1e-12):
-                world.violation("UL1", f"{body.key}: {item} is {late} rounds late")
+            phases = len(self.known.phases[item.root])
+            if not math.isclose(item.discount, (1 + late) ** -0.5 / phases, rel_tol=1e-12):
+                world.violation("UL1", f"{body.key}: {item}, {late} rounds late, {phases} phases")
 
-    def _count(self, body: e.RoundCommitted) -> None:
+    def _count(self, world: World, body: e.RoundCommitted) -> None:
         opened, total = self.opened[body.key], self.progress[body.key.round]
+        before = {phase for found in self.phases.values() for phase in found}
+        inside: list[int] = []
         for chosen in self.chosen[body.key].coefficients:
             item = opened.contributors[chosen.index]
             total += item.samples
+            inside += self.known.phases[item.root]
             self.samples[item.member] = self.samples.get(item.member, 0.0) + item.samples
+        twice = sorted(before.intersection(inside))
+        if twice:
+            world.violation("UL3", f"{body.key} counts phases {twice} again")
+        self.phases[body.key.round] = tuple(inside)
         self.progress[body.key.round + 1] = total
+
+    def lost(self, site: UnlikeSite) -> list[int]:
+        """Phases of a site that are neither counted nor on their way, nor dropped by it."""
+        known = {phase for found in self.phases.values() for phase in found}
+        for here in (site.flying[1] if site.flying else None, site.returned):
+            known.update(here.phases if here else ())
+        return [phase for phase in site.handed if phase not in known.union(site.dropped)]
 
     def emitted(self, world: World, host: Host, event: object) -> None:
         super().emitted(world, host, event)
@@ -193,7 +269,8 @@ def build(seed: int, overlap: str, parts: Sequence[UnlikePart] = UNLIKE) -> Swar
     spec = spec_of(overlap, seed)
     world = World(seed, model=NetworkModel(rate_bytes_per_s=RATE_BYTES_PER_S))
     world.transfers.up_share = {part.name: part.up_share for part in parts}
-    truth = truth_of(Truth, world, parts)
+    truth = truth_of(UnlikeTruth, world, parts)
+    truth.phases, truth.begun = {}, 0
     rounds = UnlikeAreRight(truth, spec.manifest.keys, spec.chunk_values)
 
     def make(part: UnlikePart, ctx: Context) -> UnlikeSite:
@@ -219,6 +296,11 @@ def rounds_in(
     before = dict(checker.samples)
     first = len(checker.committed)
     swarm.world.run(swarm.world.now + seconds)
+    for host in swarm.world.hosts.values():
+        site = host.node
+        assert isinstance(site, UnlikeSite)
+        if lost := checker.lost(site):
+            swarm.world.violation("UL3", f"phases {lost} of {host.name} are nowhere")
     gained = {
         name: checker.samples.get(host.peer, 0.0) - before.get(host.peer, 0.0)
         for name, host in swarm.world.hosts.items()

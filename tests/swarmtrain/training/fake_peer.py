@@ -24,6 +24,11 @@ from swarmtrain_protocols.schedule import OuterStep
 RESOLVED = {"overlap": "off", "outer_lr": 1.0, "outer_momentum": 0.0}
 
 
+def samples_of(args: Document) -> float:
+    """All samples in a hand-over: those of its phase, and what was returned."""
+    return float(args["samples"] + args["carried"])
+
+
 class FakeControl:
     """One connection to a fake site."""
 
@@ -206,8 +211,9 @@ class FakeRun:
             fates = {name: self.fate(name, round_) for name in given}
             counted = [name for name in given if fates[name] == "committed"]
             aborted = "aborted" in fates.values() or not counted
-            total = sum(given[name]["samples"] for name in counted)
-            weights = {name: np.float32(given[name]["samples"] / total) for name in counted}
+            each = {name: samples_of(it) / (1 + it["age"]) for name, it in given.items()}
+            total = sum(each[name] for name in counted)
+            weights = {name: np.float32(each[name] / total) for name in counted}
             if not aborted:
                 self._step(channel, [(weights[n], given[n]["value"]) for n in counted])
             for name, it in given.items():

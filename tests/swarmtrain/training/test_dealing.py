@@ -21,7 +21,7 @@ from swarmtrain_protocols.errors import ConfigError, DataUnavailable, LocalProto
 from swarmtrain_protocols.messages.common import Span
 from swarmtrain_protocols.order import samples_at
 from swarmtrain_protocols.shards import DataState, data_state
-from tests.swarmtrain.training.fake_peer import FakeRun, FakeSite
+from tests.swarmtrain.training.fake_peer import FakeRun, FakeSite, samples_of
 from tests.swarmtrain.training.loops import Trainer, make_model, train_step, vector
 
 CHANNEL = "train/0/0"
@@ -80,7 +80,7 @@ class DealtRun(FakeRun):
                 for name, it in given.items()
             }
             for member, spans in claims.items():
-                why = self.data.refusal(member, spans, given[member.decode()]["samples"])
+                why = self.data.refusal(member, spans, samples_of(given[member.decode()]))
                 assert not why, (member, why, spans)
             self.data.opened(claims.items())
             super().decide(channel)

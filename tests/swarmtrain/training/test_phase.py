@@ -97,8 +97,11 @@ def test_an_aborted_round_loses_nothing_and_a_later_one_has_it(tmp_path):
     trainer.step(3)
     assert run.rounds[CHANNEL] == 1
     assert np.abs(run.theta[CHANNEL] - (before - deltas[0] - deltas[1])).max() < 1e-6
-    ages = [args["age"] for name, args in run.sites["site0"].calls if name == "handover"]
-    assert ages == [0, 1]
+    given = [args for name, args in run.sites["site0"].calls if name == "handover"]
+    assert [args["age"] for args in given] == [0, 1]
+    fresh = given[0]["samples"]
+    assert fresh > 0 and [args["samples"] for args in given] == [fresh, fresh]
+    assert [args["carried"] for args in given] == [0.0, fresh], "its samples go along with it"
     trainer.swarm.close()
 
 
@@ -278,8 +281,9 @@ def test_an_excluded_contribution_goes_into_the_next_round(tmp_path):
         run.decide(CHANNEL)
     for trainer in trainers:
         assert trainer.swarm.flush(10.0)
-    ages = [a["age"] for name, a in run.sites["site1"].calls if name == "handover"]
-    assert ages == [0, 0, 1]
+    calls = [a for name, a in run.sites["site1"].calls if name == "handover"]
+    assert [a["age"] for a in calls] == [0, 0, 1]
+    assert [a["carried"] for a in calls] == [0.0, 0.0, calls[1]["samples"]]
     assert [weights for _, _, weights in run.decisions] == [
         {"site0": 0.5, "site1": 0.5},
         {"site0": 1.0},

@@ -216,6 +216,13 @@ class Host:
             self.world.guarded(self, told, self.local_now(), self.clock.wall_s(self.world.now))
             self.settle()
 
+    def tell_wall_of(self, other: Host) -> None:
+        """The hello of a new link tells the other machine's wall clock."""
+        told = getattr(self.node, "wall_told", None)
+        if told is not None:
+            wall_s = other.clock.wall_s(self.world.now)
+            self.world.guarded(self, told, self.local_now(), other.peer, wall_s)
+
     # --- calls into the node ---------------------------------------------------------------------
 
     def call(self, method: str, *args: object) -> None:

@@ -394,6 +394,8 @@ class Network:
             if what == "disconnected":
                 self.world.transfers.lost_link(host, other)
             if host.alive:
+                if what == "connected":
+                    host.tell_wall_of(self.world.hosts[other])
                 host.call(what, self.world.hosts[other].peer)
 
         self.world.at(self.world.now, host, news)

@@ -169,8 +169,7 @@ class PipelineSite(Site):
                 continue
             state = self._first_state(stage)
             if state.root() == channel.start_hash:
-                self._save_state(state)
-                self.ctx.disk.sync_file("state/" + channel.name)
+                self.disk.save(state, sync=True)
                 self._adopt(now, state)
 
     # --- tensors ---------------------------------------------------------------------------------
@@ -258,8 +257,7 @@ class PipelineSite(Site):
 
     def adopt_candidate(self, now: float, state: CanonicalState) -> None:
         """The log has chosen what was rebuilt here."""
-        self._save_state(state)
-        self.ctx.disk.sync_file("state/" + state.channel)
+        self.disk.save(state, sync=True)
         self._adopt(now, state)
 
     def _work(self, now: float, took_s: float, call: Callable[[float], None]) -> list[Completion]:

@@ -24,9 +24,11 @@ from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
 from swarmtrain_protocols.testing.checkers import Checker, settle_within
 from swarmtrain_protocols.testing.draws import Stream
-from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.faults import MORE_KINDS, PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.flips import FlipsAreNamed, may_flip
 from swarmtrain_protocols.testing.keyring import FakeKeyring, peer_id_of
 from swarmtrain_protocols.testing.network import NetworkModel
+from swarmtrain_protocols.testing.roles import plays
 from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
 from swarmtrain_protocols.testing.truth import Truth
 from swarmtrain_protocols.testing.world import Context, Node, Violation, World
@@ -47,6 +49,15 @@ TRIGGERS = (
     *("do:BeginAttempt", "do:ReducePart", "do:StoreResult", "do:ApplyResult"),
     *("do:InstallSnapshot", "do:CompleteResult", "emit:LedgerChanged", "emit:StateAdvanced"),
 )
+AIMS = (
+    *(("@leader", "append:RoundOpened"), ("@leader", "append:RoundSet")),
+    *(("@leader", "append:RoundCommitted"), ("@leader", "persist:entries#3")),
+    *(("@owner0", "send:result"), ("@owner0", "send:result#2"), ("@owner1", "fetched")),
+    *(("@deputy0", "receive:takeover"), ("@steward", "persist:vote"), ("@steward", "send:vote")),
+    *(("@leader", "@steward/send:appended"), ("@leader", "@member/send:holding#2")),
+    *(("@actor", "*/entry:RoundSet#2"), ("@actor", "*/do:InstallSnapshot")),
+)
+"""Faults at a state: the leader as it commits, an owner that has told half of the members, …"""
 
 
 @dataclass
@@ -137,7 +148,9 @@ def build(seed: int, *, model: NetworkModel | None = None) -> Swarm:
         return Site(ctx, spec, part, truth)
 
     start_sites(world, seed, spec.founder_site, parts, make, within_s=8.0)
-    world.watch(rounds)
+    world.watch(rounds, FlipsAreNamed(rounds.states))
+    world.trouble.plays = plays
+    world.trouble.may_flip = may_flip
     return Swarm(world, truth, rounds, spec)
 
 
@@ -201,6 +214,8 @@ def plan_of(seed: int) -> Plan:
         triggers=TRIGGERS,
         vanish_max=1 if len(names) > 3 else 0,
         vanishable=names,
+        more=(*MORE_KINDS, "diskfull", "rot", "flip"),
+        aims=AIMS,
     )
 
 

@@ -144,11 +144,11 @@ class Transfers:
         del asker.fetches[effect.ticket]
         data = b"".join(chunks)
         self.world.trace.record(self.world.now, asker.name, "fetched", data)
-        if self.world.trouble.aims:
-            self.world.trouble.hit(asker, "fetched")
         self.world.seen["fetch:done"] += 1
         self.world.guarded(asker, asker.node.accept, effect.purpose, effect.first, chunks)
         asker.call("fetched", effect.ticket)
+        if self.world.trouble.aims:
+            self.world.trouble.hit(asker, "fetched")
 
     def _failed(self, asker: Host, transfer: Transfer, reason: str) -> None:
         ticket = transfer.effect.ticket

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from swarmtrain_protocols.testing.aims import Aim, Plays, nobody_plays, victim_of
@@ -28,6 +28,9 @@ class Trouble:
         self.aims: list[Aim] = []
         self.spoilt: dict[str, list[str]] = {}
         """By host: what bits have flipped on its disk or in its memory; files and channels."""
+        self.may_flip: Callable[[World, Host], bool] = lambda world, host: False
+        self.flipped: dict[tuple[str, str], int] = {}
+        """(host, channel): the round of the state in which a bit has flipped and is not mended."""
         self._luck: dict[str, Stream] = {}
 
     # --- when ------------------------------------------------------------------------------------
@@ -151,9 +154,11 @@ class Trouble:
         luck = self._stream(kind, host.name)
         if kind == "rot":
             what = host.disk.rot(luck)
+        elif self.may_flip(self.world, host):
+            what = host.node.flip_bit(luck)
+            self.flipped[host.name, what] = host.node.plane.states[what].round
         else:
-            flip = getattr(host.node, "flip_bit", None)
-            what = flip(luck) if flip is not None else ""
+            return
         if what:
             self.world.trace.record(self.world.now, host.name, kind, what.encode())
             self.world.seen["spoilt:" + kind] += 1

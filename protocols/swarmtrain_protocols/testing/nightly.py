@@ -4,21 +4,25 @@ Prints every violation with its seed, its shrunk schedule and the last events, t
 Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
 ``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores. ``--kind pipelines`` runs
 schedules of pipelines instead of rounds, ``--kind data`` those of swarms that deal their data,
-``--kind unlike`` those of members that differ.
+``--kind unlike`` those of members that differ. ``--schedule FILE`` runs the schedule of a file
+(``schedules``; ``-``: standard input) and no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import fileinput
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain_protocols.testing.checkers import missing
-from swarmtrain_protocols.testing.faults import Fault, shrink, to_text
+from swarmtrain_protocols.testing.faults import Fault, shrink
 from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
+from swarmtrain_protocols.testing.schedules import from_json, to_json
 from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
+from swarmtrain_protocols.testing.small import run_small
 from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
 from swarmtrain_protocols.testing.unlike_swarm import run_unlike
 
@@ -76,6 +80,7 @@ KINDS: dict[str, tuple[Run, Sequence[str]]] = {
     "pipelines": (run_pipeline, PIPELINE_SOMETIMES),
     "data": (run_data_swarm, DATA_SOMETIMES),
     "unlike": (run_unlike, UNLIKE_SOMETIMES),
+    "small": (run_small, ()),
 }
 
 
@@ -148,11 +153,23 @@ def explain(outcome: Outcome, *, shrunk: bool = False, run: Run = run_swarm) -> 
 
         schedule, runs = shrink(fails, schedule, SHRINK_RUNS_MAX)
         note += f", shrunk to {len(schedule)} in {runs} runs"
+    kind = next((name for name, (known, _) in KINDS.items() if known is run), run.__name__)
     return (
-        f"seed {outcome.seed}: {outcome.text}\n{note}; replay with\n"
-        f"{run.__name__}({outcome.seed}, {to_text(schedule)})\nlast events:\n"
+        f"seed {outcome.seed}: {outcome.text}\n{note}; replay with nightly --schedule FILE\n"
+        f"{to_json(kind, outcome.seed, schedule, outcome.violation)}last events:\n"
         + "\n".join(outcome.tail)
     )
+
+
+def replay(text: str, tell: Callable[[str], None], *, shrunk: bool = False) -> Outcome:
+    """Run the schedule of a file; ``tell`` gets what came of it."""
+    wanted = from_json(text)
+    run = KINDS[wanted.kind][0]
+    outcome = run(wanted.seed, wanted.listed())
+    if outcome.violation:
+        tell(explain(outcome, shrunk=shrunk, run=run))
+    tell(f"{wanted.kind} {wanted.seed}: {outcome.violation or 'no violation'}")
+    return outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th seed, from the I-th")
     parser.add_argument("--shrink", action="store_true", help="shrink what fails")
     parser.add_argument("--kind", choices=sorted(KINDS), default="rounds")
+    parser.add_argument("--schedule", metavar="FILE", help="run this one; - for standard input")
     given = parser.parse_args(argv)
     index, count = (int(part) for part in given.shard.split("/"))
     seeds = range(given.seed + index, given.seed + given.schedules, count)
@@ -171,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
+    if given.schedule:
+        with fileinput.input(given.schedule) as lines:
+            text = "".join(lines)
+        return 1 if replay(text, tell, shrunk=given.shrink).violation else 0
     run, sometimes = KINDS[given.kind]
     report = run_many(seeds, tell, shrunk=given.shrink, run=run, sometimes=sometimes)
     for name, fired in report.counters():

@@ -139,7 +139,18 @@ def spec_of(seed: int) -> tuple[SwarmSpec, tuple[SitePart, ...]]:
 
 def build(seed: int, *, model: NetworkModel | None = None) -> Swarm:
     """The world of a seed, its sites started one after another, its checkers watching."""
-    spec, parts = spec_of(seed)
+    return assemble(seed, *spec_of(seed), model=model, within_s=8.0)
+
+
+def assemble(
+    seed: int,
+    spec: SwarmSpec,
+    parts: Sequence[SitePart],
+    *,
+    model: NetworkModel | None,
+    within_s: float,
+) -> Swarm:
+    """A world of these sites, with everything that watches and aims at them."""
     world = World(seed, model=model, strict_addresses=True)
     truth = truth_of(Truth, world, parts)
     rounds = RoundsAreRight(truth, spec.manifest.keys, spec.chunk_values)
@@ -147,7 +158,7 @@ def build(seed: int, *, model: NetworkModel | None = None) -> Swarm:
     def make(part: SitePart, ctx: Context) -> Site:
         return Site(ctx, spec, part, truth)
 
-    start_sites(world, seed, spec.founder_site, parts, make, within_s=8.0)
+    start_sites(world, seed, spec.founder_site, parts, make, within_s=within_s)
     world.watch(rounds, FlipsAreNamed(rounds.states))
     world.trouble.plays = plays
     world.trouble.may_flip = may_flip
@@ -222,11 +233,17 @@ def plan_of(seed: int) -> Plan:
 def run_swarm(seed: int, schedule: Sequence[Fault] | None = None, *checkers: Checker) -> Outcome:
     """One schedule from beginning to end; the schedule is that of the seed unless given."""
     faults = list(schedule) if schedule is not None else generate(seed, plan_of(seed))
-    outcome = Outcome(seed, faults)
-    swarm = build(seed)
+    return run_built(build(seed), faults, *checkers)
+
+
+def run_built(
+    swarm: Swarm, faults: Sequence[Fault], *checkers: Checker, heal_at_s: float = HEAL_AT_S
+) -> Outcome:
+    """A schedule on a swarm that was built."""
+    outcome = Outcome(swarm.world.seed, list(faults))
 
     def trouble() -> None:
-        swarm.world.run(HEAL_AT_S)
+        swarm.world.run(heal_at_s)
         if not excused(swarm):
             outcome.recovery_s = settle_within(
                 swarm.world, LIVENESS_S, _Recovered(swarm), lambda: describe(swarm)

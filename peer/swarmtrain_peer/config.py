@@ -9,6 +9,7 @@ ignored.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import socket
 import tomllib
@@ -116,16 +117,16 @@ def parse_rate(text: str | int | float) -> int:
     Raises:
         ConfigError: anything else.
     """
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and text >= 0:
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and 0 <= text < math.inf:
         return int(text)
     if text in ("auto", ""):
         return 0
     match = _RATE.match(str(text).strip())
-    if match is None:
-        raise _bad("rate", text, "not a rate", "write 50Mbit, 10MB/s or auto")
-    number, scale, unit = match.groups()
+    number, scale, unit = match.groups() if match is not None else ("inf", "", "")
     factor = 1024 ** ("kMG".find(scale) + 1) if unit == "iB" else _SCALE[scale]
     scaled = float(number) * factor
+    if math.isinf(scaled):  # no number, or one of hundreds of digits
+        raise _bad("rate", text, "not a rate", "write 50Mbit, 10MB/s or auto")
     return int(scaled / 8 if unit in ("bit", "b") else scaled)
 
 

@@ -8,6 +8,7 @@ address that has answered (``same_host``).
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 from xml.parsers import expat
@@ -18,6 +19,7 @@ from swarmtrain_protocols.errors import PeerFault
 
 GROUP = "239.255.255.250"
 PORT = 1900
+_URL = re.compile(r"[!-~]+")
 _DEVICES = (
     "urn:schemas-upnp-org:device:InternetGatewayDevice:1",
     "urn:schemas-upnp-org:device:InternetGatewayDevice:2",
@@ -82,6 +84,8 @@ def same_host(url: str, sender: str) -> str:
     Raises:
         PeerFault: ``malformed``. A box that has us fetch elsewhere gets nothing.
     """
+    if not _URL.fullmatch(url):  # urlsplit takes line breaks out, and so would hide them
+        raise _bad("a URL with characters that none has")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port

@@ -175,10 +175,9 @@ def _completion(data: bytes) -> object:
 
 
 def completion() -> Target:
-    # The JSON decoder takes 15 µs for a number like 1e308, and a body has room for 8,000 of them.
-    return Target(
-        "completion", _completion, (BadRequest,), COMPLETIONS, splice_json, 1 << 18, slow_s=0.2
-    )
+    numbers = b'{"prompt": [' + b"1e308," * 8000 + b"1]}"
+    seeds = [*COMPLETIONS, numbers]
+    return Target("completion", _completion, (BadRequest,), seeds, splice_json, 1 << 18)
 
 
 # -- control socket ---------------------------------------------------------------------------

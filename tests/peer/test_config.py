@@ -137,6 +137,12 @@ def test_rates(text: str | int, bytes_per_s: int) -> None:
     assert parse_rate(text) == bytes_per_s
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 305 + "GB", "fast", float("inf"), -1, "-1"])
+def test_what_is_no_rate_or_beyond_all_numbers_is_refused(text: str | float) -> None:
+    with pytest.raises(ConfigError):
+        parse_rate(text)
+
+
 def test_words_for_truth_and_lists_from_the_environment() -> None:
     settings = load_settings(
         None, {"SWARMTRAIN_PEER__TRAINS": "no", "SWARMTRAIN_ANNOUNCE": "a.example:1, [::1]:2"}

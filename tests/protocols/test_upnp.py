@@ -80,12 +80,15 @@ def test_answers() -> None:
         "http://user@192.168.1.1/",
         "file:///etc/passwd",
         "http://192.168.1.1:99999/",
+        "http://192.168.1.1/root.xml HTTP/1.1\nHost: bank.example",
         "",
     ],
 )
 def test_nobody_has_us_fetch_from_elsewhere(location: str) -> None:
     with pytest.raises(PeerFault, match="malformed"):
         upnp.parse_found(found(location), ROUTER)
+    with pytest.raises(PeerFault, match="malformed"):
+        upnp.same_host(URL.replace("168", "168\n"), ROUTER)  # urlsplit would not see the break
     hostile = DESCRIPTION.replace(b"/ctl/IPConn", location.encode() or b"http://x/")
     with pytest.raises(PeerFault, match="malformed"):
         upnp.parse_description(hostile, URL, ROUTER)

@@ -292,7 +292,8 @@ def test_fields_that_cannot_be_meant_are_named(body: Document, param: str) -> No
 
 
 def test_bodies_that_are_no_objects_are_refused() -> None:
-    for content in (b"", b"{", b"[]", b'"\xff"'):
+    bad = (b"", b"{", b"[]", b'"\xff"', b'{"top_p": 1e999}', b'{"top_p": NaN}', b'{"seed": %d}')
+    for content in (*bad, b'{"prompt": "\\ud800"}', b'{"seed": 18446744073709551616}'):
         response = browse(
             Script(), lambda client, c=content: client.post("/v1/completions", content=c)
         )  # type: ignore[misc]

@@ -32,7 +32,7 @@ from typing import Any
 
 from swarmtrain_protocols.pipeline.effects import HopDone
 from swarmtrain_protocols.pipeline.routing import Policy, Router
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.network import NetworkModel

@@ -12,7 +12,7 @@ from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.dht.records import decode_value, encode_value
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
 from swarmtrain_protocols.testing.faults import Fault, Plan, generate, to_text
 from swarmtrain_protocols.testing.network import address_of
 from swarmtrain_protocols.testing.world import Context, Host, Violation, World

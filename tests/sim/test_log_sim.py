@@ -18,7 +18,7 @@ from swarmtrain_protocols.log.events import Committed, Conflict, LedgerDiverged,
 from swarmtrain_protocols.manifest import make_genesis
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
 from swarmtrain_protocols.testing.disk import Disk
 from swarmtrain_protocols.testing.faults import Fault, Plan, generate, to_text
 from swarmtrain_protocols.testing.keyring import FakeKeyring

@@ -11,7 +11,7 @@ import pytest
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.testing import swarm
-from swarmtrain_protocols.testing.check_rounds import LogIsOne
+from swarmtrain_protocols.testing.checks.one_log import LogIsOne
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.nightly import explain

@@ -16,7 +16,7 @@ from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.rebuild import UNSCORED
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.network import NetworkModel

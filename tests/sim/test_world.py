@@ -12,7 +12,7 @@ import pytest
 from swarmtrain_protocols import merkle
 from swarmtrain_protocols.core import Connect, Disconnect, Persist, Send
 from swarmtrain_protocols.messages.session import Ping
-from swarmtrain_protocols.testing.checkers import Always, missing, settle_within
+from swarmtrain_protocols.testing.checks.base import Always, missing, settle_within
 from swarmtrain_protocols.testing.faults import Fault, generate
 from swarmtrain_protocols.testing.host import SPINS_MAX
 from swarmtrain_protocols.testing.world import NetworkModel, Violation, World

@@ -10,7 +10,7 @@ from swarmtrain_protocols import merkle
 from swarmtrain_protocols.core import Effect, Emit, Fetch, PeerId, Persist, Send
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages.session import Ping, Pong
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault, Plan, generate
 from swarmtrain_protocols.testing.world import Context, Host, NetworkModel, Violation, World
 

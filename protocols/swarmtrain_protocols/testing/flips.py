@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.state import CanonicalState

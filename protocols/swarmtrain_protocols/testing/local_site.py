@@ -203,7 +203,8 @@ class LocalSite(PipelineSite):
         blob = self.plane.encode(delta, effect.codec)
         hops = len(hops_of(effect.stage, self.spec.toy.stages))
         samples = len(mine.pairs) * self.spec.manifest.keys.batch_size / hops
-        self.truth.offered(self.ctx.peer, channel, blob, samples, delta.size, effect.codec)
+        made = samples, delta.size, effect.codec, mine.round
+        self.truth.offered(self.ctx.peer, channel, blob, *made)
         self.truth.work[blob.root] = LocalWork(
             self.ctx.peer, effect.stage, mine.round, mine.steps, tuple(mine.pairs)
         )

@@ -14,8 +14,8 @@ import numpy as np
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.pipeline.book import KEPT, stage_channel
 from swarmtrain_protocols.pipeline.localsteps import first_phase
-from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
+from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.local_site import LocalSite, LocalTruth

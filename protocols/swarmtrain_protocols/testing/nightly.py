@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain_protocols.testing.checkers import missing
+from swarmtrain_protocols.testing.checks.base import missing
 from swarmtrain_protocols.testing.faults import Fault, shrink
 from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
 from swarmtrain_protocols.testing.schedules import from_json, to_json

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.network import NetworkModel

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from swarmtrain_protocols.testing.checkers import settle_within
+from swarmtrain_protocols.testing.checks.base import settle_within
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Plan, generate
 from swarmtrain_protocols.testing.network import NetworkModel

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
-from swarmtrain_protocols.testing.check_pipeline import BooksAgree, StepsAreRight
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
+from swarmtrain_protocols.testing.checks.pl11 import BooksAgree
+from swarmtrain_protocols.testing.checks.steps import StepsAreRight
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.keyring import FakeKeyring

@@ -17,8 +17,8 @@ from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages.reach import RelayOffer, RelayReply, RelayRequest
 from swarmtrain_protocols.relay import CloseStream, OpenStream, Relay, Splice, StreamFailed
-from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
+from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.network import Connection, Network, Packet, _Dial, _pair

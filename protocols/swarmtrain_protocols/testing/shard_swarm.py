@@ -23,8 +23,9 @@ from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.member import Offer
 from swarmtrain_protocols.shards import LeaseBook, Spans
-from swarmtrain_protocols.testing.check_rounds import LogIsOne, RoundsAreRight
-from swarmtrain_protocols.testing.checkers import settle_within
+from swarmtrain_protocols.testing.checks.base import settle_within
+from swarmtrain_protocols.testing.checks.one_log import LogIsOne
+from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.faults import Fault, generate
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
@@ -124,7 +125,7 @@ class DataSite(Site):
         delta = self._numbers.normal(0.0, 0.01, values).astype(np.float32)
         codec = self.core.policy.scatter_codec
         blob = self.plane.encode(delta, codec)
-        self.truth.offered(self.ctx.peer, COUNTING, blob, fresh, values, codec)
+        self.truth.offered(self.ctx.peer, COUNTING, blob, fresh, values, codec, round_number)
         self._known.trained[blob.root] = content
         self._flying = blob.root, content
         offer = Offer(COUNTING, blob.root, values, codec, fresh, round_number, 0, claims=claims)

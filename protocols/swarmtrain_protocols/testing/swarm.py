@@ -21,8 +21,8 @@ from swarmtrain_protocols.entries import (
     StewardsChanged,
 )
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
-from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
-from swarmtrain_protocols.testing.checkers import Checker, settle_within
+from swarmtrain_protocols.testing.checks.base import Checker, settle_within
+from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import MORE_KINDS, PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.flips import FlipsAreNamed, may_flip

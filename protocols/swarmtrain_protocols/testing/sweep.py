@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.nightly import KINDS, Run, explain
 from swarmtrain_protocols.testing.schedules import from_json

@@ -19,8 +19,8 @@ from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.testing.check_rounds import RoundsAreRight
-from swarmtrain_protocols.testing.checkers import settle_within
+from swarmtrain_protocols.testing.checks.base import settle_within
+from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
 from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.keyring import FakeKeyring
@@ -193,7 +193,7 @@ class UnlikeAreRight(RoundsAreRight):
             self.phases = {k: found for k, found in self.phases.items() if k < number}
 
     def _declared(self, world: World, body: e.RoundOpened) -> None:
-        usual = 0 if self._mode(body.key.round) == "off" else 1
+        usual = 0 if self.mode(body.key.round) == "off" else 1
         for item in body.contributors:
             if item.base_round != self.truth.contributions[item.root].base_round:
                 world.violation("UL1", f"{body.key} lists another base than {item} was made from")

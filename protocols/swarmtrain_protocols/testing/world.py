@@ -23,7 +23,7 @@ from swarmtrain_protocols.testing.trace import Trace
 from swarmtrain_protocols.testing.trouble import Trouble
 
 if TYPE_CHECKING:
-    from swarmtrain_protocols.testing.checkers import Checker
+    from swarmtrain_protocols.testing.checks.base import Checker
 
 EVENTS_MAX = 5_000_000
 

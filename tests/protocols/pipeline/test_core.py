@@ -15,7 +15,7 @@ from swarmtrain_protocols.pipeline import effects as px
 from swarmtrain_protocols.pipeline.effects import StepDone
 from swarmtrain_protocols.pipeline.errands import ErrandDone
 from swarmtrain_protocols.pipeline.requests import inline_tensor
-from swarmtrain_protocols.testing.checkers import Checker
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import NetworkModel

@@ -1,0 +1,43 @@
+"""AR3: each contribution counts exactly once or not at all, in all parts alike.
+
+Its trainer hears which of the two it was: what comes back is not in any round, and what counts does
+not come back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.rounds import effects as fx
+from swarmtrain_protocols.testing.checks.oracle import Invariant, Oracle
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+
+class CountedOnce(Invariant):
+    """``returned``: what became of contributions that trainers have back."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        super().__init__(oracle)
+        self.returned: dict[bytes, str] = {}
+
+    def committed(self, world: World, body: e.RoundCommitted, right: bytes) -> None:
+        for item in self.oracle.contributors(body.key):
+            known = self.oracle.counted.get(item.root)
+            if known is not None:
+                world.violation("AR3", f"{body.key} counts a contribution of {known}")
+            if item.root in self.returned:
+                world.violation("AR3", f"{body.key} counts what was {self.returned[item.root]}")
+
+    def decided(self, world: World, host: Host, event: fx.ContributionDecided) -> None:
+        counted = self.oracle.counted.get(event.root)
+        if event.outcome == "committed":
+            if counted != event.key:
+                world.violation("AR3", f"{host.name}: {event.key} is said to count, but does not")
+            return
+        if counted is not None:
+            world.violation("AR3", f"{host.name} gets back what {counted} counts")
+        self.returned[event.root] = event.outcome

@@ -1,0 +1,33 @@
+"""AR6: what a site holds is a state that the log made; an attempt that fails touches nothing.
+
+Compared value by value after each event, and not only where a site says that it has moved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols.testing.checks.oracle import Invariant
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+
+class InputsStay(Invariant):
+    """The arrays of every state that a site vouches for."""
+
+    def always(self, world: World, host: Host) -> None:
+        node = host.node
+        if node.core.ledger.model is None:
+            return  # what a site proposes is not the model yet
+        for channel, state in node.plane.states.items():
+            known = self.oracle.states.get(channel)
+            if known is None or state.round >= len(known):
+                continue  # its commit is applied here before anybody has emitted it
+            right = known[state.round].raw
+            same = right == state.theta.tobytes() + state.slots["momentum"].tobytes()
+            flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
+            told = node.core.catchup.tracks[channel].state_hash is not None
+            if not same and not flipped and told:
+                world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -1,0 +1,46 @@
+"""OS3: whoever counts as a holder, or contributes, has had the pinned state before that.
+
+A late joiner is fetched, verified and replayed first; only then do its bytes and its word count.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from swarmtrain_protocols import entries as e
+from swarmtrain_protocols.testing.checks.oracle import Invariant, Oracle
+
+if TYPE_CHECKING:
+    from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.world import World
+
+
+class JoinersAreReady(Invariant):
+    """``reached``: states that each site has ever had, as (channel, round, hash)."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        super().__init__(oracle)
+        self.reached: dict[bytes, set[tuple[str, int, bytes]]] = {}
+
+    def always(self, world: World, host: Host) -> None:
+        mine = self.reached.setdefault(host.peer, set())
+        for channel, track in host.node.core.catchup.tracks.items():
+            if track.state_hash is not None:
+                mine.add((channel, track.round, track.state_hash))
+
+    def opened(self, world: World, body: e.RoundOpened) -> None:
+        key = body.key
+        if key.channel not in self.oracle.states:
+            return
+        for member in body.holders:
+            slot = (key.channel, key.round, body.state_hash)
+            if slot not in self.reached.get(member, set()):
+                world.violation("OS3", f"{key} counts on a holder that has never had its state")
+        parts = self.oracle.truth.parts
+        for item in body.contributors:
+            if not parts[self.oracle.truth.name_of(item.member)].holds_state:
+                continue
+            base = self.oracle.states[key.channel][item.base_round].state_hash
+            slot = (key.channel, item.base_round, base)
+            if slot not in self.reached.get(item.member, set()):
+                world.violation("OS3", f"{key}: {item} has never had its base")

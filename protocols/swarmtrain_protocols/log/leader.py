@@ -134,9 +134,10 @@ class Leadership:
                 return
 
     def connected(self, peer: PeerId) -> None:
+        """What is there now is told by the first reply: a learner may come back with less."""
         item = self.progress.get(peer)
         if item is not None:
-            item.due, item.told = True, item.commit
+            item.due, item.told, item.match = True, item.commit, -1
 
     def _send(self, peer: PeerId, item: Progress) -> None:
         """Send entries, a certificate or a sign of life, if there is a reason to."""
@@ -192,7 +193,7 @@ class Leadership:
         if item is None:
             return
         item.heard_at = s.now
-        item.commit, item.base = max(item.commit, reply.commit), reply.base
+        item.commit, item.base = reply.commit, reply.base  # certificates may be lost in a crash
         if reply.snapshot is not None:
             self.snapshots.on_vote(peer, reply.snapshot)
         if reply.index > s.log.last_index:

@@ -100,6 +100,7 @@ class Oracle(LogIsOne):
         self.served: dict[bytes, int] = {}
         """Contributions to state channels that were counted, by member."""
         self.invariants: list[Invariant] = []
+        self._looking: list[Invariant] = []
 
     # --- entries ---------------------------------------------------------------------------------
 
@@ -257,8 +258,14 @@ class Oracle(LogIsOne):
                 item.decided(world, host, event)
 
     def always(self, world: World, host: Host) -> None:
-        for item in self.invariants:
+        for item in self._watching():
             item.always(world, host)
+
+    def _watching(self) -> list[Invariant]:
+        """Those that look after every call; most have nothing to do there."""
+        if not self._looking:
+            self._looking = [i for i in self.invariants if type(i).always is not Checker.always]
+        return self._looking
 
     def crashed(self, world: World, host: Host) -> None:
         super().crashed(world, host)

@@ -255,7 +255,3 @@ class StepOracle(LogIsOne):
             item.emitted(world, host, event)
             if isinstance(event, fx.StateAdvanced):
                 item.advanced(world, host, event)
-
-    def always(self, world: World, host: Host) -> None:
-        for item in self.invariants:
-            item.always(world, host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.testing.checks.ar1 import OneOutcome
 from swarmtrain_protocols.testing.checks.ar2 import SumsAreRight
-from swarmtrain_protocols.testing.checks.ar3 import CountedOnce
+from swarmtrain_protocols.testing.checks.ar3 import CountedOnce, SetsAreDelivered
 from swarmtrain_protocols.testing.checks.ar4 import WeightsAreRight
 from swarmtrain_protocols.testing.checks.ar6 import InputsStay
 from swarmtrain_protocols.testing.checks.ar7 import DoubtEnds
@@ -22,8 +22,16 @@ from swarmtrain_protocols.testing.checks.os4 import BasesAreTrue
 from swarmtrain_protocols.testing.truth import Truth
 
 INVARIANTS = (
-    *(OneAttempt, PlansFit, OneOutcome, SumsAreRight, CountedOnce, WeightsAreRight, InputsStay),
-    *(DoubtEnds, StatesAreEqual, NothingIsLost, JoinersAreReady, BasesAreTrue),
+    *(OneAttempt, PlansFit, OneOutcome, SumsAreRight, CountedOnce, SetsAreDelivered),
+    *(
+        WeightsAreRight,
+        InputsStay,
+        DoubtEnds,
+        StatesAreEqual,
+        NothingIsLost,
+        JoinersAreReady,
+        BasesAreTrue,
+    ),
     *(ChangesComeBefore, NobodyIsAccused, ViewsAreTrue),
 )
 

@@ -56,10 +56,7 @@ class TrainerCommand:
         extra = {"SWARMTRAIN_SITE": str(site.folder), **self.environment}
         if self.script:
             return start_process(self.arguments, None, environment=extra)
-        # The peer process must get a processor when a message arrives: trainers are nicer.
-        return start_process(
-            self.arguments, site.folder / "trainer.log", environment=extra, nice=10
-        )
+        return start_process(self.arguments, site.folder / "trainer.log", environment=extra)
 
 
 def preset_trainer(site: Site, device: str, wait_s: float = 0.0) -> TrainerCommand:

@@ -185,6 +185,16 @@ class Signals:
             signal.signal(number, handler)
 
 
+def be_nice() -> None:
+    """Give way to peer processes from here on: they must get a processor when a message arrives.
+
+    Not while starting: on a machine that others train on, the first seconds of processor time,
+    which import torch, would be had a tenth at a time.
+    """
+    if os.nice(0) == 0:
+        os.nice(NICENESS)
+
+
 def run(site: Site, device_name: str, steps: int, threads: int, wait_s: float = 0.0) -> int:
     """Train at ``site``, on the main thread; returns the exit code.
 
@@ -201,10 +211,12 @@ def run(site: Site, device_name: str, steps: int, threads: int, wait_s: float = 
         keys = await_run_keys(site, limits.TRAINER_WAIT_S_MAX, signals.event)
         if keys.stages:
             sys.stderr.write(f"serving stages of {keys.preset} on {device}\n")
+            be_nice()
             run_stages(site, keys, device, signals.event, wait_s)
             return 128 + signals.received if signals.received else 0
         trainer = PresetTrainer(site, keys, device, signals, wait_s)
         sys.stderr.write(f"training {keys.preset} on {device}\n")
+        be_nice()
         try:
             trainer.train(steps)
         finally:
@@ -231,6 +243,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if os.nice(0) == 0:
-        os.nice(NICENESS)  # the peer process must get a processor when a message arrives
     sys.exit(main())

@@ -93,7 +93,7 @@ def test_followers_of_a_dead_leader_ask_stewards_and_not_each_other() -> None:
         assert first is not None and world.run(5.0, lambda site=first: know(site))  # type: ignore[misc]
         world.run(1.0)
         first.crash()
-        for other in (site for site in world.sites.values() if site is not first):  # all of them notice
+        for other in (site for site in world.sites.values() if site is not first):  # all notice
             world.at(world.now + 0.05, first._broken, other, other.life)
         assert world.run(5.0, lambda: world.leader() is not None)
         second = world.leader()

@@ -103,7 +103,7 @@ class Churn:
             return
         command = [sys.executable, "-m", "swarmtrain.training.trainer", str(seat.site.folder)]
         command += ["--device", "cpu", "--wait-s", "60"]
-        life.trainer = start_process(command, seat.site.folder / "trainer.log", nice=5)
+        life.trainer = start_process(command, seat.site.folder / "trainer.log")
 
     def _stop_trainer(self, life: Life) -> None:
         trainer, life.trainer = life.trainer, None

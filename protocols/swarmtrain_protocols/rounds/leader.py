@@ -23,6 +23,7 @@ from swarmtrain_protocols.rounds.loss import LossWatch
 from swarmtrain_protocols.rounds.owners import Owners
 from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
+from swarmtrain_protocols.rounds.pinning import NO_MAJORITY, Pins
 from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 from swarmtrain_protocols.rounds.unlike import discount_of, lateness
@@ -70,6 +71,8 @@ class RoundLeader:
         self._leaving: dict[bytes, None] = {}
         self._now = 0.0
         self._loss = LossWatch()
+        self._pins = Pins(ledger)
+        self._resumed_at = -1
         self._choice = OverlapChoice(policy.measure_overlap)
         self._owners = Owners(me=me, out=out, propose=propose, verify=verify)
 
@@ -80,6 +83,7 @@ class RoundLeader:
         self._phases.clear()
         self._leaving.clear()
         self._loss = LossWatch()
+        self._pins = Pins(self.ledger)
         self._choice = OverlapChoice(self.policy.measure_overlap)
         if active:
             self.reconcile(now)
@@ -225,6 +229,8 @@ class RoundLeader:
             self._push(now, phase)
         if self.ledger.ended:
             return  # what is open is decided, nothing is opened any more
+        if self.ledger.paused == NO_MAJORITY:
+            self._go_on(now)
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
                 self._maybe_open(now, name)
@@ -335,26 +341,20 @@ class RoundLeader:
         self, now: float, key: RoundKey, lobby: Lobby, present: list[bytes]
     ) -> tuple[tuple[bytes, ...], bytes] | None:
         """(holders, state hash) by majority of the state holders that are in step."""
-        votes: dict[bytes, list[bytes]] = {}
-        for member in present:
-            report = lobby.reports.get(member)
-            if not self.ledger.members[member].holds_state:
-                continue
-            if report is not None and report.round == key.round and report.ready:
-                votes.setdefault(report.state_hash, []).append(member)
-        if not votes:
-            return None
-        channel = self.ledger.channels[key.channel]
-        known = channel.pinned_hash(key.round)
-        if known is not None:
-            return (tuple(votes[known]), known) if known in votes else None
-        state_hash, holders = max(votes.items(), key=lambda item: (len(item[1]), item[0]))
-        total = sum(len(group) for group in votes.values())
-        if 2 * len(holders) <= total:
-            if not self.ledger.paused:
-                self._propose(now, e.Paused("no state hash has a majority"))
-            return None
-        return tuple(holders), state_hash
+        found = self._pins.standing(now, key.channel, key.round, lobby.reports, present)
+        if found is None and not self.ledger.paused and self._pins.tied(key.channel):
+            self._propose(now, e.Paused(NO_MAJORITY))
+        return found
+
+    def _go_on(self, now: float) -> None:
+        """A run that stands still because its states differed goes on once most are equal."""
+        names = [channel.name for channel in self.ledger.train_channels()]
+        found = [name for name in names if self.standing(now, name) is not None]
+        split = [name for name in names if name not in found and self._pins.is_split(name)]
+        if not found or split or self._resumed_at == self.ledger.index:
+            return
+        if self._propose(now, e.Resumed(NO_MAJORITY)):
+            self._resumed_at = self.ledger.index
 
     # -- an open attempt -------------------------------------------------------------------
 
@@ -466,7 +466,7 @@ class RoundLeader:
             return math.inf
         times = []
         if not self.ledger.ended:
-            times.append(self._loss.deadline())
+            times += [self._loss.deadline(), self._pins.deadline(self._now)]
             for name, lobby in self._lobbies.rooms.items():
                 if lobby.ready and name not in self._phases and lobby.proposed_open is None:
                     key = self.ledger.next_key(name)

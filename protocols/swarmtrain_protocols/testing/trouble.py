@@ -156,7 +156,8 @@ class Trouble:
             what = host.disk.rot(luck)
         elif self.may_flip(self.world, host):
             what = host.node.flip_bit(luck)
-            self.flipped[host.name, what] = host.node.plane.states[what].round
+            if what:
+                self.flipped[host.name, what] = host.node.plane.states[what].round
         else:
             return
         if what:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from blake3 import blake3
 from msgspec import Meta
 
+from swarmtrain_peer.mapping import map_readonly
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import CheckpointError
 from swarmtrain_protocols.merkle import HASH_BYTES
@@ -101,9 +101,7 @@ def map_file(path: Path) -> memoryview:
     """
     try:
         with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return map_readonly(file.fileno())
     except OSError as error:
         raise refusal(path, error.strerror or str(error)) from error
 

@@ -5,8 +5,9 @@ ticket), stores and gets keys one call at a time from random processes, kills ha
 with SIGKILL, and gets every key again from the survivors. Writes `results/dht.json`; exits with 1
 if a bar is missed: median get 5 ms, median store 10 ms, every key found after the kills.
 
-A store returns when five nodes hold the record; the other copies follow, so calls are a tenth of a
-second apart. `stores_in_a_row` are not: they pay for each other's copies. `cpu_ms` is the processor
+A store returns when five nodes hold the record; the other copies follow, so the next call is made
+when whoever made the last one waits for no answer any more. `stores_in_a_row` do not wait: they pay
+for each other's copies. `cpu_ms` is the processor
 time of all processes for one call, their idle time subtracted; unlike the other figures it does not
 depend on what else the machine does. `load` is how busy the machine was with other things.
 """
@@ -41,7 +42,10 @@ HIVEMIND = {
 }
 
 
-PAUSE_S = 0.1
+IDLE_S = 5.0
+"""For so long the processor time is measured that is used while nothing is asked."""
+SETTLE_S, REST_S = 60.0, 10.0
+"""Bounds of waiting."""
 
 
 class Worker:
@@ -86,18 +90,19 @@ def start(count: int) -> list[Worker]:
     return workers
 
 
-def settled(workers: list[Worker], limit_s: float = 60.0) -> dict[str, float]:
-    """Wait until everybody knows everybody, or nothing changes any more."""
-    end = time.monotonic() + limit_s
-    while True:
-        told = [worker.ask(do="look") for worker in workers]
-        contacts = [one["contacts"] for one in told]
-        if min(contacts) >= len(workers) - 1 or time.monotonic() > end:
-            return {
-                "contacts_min": min(contacts),
-                "links_median": statistics.median(one["links"] for one in told),
-            }
-        time.sleep(0.5)
+def settled(workers: list[Worker]) -> dict[str, float]:
+    """Wait until everybody knows everybody."""
+    end = time.monotonic() + SETTLE_S
+    told = [
+        worker.ask(do="know", contacts=len(workers) - 1, limit_s=max(0, end - time.monotonic()))
+        for worker in workers
+    ]
+    for worker in workers:
+        worker.ask(do="rest", limit_s=REST_S)
+    return {
+        "contacts_min": min(one["contacts"] for one in told),
+        "links_median": statistics.median(one["links"] for one in told),
+    }
 
 
 def times(taken_s: Sequence[float]) -> dict[str, float]:
@@ -116,16 +121,19 @@ class Clock:
     def __init__(self, workers: list[Worker]) -> None:
         self._workers = workers
         begin, began = self._used_s(), time.monotonic()
-        time.sleep(5.0)
+        time.sleep(IDLE_S)
         self._idle_share = (self._used_s() - begin) / (time.monotonic() - began)
 
-    def cpu_ms(self, calls: Sequence[Callable[[], float]]) -> tuple[list[float], float]:
+    def cpu_ms(
+        self, calls: Sequence[Callable[[Worker], float]], rng: random.Random
+    ) -> tuple[list[float], float]:
         """Make the calls, apart; their times in seconds, and processor milliseconds of one."""
         begin, began = self._used_s(), time.monotonic()
         taken_s = []
         for call in calls:
-            taken_s.append(call())
-            time.sleep(PAUSE_S)
+            asker = rng.choice(self._workers)
+            taken_s.append(call(asker))
+            asker.ask(do="rest", limit_s=REST_S)
         used = self._used_s() - begin - self._idle_share * (time.monotonic() - began)
         return taken_s, max(0.0, used) / len(calls) * 1e3
 
@@ -145,20 +153,20 @@ def measure(count: int, keys: int, rounds: int, seed: int) -> dict[str, Any]:
         knows = settled(workers)
         clock = Clock(workers)
 
-        def store(number: int) -> float:
-            told = rng.choice(workers).ask(do="store", key=f"key {number}", value=number)
+        def store(number: int, asker: Worker) -> float:
+            told = asker.ask(do="store", key=f"key {number}", value=number)
             return float(told["took_s"])
 
-        def get(number: int) -> float:
-            told = rng.choice(workers).ask(do="get", key=f"key {number}")
+        def get(number: int, asker: Worker) -> float:
+            told = asker.ask(do="get", key=f"key {number}")
             wrong.append(told["value"] != number)
             return float(told["took_s"])
 
         wrong: list[bool] = []
-        stores, store_cpu_ms = clock.cpu_ms([partial(store, n) for n in range(keys)])
+        stores, store_cpu_ms = clock.cpu_ms([partial(store, n) for n in range(keys)], rng)
         order = [n for _ in range(rounds) for n in rng.sample(range(keys), keys)]
-        gets, get_cpu_ms = clock.cpu_ms([partial(get, n) for n in order])
-        in_a_row = [store(n) for n in range(keys)]
+        gets, get_cpu_ms = clock.cpu_ms([partial(get, n) for n in order], rng)
+        in_a_row = [store(n, rng.choice(workers)) for n in range(keys)]
         for victim in rng.sample(workers, count // 2):
             workers.remove(victim)
             victim.kill()

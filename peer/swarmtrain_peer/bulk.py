@@ -24,6 +24,7 @@ from swarmtrain_peer.caps import Cap, Queue
 from swarmtrain_peer.donorshare import FRAME_BYTES, SHARE, DonorShare, unsent_bytes
 from swarmtrain_peer.linkrate import LinkRate
 from swarmtrain_peer.poller import Poller, make_poller
+from swarmtrain_peer.workers import Broken, only_told, start_thread
 from swarmtrain_protocols import bulklink, limits
 from swarmtrain_protocols.bulklink import BulkKeys, Header
 from swarmtrain_protocols.core import PeerId, short_id
@@ -394,7 +395,7 @@ class BulkPool:
     """A fixed number of threads for all bulk connections and for hashing.
 
     ``up`` and ``down`` are the caps of the site; control links charge them too. ``share`` is what
-    those who are catching up may have of the uplink.
+    those who are catching up may have of the uplink. ``broken`` hears what ends one of the threads.
     """
 
     def __init__(
@@ -403,11 +404,12 @@ class BulkPool:
         poller: Poller | None = None,
         caps_bytes_per_s: tuple[int, int] = (0, 0),
         donor_share: float = SHARE,
+        broken: Broken = only_told,
     ) -> None:
         self.up, self.down = map(Cap, caps_bytes_per_s)
         self.share = DonorShare(donor_share, caps_bytes_per_s[0])
-        self.up_queue, self.down_queue = Queue(self.up), Queue(self.down)
-        self.share_queue = Queue(self.share)
+        self.up_queue, self.down_queue = Queue(self.up, broken), Queue(self.down, broken)
+        self.share_queue = Queue(self.share, broken)
         self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}
         self._tasks: deque[Callable[[], None]] = deque()
@@ -416,12 +418,7 @@ class BulkPool:
         self._wake_fd = self._wake_read.fileno()
         self._poller.add(self._wake_fd)
         self._poller.arm(self._wake_fd, write=False)
-        self._threads = [
-            threading.Thread(target=self._work, name=f"bulk-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [start_thread(f"bulk-{i}", self._work, broken) for i in range(threads)]
 
     def add(
         self, sock: socket.socket, peer: PeerId, keys: BulkKeys, sink: Sink, name: bytes = b""

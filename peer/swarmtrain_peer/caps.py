@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from swarmtrain_peer import host
+from swarmtrain_peer.workers import Broken, only_told, start_thread
 
 BURST_S = 0.1
 QUANTUM_BYTES = 16 * 1024
@@ -63,11 +64,13 @@ class Cap:
 class Queue:
     """Calls back those who wait for a cap, first come, first served, on a thread of its own.
 
-    The thread lives while somebody has ever waited: a site without caps has none.
+    The thread lives while somebody has ever waited: a site without caps has none. ``broken`` hears
+    what ends it.
     """
 
-    def __init__(self, cap: Cap) -> None:
+    def __init__(self, cap: Cap, broken: Broken = only_told) -> None:
         self._cap = cap
+        self._broken = broken
         self._waiting: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -77,8 +80,7 @@ class Queue:
         """Have ``call`` called when bytes may pass again."""
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="cap", daemon=True)
-                self._thread.start()
+                self._thread = start_thread("cap", self._work, self._broken)
             self._waiting.append(call)
             self._changed.notify()
 

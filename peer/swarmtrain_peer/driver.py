@@ -18,6 +18,7 @@ from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.datawork import INLINE_BYTES_MAX, DataWork
 from swarmtrain_peer.handler import Guest, Stages
 from swarmtrain_peer.journal import Journal
 from swarmtrain_peer.keeper import Keeper
@@ -39,15 +40,12 @@ from swarmtrain_protocols.core import (
 )
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, SwarmError
-from swarmtrain_protocols.merkle import Blob
-from swarmtrain_protocols.messages import Message, RoundKey
+from swarmtrain_protocols.messages import Message, RoundKey, dht
 from swarmtrain_protocols.messages.pipeline import HopReply, HopRequest
 from swarmtrain_protocols.messages.session import Hello
 from swarmtrain_protocols.node import NodeCore
 from swarmtrain_protocols.rounds import effects as fx
 
-INLINE_BYTES_MAX = 64 * 1024
-"""Work on fewer bytes than this is done on the spot: a thread costs more."""
 FETCH_TIMEOUT_S = 600.0
 """The core has its own, shorter deadlines; this one only bounds a forgotten transfer."""
 GUEST_TICKETS = range(-(1 << 40) + 1, 0)
@@ -93,15 +91,17 @@ class Driver:
         if records is not None:
             failed, blocked = self._journal_failed, self._journal_blocked
             self._journal = Journal(records, pool, alarm, failed=failed, blocked=blocked)
-        self._keeper = keeper
+        self._work = DataWork(self, data, keeper, clock, on_event, on_state)
         self._pool = pool
         self._on_event = on_event
-        self._on_state = on_state
         self._clock = clock
         self._mono_s = mono_s
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Effect] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._only_dht = False
+        """Since the timer was set nothing but the DHT has moved."""
         self._persisting = False
         self._pumping = False
         self._asked: dict[int, _Asked] = {}
@@ -114,6 +114,7 @@ class Driver:
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call a method of the node with the time first, then carry out what follows."""
+        self._only_dht = False
         result = call(self._mono_s(), *args)
         self.pump()
         return result
@@ -133,22 +134,35 @@ class Driver:
         self._arm()
 
     def _arm(self) -> None:
+        """A timer that is set already may be early, and is set again then; never late."""
+        if self._closed or self.stuck:
+            self._disarm()
+            return
+        deadline = (self.node.dht if self._only_dht else self.node).deadline()
+        self._only_dht = True
+        if self._timer is not None and self._timer_at <= deadline:
+            return
+        self._disarm()
+        if deadline < math.inf:  # -inf: at once
+            delay = max(0.001, deadline - self._mono_s())
+            self._timer, self._timer_at = self._loop.call_later(delay, self._tick), deadline
+
+    def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        deadline = self.node.deadline() if not self.stuck else math.inf
-        if deadline < math.inf and not self._closed:  # -inf: at once
-            delay = max(0.001, deadline - self._mono_s())
-            self._timer = self._loop.call_later(delay, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        self.run(self.node.tick)
+        self._only_dht = False
+        if self._mono_s() < self.node.deadline():
+            self._arm()
+        else:
+            self.run(self.node.tick)
 
     def close(self) -> None:
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._disarm()
         if self._journal is not None:
             self._journal.close()
         self._queue.clear()
@@ -157,7 +171,8 @@ class Driver:
 
     def _execute(self, effect: Effect) -> None:
         if isinstance(effect, Send):
-            self._transport.send(effect.peer, effect.message)
+            if not self._transport.send(effect.peer, effect.message) and _is_dht(effect.message):
+                self._loop.call_soon(self.unreachable, effect.peer)
         elif isinstance(effect, Emit):
             self._on_event(effect.event)
         elif isinstance(effect, Persist):
@@ -175,50 +190,7 @@ class Driver:
             self._transport.connect(effect.peer)
         elif isinstance(effect, Disconnect):
             self._transport.disconnect(effect.peer, effect.code, effect.reason)
-        else:
-            self._data_effect(effect)
-
-    def _data_effect(self, effect: Effect) -> None:
-        if isinstance(effect, fx.BeginAttempt):
-            self.data.begin(effect.opened)
-        elif isinstance(effect, fx.ReducePart):
-            self._reduce(effect)
-        elif isinstance(effect, fx.StoreResult):
-            self._store_result(effect.key)
-        elif isinstance(effect, fx.ApplyResult):
-            self._apply(effect)
-        elif isinstance(effect, fx.PrepareSnapshot):
-            wanted = effect.snapshot
-            self.offload(
-                partial(self.data.prepare, wanted),
-                lambda found: self.run(
-                    self.node.catchup.prepared, wanted.channel, wanted.root, *found
-                ),
-                partial(self._install_failed, wanted.channel),
-            )
-        elif isinstance(effect, fx.InstallSnapshot):
-            install = partial(self.data.install, effect.snapshot)
-            self.offload(
-                partial(self._advance, effect.snapshot.channel, install),
-                partial(self._applied, effect.snapshot.channel),
-                partial(self._install_failed, effect.snapshot.channel),
-            )
-        elif isinstance(effect, fx.CompleteResult):
-            result = effect.result
-            self.offload(
-                partial(self._complete, result),
-                lambda _: self.run(self.node.completed, result),
-                partial(self._install_failed, result.channel),
-            )
-        elif isinstance(effect, fx.ReleaseAttempt):
-            self.data.release_attempt(effect.key)
-        elif isinstance(effect, fx.ReleaseContribution):
-            self.data.drop(effect.root)
-        elif isinstance(effect, fx.DropState):
-            self.data.drop_state(effect.channel)
-            if self._keeper is not None:
-                self._keeper.drop_state(effect.channel)
-        elif self.stages is None or not self.stages.execute(effect):
+        elif not (self._work.execute(effect) or (self.stages and self.stages.execute(effect))):
             raise AssertionError(f"unknown effect {effect!r}")
 
     def offload(
@@ -366,7 +338,7 @@ class Driver:
             partial(self.data.accept, purpose, leaves),
             lambda _: self.run(self.node.fetched, ticket),
             lambda error: self.run(self.node.fetch_failed, ticket, _failure(error)),
-            nbytes=self._attempt_bytes(purpose),
+            nbytes=self._work.attempt_bytes(purpose),
         )
 
     def fetch_failed(self, ticket: int, reason: str) -> None:
@@ -390,88 +362,6 @@ class Driver:
         if key is not None:
             self._clock.received(key, asked.nbytes, asked.begin_s, host.mono_s())
 
-    def _attempt_bytes(self, purpose: object) -> int:
-        key = getattr(purpose, "key", None)
-        return 0 if key is None else self._key_bytes(key)
-
-    def _key_bytes(self, key: RoundKey) -> int:
-        channel = self.node.ledger.channels.get(key.channel)
-        return INLINE_BYTES_MAX if channel is None else channel.values * 4
-
-    # -- results and states -------------------------------------------------------------------
-
-    def _reduce(self, effect: fx.ReducePart) -> None:
-        key, part, begin_s = effect.key, effect.part, host.mono_s()
-
-        def done(root: bytes) -> None:
-            self._clock.worked(key, "reduce", begin_s, host.mono_s())
-            self._clock.names(root, key)
-            self.run(self.node.reduced, key, part, root)
-
-        self.offload(
-            partial(self.data.reduce, key, part, effect.chosen),
-            done,
-            lambda error: self._on_event(
-                fx.Notice("contribution_rejected", {"reason": f"{key} part {part}: {error}"})
-            ),
-            nbytes=self._key_bytes(key),
-        )
-
-    def _store_result(self, key: RoundKey) -> None:
-        def work() -> tuple[Blob, bool, float]:
-            blob = self.data.assemble(key)
-            stepwise = self.data.rules.stepwise(key.channel)
-            norm = self.data.square_norm(blob.root) if stepwise else 0.0
-            return blob, self._to_disk(key.channel, key.round, blob), norm
-
-        def done(outcome: tuple[Blob, bool, float]) -> None:
-            blob, durable, norm = outcome
-            self._clock.names(blob.root, key)
-            self.run(self.node.stored, key, blob.root, durable, norm)
-
-        group = not key.channel.startswith("train/")
-        self.offload(
-            work,
-            done,
-            lambda error: None,  # released meanwhile: nobody waits for it
-            nbytes=self._key_bytes(key) if group else INLINE_BYTES_MAX,
-        )
-
-    def _to_disk(self, channel: str, round_number: int, blob: Blob) -> bool:
-        if self._keeper is None or not channel.startswith("train/"):
-            return False
-        return self._keeper.store_result(
-            channel, round_number, blob, self.data.result_codec(blob.root)
-        )
-
-    def _complete(self, result: fx.WholeResult) -> None:
-        blob = self.data.complete(result)
-        self._to_disk(result.channel, result.round, blob)
-
-    def _apply(self, effect: fx.ApplyResult) -> None:
-        begin_s = host.mono_s()
-
-        def done(outcome: tuple[int, bytes]) -> None:
-            key = self._clock.latest(effect.channel, effect.round)
-            if key is not None:
-                self._clock.worked(key, "apply", begin_s, host.mono_s())
-            self._applied(effect.channel, outcome)
-
-        apply = partial(self.data.apply, effect)
-        self.offload(partial(self._advance, effect.channel, apply), done)
-
-    def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
-        """Move a state, then show it to whoever watches while it holds still."""
-        outcome = work()
-        self._on_state(channel)
-        return outcome
-
-    def _applied(self, channel: str, outcome: tuple[int, bytes]) -> None:
-        self.run(self.node.applied, channel, outcome[0], outcome[1])
-
-    def _install_failed(self, channel: str, error: SwarmError) -> None:
-        self.run(self.node.install_failed, channel, str(error))
-
     # -- links --------------------------------------------------------------------------------
 
     def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
@@ -479,6 +369,10 @@ class Driver:
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self.run(self.node.disconnected, peer)
+
+    def unreachable(self, peer: PeerId) -> None:
+        """A dial failed, or is not even tried yet because the one before has just failed."""
+        self.run(self.node.unreachable, peer)
 
     def message(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, HopRequest | HopReply) and self.stages is not None:
@@ -489,10 +383,19 @@ class Driver:
     def deliver(self, peer: PeerId, message: Message) -> None:
         """Hand a message to the node; what is wrong with it is its sender's fault."""
         try:
-            self.run(self.node.receive, peer, message)
+            if not _is_dht(message):
+                self.run(self.node.receive, peer, message)
+                return
+            if not self.node.receive_dht(self._mono_s(), peer, message):
+                self._only_dht = False
+            self.pump()
         except PeerFault as fault:
             fields: dict[str, object] = {"peer": peer.hex(), "fault": fault.code, "why": fault.why}
             self._on_event(fx.Notice("peer_fault", fields))
+
+
+def _is_dht(message: Message) -> bool:
+    return type(message).__module__ == dht.__name__
 
 
 def _failure(error: SwarmError) -> str:

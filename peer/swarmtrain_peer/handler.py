@@ -36,6 +36,9 @@ class TransportHandler(Protocol):
 
     def sent(self, root: bytes, nbytes: int, begin_s: float) -> None: ...
 
+    def broken(self, error: BaseException) -> None:
+        """A thread of the transport has ended by an error of this program."""
+
 
 class Guest(Protocol):
     """Who else fetches, with tickets of ``GUEST_TICKETS``."""

@@ -168,7 +168,12 @@ class Link(asyncio.Protocol):
         self._pump()
 
     def _pump(self) -> None:
-        self._deliver()
+        # What is said on this link while its messages are delivered leaves right behind them.
+        soon, self._flush_soon = self._flush_soon, True
+        try:
+            self._deliver()
+        finally:
+            self._flush_soon = soon
         self._flush()
         self._rearm()
 
@@ -185,11 +190,12 @@ class Link(asyncio.Protocol):
             return
         while self._writable and not transport.is_closing():
             data = self.session.data_to_send()
-            if not data:
-                break
-            self.sent_bytes += len(data)
-            self._up.charge(len(data))
-            transport.write(data)
+            if data:
+                self.sent_bytes += len(data)
+                self._up.charge(len(data))
+                transport.write(data)
+            if len(data) < limits.SEND_BATCH_BYTES:
+                break  # nothing else may be sent now
         if self.session.closed and not self._closing:
             self._closing = True
             transport.close()  # after what is buffered

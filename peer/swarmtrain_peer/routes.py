@@ -69,6 +69,9 @@ class _Ears:
     def sent(self, root: bytes, nbytes: int, begin_s: float) -> None:
         return
 
+    def broken(self, error: BaseException) -> None:
+        return
+
 
 async def reach(address: str, timeout_s: float = TIMEOUT_S) -> tuple[Finding | None, float]:
     """What keeps a TCP connection from opening, if anything, and how long it took to open."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.admission import FINAL, TurnedAway, admit, refused_error
+from swarmtrain_peer.admission import admit, refused_error
 from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.arrivals import Arrivals
 from swarmtrain_peer.contactsfile import ContactsFile
 from swarmtrain_peer.driver import Driver
 from swarmtrain_peer.enquiry import CONNECT_TIMEOUT_S, Enquiry
@@ -46,7 +47,6 @@ from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.manifest import Manifest, RunKeys, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob
-from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages.session import Hello, Refused
 from swarmtrain_protocols.node import NodeCore
@@ -84,9 +84,8 @@ class PeerRuntime:
         """Roots of large blobs of no round, such as the corpus: rounds go before them."""
         self.offer_listeners: list[Callable[[PeerId, mm.SnapshotOffer], None]] = []
         self.tickets = TicketBook(settings.tickets)
-        self._early: list[tuple[str, tuple[object, ...]]] = []
+        self.arrivals = Arrivals(self)
         self._started = False
-        self._turned_away = TurnedAway()
         self._changed = asyncio.Event()
         self._static_key = host.entropy(32)
         self._tasks: list[asyncio.Future[None]] = []
@@ -111,7 +110,7 @@ class PeerRuntime:
             entropy=host.entropy,
             hello=self._hello,
             admit=self._admit,
-            handler=self,
+            handler=self.arrivals,
             provide=self.provide,
             threads=s.threads,
             caps_bytes_per_s=s.caps_bytes_per_s,
@@ -120,11 +119,11 @@ class PeerRuntime:
         )
         if s.fast_kernels:
             self.chunk_pool.submit(codecs.use_numba, True)  # the disk is wanted at once
-        self._enquiry = Enquiry(self.transport, s.run)
+        enquiry = self.arrivals.enquiry = Enquiry(self.transport, s.run)
         self.outreach = Outreach(s, self.transport, self.events)
         bound = await self._listen()
         self.outreach.start((s.announce or host.announced(bound)) if bound else ())
-        manifest = s.manifest or await self._enquiry.manifest(s.ticket, s.save_manifest)
+        manifest = s.manifest or await enquiry.manifest(s.ticket, s.save_manifest)
         self.manifest = manifest
         if s.manifest is None:
             await self.outreach.first_verdict()
@@ -140,9 +139,7 @@ class PeerRuntime:
                 self.node.catchup.partly_here(*begun)
         self._started = True
         self.outreach.serve(self.node, self.driver.run)
-        for name, args in self._early:
-            getattr(self.driver, name)(*args)
-        self._early.clear()
+        self.arrivals.begin()
         if s.ticket is not None and s.manifest is not None:
             self._dial_ticket(s.ticket)
         self.driver.run(self.node.tick)
@@ -310,70 +307,6 @@ class PeerRuntime:
             return True
         return self.keeper is not None and self.keeper.is_history(root)
 
-    # -- what the transport calls ---------------------------------------------------------------
-
-    def _pass(self, name: str, *args: object) -> None:
-        if self._started:
-            getattr(self.driver, name)(*args)
-        else:
-            self._early.append((name, args))
-
-    def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
-        self.events.emit("peer_connected", peer=peer.hex(), peer_name=hello.name)
-        if hello.listen:
-            self.transport.learn(peer, hello.listen)
-        self.outreach.connected(peer, hello)
-        self.time.connected(peer, hello.wall_s)
-        self._pass("connected", peer, hello, outgoing)
-        for listener in self.link_listeners:
-            listener(peer)
-
-    def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
-        self.events.emit("peer_disconnected", peer=peer.hex(), reason=f"{code}: {reason}")
-        self.outreach.disconnected(peer)
-        self.time.disconnected(peer)
-        self._pass("disconnected", peer, code, reason)
-
-    def message(self, peer: PeerId, message: Message) -> None:
-        if isinstance(message, mm.ManifestReply):
-            self._enquiry.heard(message)
-            return
-        if self.outreach.message(peer, message):
-            return
-        if isinstance(message, mm.Metrics):
-            if peer == message.member:
-                for listener in self.metrics_listeners:
-                    listener(peer, message.body)
-            return
-        if isinstance(message, mm.SnapshotOffer):
-            for heard in self.offer_listeners:
-                heard(peer, message)
-        self._pass("message", peer, message)
-
-    def turned_away(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
-        fields = {"reason": f"{code}: {reason}", "address": address}
-        self.events.emit("link_refused", peer=peer.hex() if peer else "", **fields)
-
-    def refused(self, address: str, peer: PeerId | None, code: str, reason: str) -> None:
-        self.turned_away(address, peer, code, reason)
-        # What one peer says ends nobody whom the log lists as a member.
-        listed = self._started and self.node.joiner.is_member
-        linked = self.transport.connected_peers()
-        if code in FINAL and (not listed or self._turned_away.found(self.node, peer, code, linked)):
-            self.fail(refused_error(code, address))
-
-    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
-        self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
-
-    def fetched(self, ticket: int) -> None:
-        self._pass("fetched", ticket, self.transport.proven_leaves)
-
-    def fetch_failed(self, ticket: int, reason: str) -> None:
-        self._pass("fetch_failed", ticket, reason)
-
-    def sent(self, root: bytes, nbytes: int, begin_s: float) -> None:
-        self.clock.sent(root, nbytes, begin_s, host.mono_s())
-
     # -- events of the core ---------------------------------------------------------------------
 
     def _on_event(self, event: object) -> None:
@@ -393,6 +326,10 @@ class PeerRuntime:
     def fail(self, error: BaseException) -> None:
         if not self.failure.done():
             self.failure.set_result(error)
+
+    def peer_fault(self, peer: PeerId | None, code: str, why: str) -> None:
+        """Tell what is wrong with something that another one has said."""
+        self.events.emit("peer_fault", peer=peer.hex() if peer else "", fault=code, why=why)
 
     def _on_state(self, channel: str) -> None:
         """A state holds still right after it advanced; called on a pool thread."""

@@ -119,7 +119,8 @@ class Transport:
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
-        self._pool = self._make_pool()
+        told = self._loop.call_soon_threadsafe
+        self._pool = self._make_pool(lambda error: told(self._handler.broken, error))
         self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need

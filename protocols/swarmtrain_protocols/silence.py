@@ -26,6 +26,8 @@ class Silence:
         self.samples = 0
         self.smoothed_s = 0.0
         self.deviation_s = 0.0
+        self.bound_s = limits.IDLE_TIMEOUT_S
+        """Seconds of silence after which the link is over."""
 
     def measured(self, rtt_s: float) -> None:
         """A ping was answered after ``rtt_s``."""
@@ -36,15 +38,10 @@ class Silence:
             self.deviation_s = 0.75 * self.deviation_s + 0.25 * off_s
             self.smoothed_s = 0.875 * self.smoothed_s + 0.125 * rtt_s
         self.samples += 1
-
-    @property
-    def bound_s(self) -> float:
-        """Seconds of silence after which the link is over."""
-        if self.samples < SAMPLES_MIN:
-            return limits.IDLE_TIMEOUT_S
-        answer_s = TIMES * (self.smoothed_s + 4 * self.deviation_s)
-        bound_s = limits.KEEPALIVE_INTERVAL_S + answer_s
-        return min(max(bound_s, limits.SILENCE_S_MIN), limits.SILENCE_S_MAX)
+        if self.samples >= SAMPLES_MIN:
+            answer_s = TIMES * (self.smoothed_s + 4 * self.deviation_s)
+            bound_s = limits.KEEPALIVE_INTERVAL_S + answer_s
+            self.bound_s = min(max(bound_s, limits.SILENCE_S_MIN), limits.SILENCE_S_MAX)
 
 
 class FrameClock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
@@ -309,5 +310,23 @@ def test_a_dial_that_is_given_up_at_once_closes_its_descriptor_only_once() -> No
             with pytest.raises(SwarmError):
                 await a.transport.connect_address(b.address, WAIT_S)
             assert [sock.fileno() for sock in opened] == [-1]
+
+    go(main())
+
+
+def test_a_thread_that_breaks_is_told_to_whoever_can_end_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody would be served any more, and no fetch would ever end."""
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
+    error = ZeroDivisionError("a broken invariant")
+
+    def work() -> None:
+        raise error
+
+    async def main() -> None:
+        async with Node(1) as a:
+            a.transport._pool.submit(work)
+            assert await a.until("broken") == ("broken", error)
 
     go(main())

@@ -148,6 +148,9 @@ class Node:
     def fetch_failed(self, ticket: int, reason: str) -> None:
         self._add("failed", ticket, reason)
 
+    def broken(self, error: BaseException) -> None:
+        self._add("broken", error)
+
 
 def blob_of(*sizes: int, seed: int = 1) -> Blob:
     """A blob with random chunks of these sizes."""

@@ -8,6 +8,7 @@ import pytest
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Connect, PeerId, Send
 from swarmtrain_protocols.errors import LocalProtocolError
+from swarmtrain_protocols.messages import dht as dm
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.messages import rounds as rm
 from swarmtrain_protocols.messages.common import Span
@@ -59,6 +60,32 @@ def test_three_nodes_join_train_and_hold_the_same_state() -> None:
         assert [x.coefficient for x in decided] == [float(third)] * 3
         assert peer.told_of(fx.Resync) == []
     assert net[0].node.ledger.rounds_aborted == 0
+
+
+def test_a_question_to_the_dht_moves_no_other_core() -> None:
+    net = Net(2)
+    net.model()
+    node, asker = net[0].node, net[1].node.me
+    before = [part.deadline() for part in (node.log, node.member, node.leader, node.pipeline)]
+    assert node.receive_dht(net.now, asker, dm.FindNode(1 << 40, bytes(20)))
+    (answer,) = node.drain()
+    assert isinstance(answer, Send) and isinstance(answer.message, dm.Nodes)
+    assert before == [
+        part.deadline() for part in (node.log, node.member, node.leader, node.pipeline)
+    ]
+
+
+def test_what_is_found_in_the_dht_moves_others() -> None:
+    """Addresses that were looked for are dialled: the finder hears of them, not the caller."""
+    net = Net(2)
+    net.model()
+    one, two = net[0].node, net[1].node
+    one.finder.look_up(net.now, PeerId(b"s" * 32))
+    sent = [e for e in [*one.dht.drain()] if isinstance(e, Send)]
+    assert [effect.peer for effect in sent] == [two.me]
+    two.receive(net.now, one.me, sent[0].message)
+    (answer,) = [e for e in two.drain() if isinstance(e, Send)]
+    assert not one.receive_dht(net.now, two.me, answer.message)
 
 
 def test_weights_count() -> None:
@@ -268,7 +295,8 @@ def test_a_ticket_for_two_members_admits_two() -> None:
     net.run(3.0)
     assert sorted(net[0].node.ledger.members) == sorted(IDS[:3])
     (refused,) = net[3].told_of(JoinFailed)
-    assert refused.code == "used_up" and "for 2 member(s)" in refused.reason
+    why = "the ticket was for 2 member(s), and they have come"
+    assert (refused.code, refused.reason) == ("used_up", why)
     # A bearer that was away comes back with it.
     net[1].node.leave(net.now, "leave")
     net.carry_out(net[1])

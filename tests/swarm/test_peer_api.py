@@ -309,6 +309,21 @@ def test_a_member_that_breaks_the_protocol_is_named_and_ends_nobody(trio: list[s
     assert all(reduced.weight == 3.0 for reduced in found)
 
 
+def test_a_thread_that_breaks_ends_the_member_and_every_call_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
+
+    def break_down() -> None:
+        raise ZeroDivisionError("a broken invariant")
+
+    with st.Peer.start(name="broken") as peer:
+        peer._runtime.transport._pool.submit(break_down)
+        poll_until(peer._runtime.failure.done, "the member has ended")
+        with pytest.raises(ZeroDivisionError, match="a broken invariant"):
+            peer.all_reduce(np.ones(1, np.float32), expect=1, timeout=WAIT_S)
+
+
 def test_values_that_are_not_numbers_are_refused_by_name_and_the_others_get_their_sum(
     trio: list[st.Peer],
 ) -> None:

@@ -7,7 +7,7 @@ clients: they are served, but nobody is sent to them and they hold nothing for o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from random import Random
 from typing import TYPE_CHECKING
@@ -155,7 +155,7 @@ class DhtCore:
         self._settle(now)
 
     def disconnected(self, now: float, peer: PeerId) -> None:
-        """The link broke, or could not be made."""
+        """The link broke."""
         was_linked = self._links.pop(peer, None) is not None
         self.serving.forget(peer)
         self.requests.lost(now, peer)
@@ -163,6 +163,12 @@ class DhtCore:
         if known is not None:
             self.ping(now, known, partial(self._unlinked, known))
         self._settle(now)
+
+    def unreachable(self, now: float, peer: PeerId) -> None:
+        """A link could not be made, and will not be soon: what was asked of ``peer`` has failed."""
+        if peer not in self._links:
+            self.requests.lost(now, peer)
+            self._settle(now)
 
     def forget(self, now: float, peer: PeerId) -> None:
         """A peer was banned or has left: it is not asked and not named to others."""
@@ -283,10 +289,11 @@ class DhtCore:
         record: SignedRecord,
         token: bytes,
         done: Done,
+        slow: Callable[[float], None] | None = None,
     ) -> None:
         """Give ``contact`` a copy; ``token`` comes from its recent answer for this key."""
         message = StoreRecord(self.requests.next_number(), record, token)
-        self.requests.ask(now, contact, message, StoreReply, done)
+        self.requests.ask(now, contact, message, StoreReply, done, slow)
 
     def heard(self, now: float, reply: Reply | None, *, contact: Contact) -> None:
         """A request to ``contact`` was answered, or not."""

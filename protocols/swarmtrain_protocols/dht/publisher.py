@@ -52,6 +52,8 @@ class _Placement:
     searching: bool = True
     """The k nearest are not known yet; who is certainly near gets its copy meanwhile."""
     given: dict[PeerId, None] = field(default_factory=dict)
+    prompt: dict[PeerId, None] = field(default_factory=dict)
+    """Who was given a copy, has not answered yet and is not late."""
     awaited: int = 0
     replicas: int = 0
     refused: str = "unreachable"
@@ -129,6 +131,7 @@ class Publisher:
             partial(self._spread, placement),
             guarded=True,
             heard=partial(self._heard, placement),
+            waits=partial(self._about_stored, placement),
         )
         if not self._core.searches.start(now, search):
             self._finish(now, _Placement(mine, mine.record, refused="busy"))
@@ -139,19 +142,31 @@ class Publisher:
         if near and len(placement.given) < limits.DHT_K:
             self._give(now, placement, search, contact)
 
+    def _about_stored(self, placement: _Placement) -> bool:
+        """True while those that may be the last that the caller waits for have a copy under way."""
+        enough = limits.DHT_STORED_ENOUGH
+        if not placement.publication.handle or placement.replicas >= enough:
+            return False
+        return placement.replicas + len(placement.prompt) >= enough
+
     def _give(self, now: float, placement: _Placement, search: Search, contact: Contact) -> None:
         mine = placement.publication
         if contact.peer in placement.given or self._all.get(mine.name) is not mine:
             return
-        placement.given[contact.peer] = None
+        placement.given[contact.peer] = placement.prompt[contact.peer] = None
         placement.awaited += 1
         self._core.ask_to_store(
             now,
             contact,
             placement.record,
             search.tokens.get(contact.peer, b""),
-            partial(self._answered, placement, contact),
+            partial(self._answered, placement, search, contact),
+            partial(self._slow, placement, search, contact),
         )
+
+    def _slow(self, placement: _Placement, search: Search, contact: Contact, now: float) -> None:
+        placement.prompt.pop(contact.peer, None)
+        self._core.searches.go_on(now, search)
 
     def _spread(self, placement: _Placement, now: float, search: Search) -> None:
         """The k nearest are known: each of them, this node included, gets a copy."""
@@ -177,9 +192,15 @@ class Publisher:
             self._finish(now, placement)
 
     def _answered(
-        self, placement: _Placement, contact: Contact, now: float, reply: Reply | None
+        self,
+        placement: _Placement,
+        search: Search,
+        contact: Contact,
+        now: float,
+        reply: Reply | None,
     ) -> None:
         self._core.heard(now, reply, contact=contact)
+        placement.prompt.pop(contact.peer, None)
         placement.awaited -= 1
         if isinstance(reply, StoreReply):
             if reply.code == "ok":
@@ -190,7 +211,9 @@ class Publisher:
                     self._climb(now, placement, reply.sequence)
         if placement.replicas >= limits.DHT_STORED_ENOUGH and not placement.overtaken:
             self._tell(placement)
-        if placement.awaited == 0 and not placement.searching:
+        if placement.searching:
+            self._core.searches.go_on(now, search)
+        elif placement.awaited == 0:
             self._finish(now, placement)
 
     def _tell(self, placement: _Placement) -> None:

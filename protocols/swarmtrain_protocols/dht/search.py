@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from swarmtrain_protocols.dht.requests import Reply
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(slots=True, eq=False)
 class Search:
     """A lookup with a purpose. ``key``: records are collected on the way.
@@ -50,6 +54,8 @@ class Search:
     seeds: tuple[Contact, ...] = ()
     heard: Callable[[float, Search, Contact], None] | None = None
     """Called with each node that has answered."""
+    waits: Callable[[], bool] = _never
+    """True while nobody else is to be asked; ``Searches.go_on`` says that this may have changed."""
     guarded: bool = False
     gauge: bool = False
     found: dict[bytes, SignedRecord] = field(default_factory=dict)
@@ -81,6 +87,10 @@ class Searches:
         self._queued.append(search)
         self._start_queued(now)
         return True
+
+    def go_on(self, now: float, search: Search) -> None:
+        """Ask further, unless the search is over or still waits."""
+        self._advance(now, search)
 
     def tick(self, now: float) -> None:
         """End searches that take too long with what they have."""
@@ -115,7 +125,10 @@ class Searches:
         """Ask whoever is to be asked next; end the search if it is done."""
         if search.ended or search.lookup is None:
             return
-        while not self._may_agree(search) and (queries := search.lookup.next_queries()):
+        while not (search.waits() or self._may_agree(search)):
+            queries = search.lookup.next_queries()
+            if not queries:
+                break
             for contact in queries:
                 if self._core.may_ask(now, contact):
                     self._query(now, search, contact, b"", 0)

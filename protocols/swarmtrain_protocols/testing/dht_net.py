@@ -49,6 +49,8 @@ class Speaker(Protocol):
 
     def disconnected(self, now: float, peer: PeerId) -> None: ...
 
+    def unreachable(self, now: float, peer: PeerId) -> None: ...
+
     def tick(self, now: float) -> None: ...
 
     def deadline(self) -> float: ...
@@ -110,6 +112,9 @@ class Liar:
         pass
 
     def disconnected(self, now: float, peer: PeerId) -> None:
+        pass
+
+    def unreachable(self, now: float, peer: PeerId) -> None:
         pass
 
     def tick(self, now: float) -> None:
@@ -243,7 +248,7 @@ class Net:
             for message in waiting:
                 self._send(me, peer, message)
         elif peer not in self._links[me]:
-            self.nodes[me].disconnected(self.now, peer)
+            self.nodes[me].unreachable(self.now, peer)
             self.settle(me)
 
     # -- time ----------------------------------------------------------------------------------

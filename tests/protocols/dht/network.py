@@ -75,7 +75,7 @@ class Network:
         if (one, two) in self._links or one not in self.nodes or two not in self.nodes:
             return
         if not self._can_reach(one, two):
-            self.nodes[one].disconnected(self.now, two)
+            self.nodes[one].unreachable(self.now, two)
             self._after(self.nodes[one])
             return
         self._links[one, two] = self._links[two, one] = True

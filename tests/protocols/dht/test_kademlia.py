@@ -236,6 +236,24 @@ def test_a_broken_link_answers_at_once() -> None:
     assert emitted(one) == [DhtFailed(handle, b"k", "unreachable")]
 
 
+def test_a_link_that_cannot_be_made_answers_at_once() -> None:
+    network = Network(1)
+    one, two = network.grow(2)
+    one.disconnected(network.now, two.me.peer)
+    handle = one.get(network.now, "k")
+    one.drain()
+    one.unreachable(network.now, two.me.peer)
+    assert emitted(one) == [DhtFailed(handle, b"k", "unreachable")]
+
+
+def test_a_dial_that_fails_beside_a_link_loses_nothing() -> None:
+    network = Network(1)
+    one, two = network.grow(2)
+    handle = one.get(network.now, "k")
+    one.unreachable(network.now, two.me.peer)
+    assert isinstance(network.settle(one, handle), DhtFound)
+
+
 def test_get_gives_the_latest_expiry_and_get_all_gives_everybody() -> None:
     network = Network(2)
     nodes = network.grow(5)

@@ -10,7 +10,7 @@ from swarmtrain_protocols.dht.ids import id_bytes, key_id
 from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.dht.records import decode_value, encode_value, sign_record
 from swarmtrain_protocols.errors import LocalProtocolError
-from swarmtrain_protocols.messages.dht import StoreReply
+from swarmtrain_protocols.messages.dht import FindNode, StoreRecord, StoreReply
 from tests.protocols.dht.network import RUN, WALL_S, Network, core
 
 KEY = id_bytes(key_id(b"k"))
@@ -27,6 +27,35 @@ def test_the_copies_lie_on_the_k_nearest() -> None:
     network.run(2)
     holders = {peer for peer, node in network.nodes.items() if node.held.under(KEY, 0.0)}
     assert holders == set(network.nearest(key_id(b"k"), limits.DHT_K))
+
+
+def test_nobody_else_is_asked_while_the_copies_that_the_caller_waits_for_are_under_way() -> None:
+    network = Network(1)
+    nodes = network.grow(30, every_s=0.5)
+    network.run(20)
+    writer = nodes[11]
+    said: list[messages.Message] = []
+    network.tampers[writer.me.peer] = lambda message: (said.append(message), message)[1]
+    network.settle(writer, writer.store(network.now, "k", b"\x01", 600.0))
+    asked = sum(isinstance(message, FindNode) for message in said)
+    given = sum(isinstance(message, StoreRecord) for message in said)
+    # Two more questions are under way when the fifth answer comes, and are given a copy too.
+    most = limits.DHT_STORED_ENOUGH + limits.DHT_ALPHA - 1
+    assert limits.DHT_STORED_ENOUGH <= given <= most and given <= asked <= 2 * most
+    network.run(2)
+    assert sum(isinstance(message, StoreRecord) for message in said) == limits.DHT_K
+
+
+def test_holders_that_do_not_answer_hold_up_a_store_for_a_moment_only() -> None:
+    network = Network(1)
+    nodes = network.grow(30, every_s=0.5)
+    network.run(20)
+    writer, begin = nodes[11], network.now
+    for peer in network.nearest(key_id(b"k"), limits.DHT_STORED_ENOUGH):
+        network.tampers[peer] = lambda message: None if isinstance(message, StoreReply) else message
+    stored = network.settle(writer, writer.store(network.now, "k", b"\x01", 600.0))
+    assert isinstance(stored, DhtStored)
+    assert network.now - begin < limits.DHT_REQUEST_TIMEOUT_S
 
 
 def value_at(network: Network, reader: DhtCore) -> list[object]:

@@ -78,6 +78,7 @@ def test_copies_are_made_anew_when_a_holder_leaves_not_only_when_time_is_up() ->
     network.run(5)
     writer = nodes[0]
     network.settle(writer, writer.store(network.now, "k", encode_value(1), 600.0))
+    network.run(2)  # the copies that the call does not wait for
     before = {node.me.peer for node in holders(network)}
     gone = [node for node in nodes if node.me.peer in before and node is not writer][:8]
     network.vanish(writer)

@@ -212,6 +212,8 @@ class Lab:
     def __init__(self) -> None:
         self._made: list[str] = []
         self._routers: list[Router] = []
+        self._places: dict[str, tuple[str, str, str]] = {}
+        self._cut: set[tuple[str, str]] = set()
         self.internet = f"swarm{os.getpid()}-net"
 
     def __enter__(self) -> Lab:
@@ -243,7 +245,28 @@ class Lab:
         _ip("-n", self.internet, "link", "set", far, "up")
         _ip("-n", self.internet, "route", "add", f"{address}/32", "dev", far)
         self._set(far, "proxy_arp", "1")
+        self._places[address] = name, near, far
         return name
+
+    def shape(self, address: str, bit_per_s: int) -> None:
+        """A token bucket for each direction of a public address; 0: none."""
+        name, near, far = self._places[address]
+        for namespace, device in ((name, near), (self.internet, far)):
+            command = ["tc", "-n", namespace, "qdisc"]
+            if bit_per_s:
+                bucket = ["tbf", "rate", str(bit_per_s), "burst", "32k", "latency", "400ms"]
+                command += ["replace", "dev", device, "root", *bucket]
+            else:
+                command += ["del", "dev", device, "root"]
+            subprocess.run(command, check=bool(bit_per_s), capture_output=True)
+
+    def cut(self, pairs: set[tuple[str, str]]) -> None:
+        """Drop, without a word, what goes from the first to the second address of these pairs."""
+        for order, some in (("del", self._cut - pairs), ("add", pairs - self._cut)):
+            for source, target in sorted(some):
+                rule = ["from", source, "to", target, "pref", "100", "blackhole"]
+                _ip("-n", self.internet, "rule", order, *rule)
+        self._cut = set(pairs)
 
     def _set(self, device: str, name: str, value: str) -> None:
         with inside(self.internet):

@@ -104,6 +104,9 @@ class Plan:
     """Hand over nothing with a higher number; θ⁰ has the first. 0: no end."""
     decision_s: float = DECISION_S
     """How long an answer or a decision may take."""
+    first: int | None = None
+    """Number hand-overs on from here, through all lives of the peer process; None: with each
+    mapping from 1, as its sequence numbers."""
     say: bool = False
     """Print a line at every stage of a hand-over, for whoever wants to kill in between."""
 
@@ -117,6 +120,8 @@ class Trainer:
     told: list[Told] = field(default_factory=list)
     attachments: list[Document] = field(default_factory=list)
     failure: BaseException | None = None
+    handed: int = 0
+    """Hand-overs so far, of this trainer."""
     stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
     _pause: threading.Event = field(default_factory=threading.Event)
@@ -207,13 +212,15 @@ class Trainer:
     def _hand_over(self, client: ControlClient, side: TrainerSide, base_round: int) -> None:
         plan = self.plan
         seq = side.next_seq(CHANNEL)
-        values = delta(plan.key, seq, plan.values)
+        self.handed += 1
+        number = seq if plan.first is None else plan.first + self.handed
+        values = delta(plan.key, number, plan.values)
         self._say(f"begin {seq}")
         ((_, slot),) = side.begin(CHANNEL, seq)
         for first in range(0, values.size, 16384):  # a kill can fall between any two of these
             slot[first : first + 16384] = values[first : first + 16384]
         self._say(f"written {seq}")
-        samples = samples_of(seq)
+        samples = samples_of(number)
         side.commit(CHANNEL, HandoverInfo(seq, base_round, samples, 1))
         self._say(f"complete {seq}")
         started = time.monotonic()

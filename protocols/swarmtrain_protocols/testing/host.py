@@ -146,6 +146,8 @@ class Host:
     def kill(self, *, unsynced: bool = True) -> None:
         """Like kill -9: no clean-up, and everything volatile is lost; see ``Disk.crash``."""
         assert self.alive
+        if self._settling:
+            self.world.observe(self)  # what it was before it died is seen, too
         self.world.trace.record(self.world.now, self.name, "kill")
         self.alive = False
         self.incarnation += 1

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-full sim-nightly soak fuzz bench spec wheel clean
+.PHONY: help install demo test check test-full sim-nightly soak chaos fuzz bench spec wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -47,12 +47,13 @@ sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds th
 		$(ROUNDS) --shard 1/2; a=$$?; $(PIPELINES) --shard 1/2; b=$$?; \
 		wait $$other && exit $$((a + b))
 
-SOAK_STEPS ?= 20000
-MINUTES ?= 30
-soak: $(STAMP)   ## members that come and go for MINUTES, a long demo with peers killed
-	$(BIN)/python -m tests.swarm.churn --minutes $(MINUTES)
-	$(BIN)/swarmtrain demo --chaos --no-dashboard --steps $(SOAK_STEPS) --json
-	$(BIN)/python -m tests.swarm.trainer_kills 200
+MINUTES ?= 60
+soak: $(STAMP)   ## eight peers train for MINUTES, every ten seconds one is killed; soak.json
+	$(BIN)/python -m tests.chaos C1 --minutes $(MINUTES) --output soak.json
+
+CHAOS_MINUTES ?= 2
+chaos: $(STAMP)  ## every scenario of docs/reliability.md on real processes, in short; chaos.json
+	$(BIN)/python -m tests.chaos all --minutes $(CHAOS_MINUTES) --output chaos.json
 
 FUZZ_INPUTS ?= 1000000
 fuzz: $(STAMP)   ## hostile bytes into every decoder; prints inputs, rate, what was unexpected

@@ -237,7 +237,9 @@ def _samples(h: History) -> Iterator[tuple[str, float, list[Record]]]:
 
 
 def memory(h: History) -> Finding:
-    """Resident memory grows by less than the bar: within lives, and from life to life at one age.
+    """Memory grows by less than the bar: within lives, and from life to life at one age.
+
+    A process's own: resident, without the pages of files it has mapped.
 
     Within lives after a warm-up, each around its own mean; between lives where there are enough of
     them, at an age of about a minute against the time of the run.
@@ -248,7 +250,7 @@ def memory(h: History) -> Finding:
     aged: list[tuple[float, float]] = []
     watched = 0.0
     for _, begin, seen in _samples(h):
-        points = [((r["at_s"] - begin) / 60.0, r["rss_bytes"] / 2**20) for r in seen]
+        points = [((r["at_s"] - begin) / 60.0, r["own_bytes"] / 2**20) for r in seen]
         old = [(x, y) for x, y in points if x * 60.0 > warm_s]
         if len(old) > 1:
             watched += old[-1][0] - old[0][0]

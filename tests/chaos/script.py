@@ -41,7 +41,12 @@ class Script:
             self.log(site, "peer_started", BEGAN + 1)
             self.log(site, "stewards_changed", BEGAN + 2, voters=list(SITES.values())[:3])
             for at in range(int(BEGAN) + 5, int(ENDED), 5):
-                seen = {"pid": 100 + number, "rss_bytes": 80 << 20, "fds": 40}
+                seen = {
+                    "pid": 100 + number,
+                    "rss_bytes": 80 << 20,
+                    "own_bytes": 80 << 20,
+                    "fds": 40,
+                }
                 self.note("sample", float(at), site=site, **seen)
             self.note("stand", ENDED, site=site, channel=CHANNEL, round=101, hash="h101")
             self.note("left over", ENDED, site=site, files=[], mappings=1)
@@ -196,7 +201,7 @@ def member_waits(s: Script) -> None:
 def grows(s: Script) -> None:
     for record in s.conductor:
         if record["what"] == "sample":
-            record["rss_bytes"] += int((record["at_s"] - BEGAN) / 60.0 * 1.2 * 2**20)
+            record["own_bytes"] += int((record["at_s"] - BEGAN) / 60.0 * 1.2 * 2**20)
 
 
 def each_life_larger(s: Script) -> None:
@@ -207,7 +212,9 @@ def each_life_larger(s: Script) -> None:
         at, pid = BEGAN + 20.0 * number, 500 + number
         s.note("start", at, site="site-1", process="peer", pid=pid)
         grown = int((80 + 1.2 * (at - BEGAN) / 60.0) * 2**20)
-        s.note("sample", at + 50.0, site="site-1", pid=pid, rss_bytes=grown, fds=40)
+        s.note(
+            "sample", at + 50.0, site="site-1", pid=pid, rss_bytes=grown, own_bytes=grown, fds=40
+        )
         s.note("exit", at + 19.0, site="site-1", process="peer", by="kill", code=-9, last="")
 
 

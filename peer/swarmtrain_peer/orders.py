@@ -12,9 +12,11 @@ from typing import Any
 from swarmtrain_peer import rollback
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.changes import NOTICE_ROUNDS, check_change, front
 from swarmtrain_protocols.errors import ConfigError, NotAuthorised, QuorumLost
 from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.log.anchor import make_deed
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.orders import EVICTED, sign_order
 
@@ -162,11 +164,18 @@ def _allow(runtime: PeerRuntime, args: Document) -> tuple[e.EntryBody, Document]
 
 
 def _handover(runtime: PeerRuntime, args: Document) -> tuple[e.EntryBody, Document]:
-    ledger, digits = runtime.node.ledger, str(args.get("member"))
+    ledger, digits, founder = runtime.node.ledger, str(args.get("member")), runtime.founder_key()
+    assert founder is not None, "checked by whoever takes orders"
     member = _among(list(ledger.members), digits, "member")
     if member == ledger.founder:
         raise ConfigError(f"member {digits}", "the run is its own already")
-    body = e.FounderChanged(member, bool(args.get("tickets", True)), _reason(args))
+    number = len(ledger.access.deeds)
+    if number >= limits.HANDOVERS_MAX:
+        raise ConfigError("the run stays where it is", f"it was handed over {number} times")
+    deed = make_deed(founder, runtime.node.run, number, member)
+    body = e.FounderChanged(
+        member, bool(args.get("tickets", True)), _reason(args), deed.signature
+    )
     return body, {"founder": member.hex()}
 
 

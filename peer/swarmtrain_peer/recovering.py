@@ -18,6 +18,12 @@ from swarmtrain_protocols.errors import ConfigError, LocalProtocolError, NotAuth
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.recovery import Plan, plan_recovery
 
+_REFUSED = "only the founder begins a log again"
+_TODO = (
+    "bring founder.key of the site where the run was founded, or identity.key of the one that it "
+    "was handed over to: --founder-key FILE"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
@@ -34,33 +40,28 @@ class Recovered:
     old_log: str
 
 
-def founder_key(site: Site, path: Path | None) -> Ed25519Keyring:
-    """The key that founded the run of ``site``, from ``path`` or from where it was founded.
+def founder_keys(site: Site, path: Path | None) -> list[Ed25519Keyring]:
+    """Keys that may be the founder's: the one in ``path``, else those of this site.
+
+    A run that was handed over obeys the identity of a member.
 
     Raises:
-        NotAuthorised: it is neither here nor in ``path``.
-        ConfigError: the file is damaged, or others may read it.
+        NotAuthorised: there is none in ``path``.
+        ConfigError: a file is damaged, or others may read it.
     """
+    if path is None:
+        return [key for key in (site.founder(), site.identity()) if key is not None]
     try:
-        if path is not None:
-            return Ed25519Keyring(read_key_file(path).reveal())
-        found = site.founder()
+        return [Ed25519Keyring(read_key_file(path).reveal())]
     except FileNotFoundError:
-        found = None
-    if found is None:
-        raise NotAuthorised(
-            "only the founder begins a log again",
-            "the founder's key is not on this site" if path is None else f"no key in {path}",
-            "bring founder.key of the site where the run was founded: --founder-key FILE",
-        )
-    return found
+        raise NotAuthorised(_REFUSED, f"no key in {path}", _TODO) from None
 
 
-def plan(site: Site, founder: Ed25519Keyring) -> tuple[Plan, Recovered]:
+def plan(site: Site, keys: list[Ed25519Keyring]) -> tuple[Plan, Recovered]:
     """What a recovery at ``site`` would do; nothing is written.
 
     Raises:
-        NotAuthorised: the key did not found this run.
+        NotAuthorised: the run obeys none of ``keys``.
         ConfigError: the site has no manifest, the run has ended, or the site was turned out.
         CheckpointError: the log on this disk is damaged, or empty.
     """
@@ -69,11 +70,9 @@ def plan(site: Site, founder: Ed25519Keyring) -> tuple[Plan, Recovered]:
         raise ConfigError(f"site {site.folder}", "it never got the run's manifest", "")
     keyring = site.identity()
     try:
-        found = plan_recovery(manifest, RecordFile(site.log_path).load(), keyring, founder)
+        found = plan_recovery(manifest, RecordFile(site.log_path).load(), keyring, keys)
     except LocalProtocolError as error:
-        raise NotAuthorised(
-            "only the founder begins a log again", error.why, "use the key that founded this run"
-        ) from None
+        raise NotAuthorised(_REFUSED, error.why, _TODO) from None
     recovery, ledger = found.log.recovery, found.ledger
     kept = site.log_path.with_name(f"log.before-{recovery.generation}")
     told = Recovered(
@@ -90,7 +89,7 @@ def plan(site: Site, founder: Ed25519Keyring) -> tuple[Plan, Recovered]:
     return found, told
 
 
-def recover_site(site: Site, founder: Ed25519Keyring) -> Recovered:
+def recover_site(site: Site, keys: list[Ed25519Keyring]) -> Recovered:
     """Begin the log of a stopped site again; the old one is kept beside it.
 
     Raises:
@@ -99,7 +98,7 @@ def recover_site(site: Site, founder: Ed25519Keyring) -> Recovered:
         DiskFull: nothing was changed.
     """
     with site.lock():
-        found, told = plan(site, founder)
+        found, told = plan(site, keys)
         with disk_errors("keep", site.log_path):
             shutil.copy2(site.log_path, told.old_log)
         records = RecordFile(site.log_path)

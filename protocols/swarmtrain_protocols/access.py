@@ -16,6 +16,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.identity import verify_ed25519
+from swarmtrain_protocols.messages.log import Deed
 from swarmtrain_protocols.tickets import Capability, parse_capability
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ Verify = Callable[[bytes, bytes, bytes, bytes], bool]
 class Access(msgspec.Struct):
     """``former``: earlier founders whose tickets are still good, oldest first.
 
+    ``deeds``: from the key that founded the run to the founder of now.
     ``revoked``: reasons by ticket id. ``listed``: notes by key; only they may enter if ``closed``.
     """
 
     former: list[bytes] = []
+    deeds: list[Deed] = []
     revoked: dict[bytes, str] = {}
     listed: dict[bytes, str] = {}
     closed: bool = False
@@ -130,9 +133,10 @@ def allow_changed(ledger: Ledger, index: int, body: e.AllowChanged) -> bool:
 
 def founder_changed(ledger: Ledger, index: int, body: e.FounderChanged) -> bool:
     """The run is somebody else's."""
-    if body.founder == ledger.founder:
-        return False
     access = ledger.access
+    if body.founder == ledger.founder or len(access.deeds) >= limits.HANDOVERS_MAX:
+        return False
+    access.deeds.append(Deed(body.founder, body.deed))
     former = [*access.former, ledger.founder] if body.tickets else []
     access.former = [key for key in former if key != body.founder][-limits.FOUNDERS_KEPT :]
     ledger.founder = body.founder

@@ -107,12 +107,14 @@ class AllowChanged(msgspec.Struct, frozen=True, tag="allow"):
 class FounderChanged(msgspec.Struct, frozen=True, tag="founder"):
     """Orders and tickets are signed with another key from here on: the run was handed over.
 
-    ``tickets``: those that earlier founders have signed stay good.
+    ``tickets``: those that earlier founders have signed stay good. ``deed`` is the old founder's
+    signature, by which those who do not know the log believe the new one (04 §2.8).
     """
 
     founder: Key
     tickets: bool
     reason: Reason
+    deed: Signature
 
 
 class StewardsChanged(msgspec.Struct, frozen=True, tag="stewards"):

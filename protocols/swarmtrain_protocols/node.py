@@ -338,6 +338,7 @@ class NodeCore(NodeParts):
             self.finder.publish(now)
         stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
         self.log.set_stewards_known(now, stewards)
+        self.log.set_handed_over(len(self.ledger.access.deeds))
         self._raw += [Connect(s) for s in stewards if s not in self._linked]
 
     def _leader_changed(self, now: float, leader: PeerId | None) -> None:

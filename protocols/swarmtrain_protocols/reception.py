@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from swarmtrain_protocols import entries as e
+from swarmtrain_protocols import limits
 from swarmtrain_protocols.access import founder_of
 from swarmtrain_protocols.changes import check_change
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import ConfigError, PeerFault
 from swarmtrain_protocols.ledger import Ledger, valid_model
+from swarmtrain_protocols.log.anchor import heir_of
 from swarmtrain_protocols.manifest import Manifest
 from swarmtrain_protocols.membership import Joiner, Shepherd
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import member as mm
+from swarmtrain_protocols.messages.log import Deed
 from swarmtrain_protocols.node_events import JoinFailed
 from swarmtrain_protocols.orders import EVICTED, ORDERS, is_authorised
 from swarmtrain_protocols.rounds import effects as fx
@@ -149,6 +152,8 @@ class Reception:
             return body.ordered and body.generation == self.ledger.generation + 1
         if isinstance(body, e.MemberLeft):
             return body.member in self.ledger.members and body.reason.startswith(EVICTED)
+        if isinstance(body, e.FounderChanged):
+            return self._may_hand_over(body)
         if isinstance(body, e.ConfigChanged):
             keys, args = self._manifest.keys, (body.at_round, body.key, body.value)
             try:
@@ -156,6 +161,15 @@ class Reception:
             except ConfigError:
                 return False
         return True
+
+    def _may_hand_over(self, body: e.FounderChanged) -> bool:
+        """Whether the founder of now has signed the deed that would be kept for ever."""
+        deeds = [*self.ledger.access.deeds, Deed(body.founder, body.deed)]
+        try:
+            heir_of(self._manifest.run_id, self._manifest.founder, self._verify, deeds)
+        except PeerFault:
+            return False
+        return len(deeds) <= limits.HANDOVERS_MAX
 
     def _fault(self, peer: PeerId, code: str) -> None:
         self._out.append(Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": code})))

@@ -6,7 +6,7 @@ stewards alone could have decided is dropped: attempts that are open, and their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from swarmtrain_protocols.errors import ConfigError
@@ -16,6 +16,7 @@ from swarmtrain_protocols.log.certificate import Trust
 from swarmtrain_protocols.log.entrylog import EntryLog
 from swarmtrain_protocols.log.recovery import Restarted, recover
 from swarmtrain_protocols.manifest import Manifest
+from swarmtrain_protocols.messages.log import Deed
 from swarmtrain_protocols.pipeline import book
 
 
@@ -60,22 +61,24 @@ def begin_again(ledger: Ledger, steward: bytes, generation: int, index: int) -> 
 
 
 def plan_recovery(
-    manifest: Manifest, records: Iterable[bytes], keyring: Keyring, founder: Keyring
+    manifest: Manifest, records: Iterable[bytes], keyring: Keyring, keys: Sequence[Keyring]
 ) -> Plan:
     """Begin the log in ``records`` again with ``keyring``'s site as its steward.
 
     Args:
         records: what was durable of the log at that site.
-        founder: the key that founded the run.
+        keys: among them the key that founded the run, or that it was handed over to last.
 
     Raises:
         ConfigError: the run has ended, or the site was turned out.
         CheckpointError: the log cannot be read.
-        LocalProtocolError: ``founder`` did not found this run.
+        LocalProtocolError: the run is that of none of the keys.
     """
     made: list[tuple[Ledger, tuple[bytes, ...]]] = []
 
-    def restart(log: EntryLog, generation: int, index: int) -> tuple[bytes, list[bytes]]:
+    def restart(
+        log: EntryLog, generation: int, index: int
+    ) -> tuple[bytes, list[bytes], list[Deed]]:
         ledger = ledger_of(log, manifest)
         if ledger.ended:
             raise ConfigError("recovery refused", f"the run has ended: {ledger.ended}")
@@ -83,9 +86,10 @@ def plan_recovery(
             raise ConfigError("recovery refused", "this site is banned", "take another site")
         lost = begin_again(ledger, keyring.peer_id, generation, index)
         made.append((ledger, lost))
-        return ledger.snapshot(), [k for k, m in ledger.members.items() if m.may_vote]
+        voting = [key for key, member in ledger.members.items() if member.may_vote]
+        return ledger.snapshot(), voting, ledger.access.deeds
 
     trust = Trust(manifest.run_id, manifest.founder, keyring)
-    restarted = recover(trust, records, founder, restart)
+    restarted = recover(trust, records, keys, restart)
     ((ledger, lost),) = made
     return Plan(restarted, ledger, lost)

@@ -10,11 +10,11 @@ import typer
 
 from swarmtrain.cli.options import Home, Json, SiteOption, site_of
 from swarmtrain.cli.output import Output
-from swarmtrain_peer.recovering import Recovered, founder_key, plan, recover_site
+from swarmtrain_peer.recovering import Recovered, founder_keys, plan, recover_site
 
 FounderKey = Annotated[
     Path | None,
-    typer.Option("--founder-key", help="founder.key, if the run was founded on another site."),
+    typer.Option("--founder-key", help="The key of the founder of now, if it is on another site."),
 ]
 Really = Annotated[bool, typer.Option("--yes", help="Do it; without it, only say what would be.")]
 
@@ -32,8 +32,8 @@ def recover(
     that come back are told so and may join again.
     """
     chosen = site_of(home, site, stopped=True)
-    key = founder_key(chosen, founder)
-    told = recover_site(chosen, key) if yes else plan(chosen, key)[1]
+    keys = founder_keys(chosen, founder)
+    told = recover_site(chosen, keys) if yes else plan(chosen, keys)[1]
     Output(as_json=as_json).result({"ok": True, "done": yes, **asdict(told)}, _lines(told, yes))
 
 

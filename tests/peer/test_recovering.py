@@ -9,7 +9,7 @@ import pytest
 
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.recordfile import RecordFile
-from swarmtrain_peer.recovering import founder_key, plan, recover_site
+from swarmtrain_peer.recovering import founder_keys, plan, recover_site
 from swarmtrain_peer.site import Site, enter_site, found_site
 from swarmtrain_protocols.core import Persist
 from swarmtrain_protocols.errors import CheckpointError, ConfigError, NotAuthorised, UsageError
@@ -48,7 +48,7 @@ def site(tmp_path: Path) -> Site:
 
 def test_nothing_is_written_before_it_is_done(site: Site) -> None:
     before = site.log_path.read_bytes()
-    _, told = plan(site, founder_key(site, None))
+    _, told = plan(site, founder_keys(site, None))
     assert site.log_path.read_bytes() == before
     assert (told.kept_entries, told.unproven_entries, told.stewards_lost) == (2, 0, [])
     assert told.steward == site.identity().peer_id.hex() and told.run == site.run_id.hex()
@@ -56,7 +56,7 @@ def test_nothing_is_written_before_it_is_done(site: Site) -> None:
 
 def test_the_old_log_is_kept_and_the_new_one_leads_at_once(site: Site) -> None:
     before = site.log_path.read_bytes()
-    told = recover_site(site, founder_key(site, None))
+    told = recover_site(site, founder_keys(site, None))
     assert Path(told.old_log).read_bytes() == before
     manifest = site.manifest()
     assert manifest is not None
@@ -71,36 +71,35 @@ def test_the_old_log_is_kept_and_the_new_one_leads_at_once(site: Site) -> None:
         snapshot_of=lambda: b"",
     )
     assert log.is_leader and log.generation == told.generation
-    assert recover_site(site, founder_key(site, None)).generation // 1000 == 2
+    assert recover_site(site, founder_keys(site, None)).generation // 1000 == 2
 
 
 def test_a_running_site_is_left_alone(site: Site) -> None:
     before = site.log_path.read_bytes()
     with site.lock(), pytest.raises(UsageError, match="in use"):
-        recover_site(site, founder_key(site, None))
+        recover_site(site, founder_keys(site, None))
     assert site.log_path.read_bytes() == before
 
 
 def test_whose_key_it_must_be(site: Site, tmp_path: Path) -> None:
     capability = sign_capability(
-        founder_key(site, None), Capability(b"ticket-1", site.run_id, vote=True)
+        founder_keys(site, None)[0], Capability(b"ticket-1", site.run_id, vote=True)
     )
     ticket = Ticket(("127.0.0.1:1",), site.run_id, capability)
     other = enter_site(tmp_path / "other", ticket, PeerConfig())
-    with pytest.raises(NotAuthorised, match="founder's key is not on this site"):
-        founder_key(other, None)
+    assert [key.peer_id for key in founder_keys(other, None)] == [other.identity().peer_id]
     with pytest.raises(NotAuthorised, match="no key in"):
-        founder_key(other, tmp_path / "nothing")
-    brought = founder_key(other, site.founder_path)
-    assert brought.peer_id == founder_key(site, None).peer_id
+        founder_keys(other, tmp_path / "nothing")
+    brought = founder_keys(other, site.founder_path)
+    assert [key.peer_id for key in brought] == [founder_keys(site, None)[0].peer_id]
     with pytest.raises(ConfigError, match="manifest"):
         plan(other, brought)
-    with pytest.raises(NotAuthorised, match="not that of the run's founder"):
-        plan(site, Ed25519Keyring(bytes(range(32))))
+    with pytest.raises(NotAuthorised, match="its founder is"):
+        plan(site, [Ed25519Keyring(bytes(range(32)))])
 
 
 def test_a_disk_without_a_log_or_with_a_damaged_one(site: Site) -> None:
-    key = founder_key(site, None)
+    key = founder_keys(site, None)
     data = bytearray(site.log_path.read_bytes())
     data[20] ^= 1
     site.log_path.write_bytes(data)

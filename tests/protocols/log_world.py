@@ -37,6 +37,7 @@ from swarmtrain_protocols.log.events import (
 from swarmtrain_protocols.log.recovery import Restarted, recover
 from swarmtrain_protocols.manifest import make_genesis
 from swarmtrain_protocols.messages import Message, decode, encode
+from swarmtrain_protocols.messages.log import Deed
 
 RUN = b"R" * 32
 TIMEOUTS = LogTimeouts(election_s=1.0, heartbeat_s=0.25)
@@ -282,7 +283,7 @@ class Site:
         w = self.world
         if self.core is not None:
             self.crash()
-        made = recover(self.trust(), self.disk, w.founder, self._restart)
+        made = recover(self.trust(), self.disk, [w.founder], self._restart)
         w.oracles[made.recovery.index >> 20] = Oracle(made.recovery.index + 1, self._recovered)
         w.oracle.seen["recovered"] += 1
         self.disk = [made.record]
@@ -291,7 +292,9 @@ class Site:
     def trust(self) -> Trust:
         return Trust(RUN, self.world.founder.peer_id, self.keyring)
 
-    def _restart(self, log: EntryLog, generation: int, index: int) -> tuple[bytes, list[bytes]]:
+    def _restart(
+        self, log: EntryLog, generation: int, index: int
+    ) -> tuple[bytes, list[bytes], list[Deed]]:
         ledger = Ledger()
         if log.snapshot is not None:
             ledger.load(log.snapshot.body.index, log.snapshot.body.ledger)
@@ -302,7 +305,7 @@ class Site:
         assert view is not None
         self._recovered, ledger.index = ledger.digest, index
         others = [p for p in sorted(view.capable) if not view.has_voter(p)]
-        return ledger.snapshot(), others
+        return ledger.snapshot(), others, []
 
     def show(self, event: object) -> None:
         w = self.world

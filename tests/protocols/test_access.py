@@ -81,8 +81,8 @@ def test_a_run_that_was_handed_over_has_another_founder(tickets: bool) -> None:
     assert read(log.ledger, FOUNDER).id == TICKET
     with pytest.raises(NotAuthorised, match="did not sign"):
         read(log.ledger, HEIR)
-    assert not log.add(e.FounderChanged(FOUNDER.peer_id, True, "to whom it is"))
-    assert log.add(e.FounderChanged(HEIR.peer_id, tickets, "holiday"))
+    assert not log.add(e.FounderChanged(FOUNDER.peer_id, True, "to whom it is", bytes(64)))
+    assert log.add(e.FounderChanged(HEIR.peer_id, tickets, "holiday", b"1" * 64))
     assert founder_of(log.ledger, FOUNDER.peer_id) == HEIR.peer_id
     assert read(log.ledger, HEIR).id == TICKET
     if tickets:
@@ -90,9 +90,12 @@ def test_a_run_that_was_handed_over_has_another_founder(tickets: bool) -> None:
     else:
         with pytest.raises(NotAuthorised, match="did not sign"):
             read(log.ledger, FOUNDER)
-    assert log.add(e.FounderChanged(FOUNDER.peer_id, tickets, "back"))
+    assert log.add(e.FounderChanged(FOUNDER.peer_id, tickets, "back", b"2" * 64))
     assert founder_of(log.ledger, FOUNDER.peer_id) == FOUNDER.peer_id
     assert log.ledger.access.former == ([HEIR.peer_id] if tickets else [])
+    deeds = [(HEIR.peer_id, b"1" * 64), (FOUNDER.peer_id, b"2" * 64)]
+    assert [(deed.heir, deed.signature) for deed in log.ledger.access.deeds] == deeds
+    assert load_snapshot(log.ledger.snapshot()).access.deeds == log.ledger.access.deeds
 
 
 def test_what_members_and_founders_add_is_bounded() -> None:
@@ -100,9 +103,10 @@ def test_what_members_and_founders_add_is_bounded() -> None:
     for number in range(limits.TICKETS_REVOKED_MAX):
         assert log.add(e.TicketRevoked(number.to_bytes(8, "big"), ""))
     assert not log.add(e.TicketRevoked(b"one more", ""))
-    for number in range(limits.FOUNDERS_KEPT + 3):
-        assert log.add(e.FounderChanged((number + 1).to_bytes(32, "big"), True, ""))
+    for number in range(limits.HANDOVERS_MAX):
+        assert log.add(e.FounderChanged((number + 1).to_bytes(32, "big"), True, "", bytes(64)))
     assert len(log.ledger.access.former) == limits.FOUNDERS_KEPT
+    assert not log.add(e.FounderChanged(B, True, "once more", bytes(64)))
     log.ledger.access.listed = {n.to_bytes(32, "big"): "" for n in range(limits.ALLOWED_MAX)}
     assert not log.add(e.AllowChanged(B, True))
     log.ledger.banned = {n.to_bytes(32, "big"): "" for n in range(limits.BANS_MAX)}

@@ -14,7 +14,7 @@ from blake3 import blake3
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.identity import Ed25519Keyring, signed_bytes, verify_ed25519
 from swarmtrain_protocols.log import anchor
-from swarmtrain_protocols.messages.log import Recovery
+from swarmtrain_protocols.messages.log import Deed, Recovery
 
 RUN = bytes(range(32))
 FOUNDER = Ed25519Keyring(hashlib.sha256(b"founder").digest())
@@ -83,3 +83,35 @@ def test_another_run_or_another_founder_is_none() -> None:
     for run, founder in ((bytes(32), FOUNDER.peer_id), (RUN, other.peer_id)):
         with pytest.raises(PeerFault, match="bad_recovery"):
             anchor.recovered_view(run, founder, FOUNDER.verify, signed())
+
+
+def deed(by: Ed25519Keyring, number: int, heir: Ed25519Keyring) -> Deed:
+    payload = RUN + struct.pack("<I", number) + heir.peer_id
+    return Deed(heir.peer_id, by.sign(b"deed", payload))
+
+
+def test_a_founder_who_handed_the_run_over_is_believed_no_more() -> None:
+    heir, last = (Ed25519Keyring(hashlib.sha256(name).digest()) for name in (b"heir", b"last"))
+    deeds = (deed(FOUNDER, 0, heir), deed(heir, 1, last), deed(last, 2, FOUNDER))
+    assert anchor.make_deed(FOUNDER, RUN, 0, heir.peer_id) == deeds[0]
+    wanted = [FOUNDER, heir, last, FOUNDER]
+    for count, founder in enumerate(wanted):
+        args = RUN, FOUNDER.peer_id, FOUNDER.verify
+        assert anchor.heir_of(*args, deeds[:count]) == founder.peer_id
+        recovery = signed(deeds=deeds[:count])
+        said = anchor.statement(RUN, recovery)
+        good = msgspec.structs.replace(recovery, signature=founder.sign(b"recovery", said))
+        assert anchor.recovered_view(*args, good).voters == (STEWARD,)
+        if founder is not FOUNDER:
+            with pytest.raises(PeerFault, match="bad_recovery"):
+                anchor.recovered_view(*args, recovery)
+
+
+def test_deeds_hold_in_their_order_only() -> None:
+    heir, last = (Ed25519Keyring(hashlib.sha256(name).digest()) for name in (b"heir", b"last"))
+    first, second = deed(FOUNDER, 0, heir), deed(heir, 1, last)
+    for chain in ((second,), (second, first), (first, first), (deed(heir, 0, last), second)):
+        with pytest.raises(PeerFault, match="bad_deed"):
+            anchor.heir_of(RUN, FOUNDER.peer_id, FOUNDER.verify, chain)
+    with pytest.raises(PeerFault, match="bad_deed"):
+        anchor.heir_of(bytes(32), FOUNDER.peer_id, FOUNDER.verify, (first, second))

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import Emit
 from swarmtrain_protocols.entries import Paused
 from swarmtrain_protocols.errors import CheckpointError, LocalProtocolError, PeerFault
-from swarmtrain_protocols.log.anchor import digest
+from swarmtrain_protocols.log.anchor import DOMAIN, digest, make_deed, statement
 from swarmtrain_protocols.log.certificate import (
     SnapshotFile,
     encode_snapshot_body,
@@ -17,7 +18,7 @@ from swarmtrain_protocols.log.certificate import (
 from swarmtrain_protocols.log.records import SnapshotRecord, decode_record
 from swarmtrain_protocols.log.recovery import Restarted, read_log, recover
 from swarmtrain_protocols.messages.log import Recovered, Recovery
-from tests.protocols.log_world import FOUNDER, KeyedHash, Site, World
+from tests.protocols.log_world import FOUNDER, RUN, KeyedHash, Site, World
 
 
 def world_of(names: str, voters: str, seed: int = 1) -> World:
@@ -148,7 +149,7 @@ def test_two_recoveries_of_one_log_end_as_one() -> None:
 
 def recover_of(world: World, name: str) -> Restarted:
     site = world.sites[name]
-    return recover(site.trust(), site.disk, FOUNDER, site._restart)
+    return recover(site.trust(), site.disk, [FOUNDER], site._restart)
 
 
 def test_it_may_happen_again() -> None:
@@ -238,7 +239,7 @@ def test_only_the_founder_may() -> None:
     world = world_of("a", "a")
     site = world.sites["a"]
     with pytest.raises(LocalProtocolError, match="founder"):
-        recover(site.trust(), site.disk, KeyedHash("somebody"), site._restart)
+        recover(site.trust(), site.disk, [KeyedHash("somebody")], site._restart)
     with pytest.raises(CheckpointError, match="no log"):
         read_log(site.trust(), [])
 
@@ -267,3 +268,27 @@ def test_a_proof_that_the_founder_did_not_sign_moves_nobody() -> None:
     events = [e.event for e in leader.core.drain() if hasattr(e, "event")]
     assert [e.code for e in events if isinstance(e, PeerFault)] == ["bad_recovery"]
     assert leader.core.is_leader
+
+
+def test_a_former_founder_does_not_begin_the_log_again() -> None:
+    """Its proof is refused, as a message and as a snapshot; that of the heir counts."""
+    world = world_of("abc", "abc")
+    follower = world.sites["c"]
+    made = recover_of(world, "a")
+    core = follower.core
+    assert core is not None
+    core.set_handed_over(1)
+    core.receive(world.now, world.sites["a"].id, Recovered(made.recovery))
+    events = [e.event for e in core.drain() if isinstance(e, Emit)]
+    assert [e.code for e in events if isinstance(e, PeerFault)] == ["bad_recovery"]
+    assert core._s.superseded is None
+    heir = KeyedHash("heir")
+    deed = make_deed(FOUNDER, RUN, 0, heir.peer_id)
+    unsigned = msgspec.structs.replace(made.recovery, deeds=(deed,))
+    signature = heir.sign(DOMAIN, statement(RUN, unsigned))
+    core.receive(
+        world.now,
+        world.sites["a"].id,
+        Recovered(msgspec.structs.replace(unsigned, signature=signature)),
+    )
+    assert core._s.superseded is not None

@@ -6,6 +6,7 @@ import numpy as np
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.log.anchor import make_deed
 from swarmtrain_protocols.orders import sign_order
 from swarmtrain_protocols.rounds import effects as fx
 from tests.protocols.rounds_kit import FOUNDER, IDS, RINGS, TRAIN, Net, Peer
@@ -85,7 +86,8 @@ def test_only_the_founder_of_now_is_obeyed() -> None:
     heir = RINGS[1]
     assert not give(net, net[2], e.Paused("not mine"), by=heir)
     assert faults_of(net) == ["not_the_founder"]
-    assert give(net, net[0], e.FounderChanged(IDS[1], True, "holiday"))
+    deed = make_deed(FOUNDER, net.manifest.run_id, 0, IDS[1])
+    assert give(net, net[0], e.FounderChanged(IDS[1], True, "holiday", deed.signature))
     assert not give(net, net[0], e.Paused("not mine any more"))
     assert give(net, net[2], e.Paused("mine"), by=heir)
     assert all(p.node.ledger.paused == "mine" for p in net.peers.values())

@@ -10,6 +10,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Connect, Effect, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.log.anchor import make_deed
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.membership import Joiner, Shepherd, SiteConfig
 from swarmtrain_protocols.messages import member as mm
@@ -39,6 +40,14 @@ from tests.protocols.rounds_kit import (
 )
 
 SITE = SiteConfig("a", ("127.0.0.1:1",), True, True, True, True, b"secret")
+
+
+MANIFEST = make_manifest(RunKeys(), FOUNDER.peer_id, bytes(16))
+
+
+def handed_over(heir: bytes, number: int = 0) -> e.FounderChanged:
+    deed = make_deed(FOUNDER, MANIFEST.run_id, number, heir)
+    return e.FounderChanged(heir, True, "x", deed.signature)
 
 
 class Desk:
@@ -77,7 +86,7 @@ class Desk:
             propose=propose,
             connected=lambda: [B, C],
         )
-        self.manifest = make_manifest(RunKeys(), FOUNDER.peer_id, bytes(16))
+        self.manifest = MANIFEST
         self.reception = Reception(
             ledger=ledger,
             manifest=self.manifest,
@@ -157,7 +166,7 @@ def test_members_may_propose_a_few_kinds_of_entries(body: e.EntryBody) -> None:
         e.MemberBanned(C, "x"),
         e.TicketRevoked(bytes(8), "x"),
         e.AllowChanged(C, True),
-        e.FounderChanged(C, True, "x"),
+        handed_over(C),
         e.Rewound(1, "x", (TRAIN,), (0,), (bytes(32),), True),
         e.ConfigChanged(3, "inner_steps", "7", "x"),
     ],
@@ -169,6 +178,14 @@ def test_orders_are_the_founders(body: e.EntryBody) -> None:
     assert faults(desk.wants(B, body)) == [("not_the_founder", B)], "unsigned"
     assert faults(desk.orders(B, body, by=FakeKeyring("b"))) == [("not_the_founder", B)]
     assert desk.proposed == [body]
+
+
+def test_a_run_is_not_handed_over_without_a_deed() -> None:
+    """Those who do not know the log would not believe the heir."""
+    desk = Desk(model=True)
+    for body in (e.FounderChanged(C, True, "x", bytes(64)), handed_over(C, 1)):
+        assert faults(desk.orders(B, body)) == [] and desk.proposed == []
+    assert desk.log.add(handed_over(FOUNDER.peer_id)) is False  # it is the founder's already
 
 
 def test_a_steward_is_turned_out_once_it_votes_no_more() -> None:

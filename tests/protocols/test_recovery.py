@@ -7,6 +7,8 @@ import pytest
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import ConfigError, LocalProtocolError
+from swarmtrain_protocols.identity import Keyring
+from swarmtrain_protocols.log.anchor import make_deed
 from swarmtrain_protocols.log.events import Superseded
 from swarmtrain_protocols.messages.member import Propose
 from swarmtrain_protocols.orders import sign_order
@@ -51,13 +53,13 @@ def voters(net: Net) -> list[int]:
     return [IDS.index(v) for v in ledger.voters]
 
 
-def recover(net: Net, index: int) -> Plan:
+def recover(net: Net, index: int, founder: Keyring = FOUNDER) -> Plan:
     """What the founder does on the machine of a member that survived."""
     peer = net[index]
     net.run(2.0)  # the newest certificate is on every disk
     if peer.id not in net.down:
         net.kill(index)
-    plan = plan_recovery(net.manifest, peer.records, RINGS[index], FOUNDER)
+    plan = plan_recovery(net.manifest, peer.records, RINGS[index], [founder])
     net.start(index, records=[plan.log.record])
     state = peer.data.states[TRAIN]
     restarted = net[index]
@@ -141,12 +143,36 @@ def test_a_member_that_was_further_takes_the_state_of_the_new_log() -> None:
     assert net[further].data.states[TRAIN].round > was and len(hashes(net)) == 1
 
 
+def test_after_a_hand_over_the_heir_begins_again_and_the_founder_does_not() -> None:
+    net = trained(1)
+    heir = next(i for i in range(COUNT) if i not in voters(net))
+    deed = make_deed(FOUNDER, net.manifest.run_id, 0, IDS[heir])
+    body = e.FounderChanged(IDS[heir], True, "holiday", deed.signature)
+    order = sign_order(FOUNDER, net.manifest.run_id, net[heir].node.ledger.index, body)
+    net[heir].node.propose(net.now, order)
+    net.carry_out(net[heir])
+    net.run(3.0)
+    for index in voters(net):
+        net.kill(index)
+    net.run(2.0)
+    with pytest.raises(LocalProtocolError, match=f"founder is {IDS[heir].hex()[:16]}, since"):
+        recover(net, heir)
+    plan = recover(net, heir, RINGS[heir])
+    assert [deed.heir for deed in plan.log.recovery.deeds] == [IDS[heir]]
+    net.run(60.0)
+    generation = plan.log.recovery.generation
+    assert {net[i].node.ledger.generation for i in alive(net)} == {generation}
+    before = net[heir].node.ledger.channels[TRAIN].round
+    step(net, run_s=30.0)
+    assert net[heir].node.ledger.channels[TRAIN].round > before and len(hashes(net)) == 1
+
+
 def test_only_a_live_run_and_only_its_founder() -> None:
     net = trained(0)
     net.run(2.0)
     peer = net[1]
     with pytest.raises(LocalProtocolError, match="founder"):
-        plan_recovery(net.manifest, peer.records, RINGS[1], RINGS[2])
+        plan_recovery(net.manifest, peer.records, RINGS[1], [RINGS[2]])
     ledger = peer.node.ledger
     order = sign_order(FOUNDER, net.manifest.run_id, ledger.index, e.RunEnded("enough"))
     assert isinstance(order, Propose)
@@ -154,7 +180,7 @@ def test_only_a_live_run_and_only_its_founder() -> None:
     net.carry_out(peer)
     net.run(3.0)
     with pytest.raises(ConfigError, match="ended"):
-        plan_recovery(net.manifest, peer.records, RINGS[1], FOUNDER)
+        plan_recovery(net.manifest, peer.records, RINGS[1], [FOUNDER])
 
 
 def test_the_ledger_keeps_what_is_proven_and_drops_what_is_open() -> None:

@@ -128,7 +128,7 @@ class Trust:
         """The first view of a log that the founder began again.
 
         Raises:
-            PeerFault: ``bad_recovery``.
+            PeerFault: ``bad_recovery`` or ``bad_deed``.
         """
         return anchor.recovered_view(self.run, self.founder, self.keyring.verify, recovery)
 
@@ -192,8 +192,8 @@ class Trust:
         """Check a snapshot file down to the founder's signature.
 
         Raises:
-            PeerFault: ``malformed``, ``bad_genesis``, ``bad_recovery``, ``bad_stewards`` or
-                ``bad_certificate``.
+            PeerFault: ``malformed``, ``bad_genesis``, ``bad_recovery``, ``bad_deed``,
+                ``bad_stewards`` or ``bad_certificate``.
         """
         try:
             file = _file_decoder.decode(data)

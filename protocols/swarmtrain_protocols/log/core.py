@@ -330,6 +330,10 @@ class LogCore:
         self._advance(now)
         self._follower.know(peers)
 
+    def set_handed_over(self, count: int) -> None:
+        """How often the run was handed over: the log is not begun again by an earlier founder."""
+        self._s.handed_over = count
+
     def set_patience(self, now: float, factor: float) -> None:
         """Scale all timeouts by how slow links and machines were measured to be.
 

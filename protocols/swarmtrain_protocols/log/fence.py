@@ -70,7 +70,7 @@ class Fence:
         if s.recovery is not None and recovery.generation <= s.recovery.generation:
             return False
         try:
-            s.trust.recovered(recovery)
+            s.check_recovery(recovery)
         except PeerFault as fault:
             s.fault(peer, fault)
             return False

@@ -19,6 +19,7 @@ from swarmtrain_protocols.log.snapshots import Snapshots
 from swarmtrain_protocols.log.state import LEADER, LogState
 from swarmtrain_protocols.messages.log import (
     Certificate,
+    Recovery,
     SnapshotPiece,
     SnapshotWanted,
     Subscribe,
@@ -425,6 +426,8 @@ class Follower:
         if epoch < newest:
             self._distrust(peer, PeerFault("bad_recovery", "a snapshot of a log that is replaced"))
             return
+        if epoch > newest and not self._begun_by_the_founder(peer, recovery):
+            return
         if epoch == s.log.epoch and snapshot.body.index <= s.log.commit:
             return
         if epoch > newest:
@@ -437,6 +440,15 @@ class Follower:
         self._forget_pending()
         self.loaded = snapshot
         self._ask(peer)
+
+    def _begun_by_the_founder(self, peer: PeerId, recovery: Recovery | None) -> bool:
+        assert recovery is not None
+        try:
+            self._s.check_recovery(recovery)
+        except PeerFault as fault:
+            self._distrust(peer, fault)
+            return False
+        return True
 
     def take_loaded(self) -> SnapshotLoaded | None:
         """The snapshot to tell the layer above about, once."""

@@ -18,7 +18,7 @@ import msgspec
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import CheckpointError, LocalProtocolError, PeerFault
 from swarmtrain_protocols.identity import Keyring
-from swarmtrain_protocols.log.anchor import DOMAIN, content_hash, digest, statement
+from swarmtrain_protocols.log.anchor import DOMAIN, content_hash, digest, heir_of, statement
 from swarmtrain_protocols.log.certificate import (
     SnapshotBody,
     SnapshotFile,
@@ -36,11 +36,11 @@ from swarmtrain_protocols.log.records import (
     encode_record,
 )
 from swarmtrain_protocols.log.state import LogState
-from swarmtrain_protocols.messages.log import Recovery, SnapshotCertificate
+from swarmtrain_protocols.messages.log import Deed, Recovery, SnapshotCertificate
 
-Restart = Callable[[EntryLog, int, int], tuple[bytes, Sequence[bytes]]]
-"""(log, generation, index) to the new ledger with that entry applied, and the keys that may vote
-in the new log beside its steward."""
+Restart = Callable[[EntryLog, int, int], tuple[bytes, Sequence[bytes], Sequence[Deed]]]
+"""(log, generation, index) to the new ledger with that entry applied, the keys that may vote in
+the new log beside its steward, and the deeds that lead to the founder of now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +83,36 @@ def _generation(log: EntryLog, steward: bytes) -> int:
 
 
 def recover(
-    trust: Trust, records: Iterable[bytes], founder: Keyring, restart: Restart
+    trust: Trust, records: Iterable[bytes], keys: Sequence[Keyring], restart: Restart
 ) -> Restarted:
     """Begin the log again with this site as its only steward.
 
     Args:
         trust: run, founder and the keyring of the site whose log this is.
         records: what was durable there.
-        founder: the founder's keyring.
+        keys: among them the key of the founder of now.
         restart: makes the new ledger.
 
     Raises:
         CheckpointError: the log on disk cannot be read.
-        LocalProtocolError: the key is not the founder's.
+        LocalProtocolError: none of the keys is that of the founder of now.
+        PeerFault: ``bad_deed``: the ledger on this disk was handed over by nobody.
     """
-    if founder.peer_id != trust.founder:
-        raise LocalProtocolError("recovery refused", "the key is not that of the run's founder")
     log = read_log(trust, records)
     generation = _generation(log, trust.keyring.peer_id)
     index = log.commit + limits.RECOVERY_GAP
     term = log.last.term + limits.RECOVERY_GAP
-    ledger, others = restart(log, generation, index)
+    ledger, others, handed = restart(log, generation, index)
+    deeds = tuple(handed)
+    heir = heir_of(trust.run, trust.founder, trust.keyring.verify, deeds)
+    founder = next((key for key in keys if key.peer_id == heir), None)
+    if founder is None:
+        since = f", since it was handed over {len(deeds)} times" if deeds else ""
+        raise LocalProtocolError("recovery refused", f"its founder is {heir.hex()[:16]}{since}")
     steward = trust.keyring.peer_id
     capable = tuple(sorted({*others, steward}))
-    unsigned = Recovery(generation, term, index, steward, content_hash(capable, ledger), bytes(64))
+    content = content_hash(capable, ledger)
+    unsigned = Recovery(generation, term, index, steward, content, bytes(64), deeds)
     signature = founder.sign(DOMAIN, statement(trust.run, unsigned))
     recovery = msgspec.structs.replace(unsigned, signature=signature)
     chain_hash = digest(trust.run, recovery)

@@ -50,6 +50,8 @@ class LogState:
         self.pulse_at = now
         self.links: dict[PeerId, bool] = {}
         self.halted = False
+        self.handed_over = 0
+        """How often the run was handed over, by the ledger here: earlier founders are out."""
         self.superseded: Recovery | None = None
         """Proof that the log held here is no longer the run's, until the new one is here."""
         self.out: list[Effect] = []
@@ -76,6 +78,16 @@ class LogState:
         if recovery is not None and self.log.commit >= 0:
             ours = self.log.generation
             self.emit(Superseded(recovery.generation, ours, recovery.steward))
+
+    def check_recovery(self, recovery: Recovery) -> None:
+        """Whether the founder of now has begun the log again.
+
+        Raises:
+            PeerFault: ``bad_recovery`` or ``bad_deed``: nobody has, or an earlier founder.
+        """
+        self.trust.recovered(recovery)
+        if len(recovery.deeds) < self.handed_over:
+            raise PeerFault("bad_recovery", "by a founder who has handed the run over")
 
     # --- roles -----------------------------------------------------------------------------------
 

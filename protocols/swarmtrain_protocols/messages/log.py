@@ -66,11 +66,23 @@ class SnapshotCertificate(msgspec.Struct, frozen=True, array_like=True):
     endorsements: Endorsements
 
 
+class Deed(msgspec.Struct, frozen=True, array_like=True):
+    """A founder's word that the run is another key's from here on (spec 05 §2.3)."""
+
+    heir: Key
+    signature: Signature
+
+
+Deeds = Annotated[tuple[Deed, ...], Meta(max_length=limits.HANDOVERS_MAX)]
+"""From the key that founded the run to the one that gives its orders now."""
+
+
 class Recovery(msgspec.Struct, frozen=True, array_like=True):
     """The founder's word that the log begins again, without the stewards it had (spec 04 §2.8).
 
     Entry ``index`` and those before it are replaced by a snapshot whose grants and ledger hash to
     ``content``; ``steward`` alone votes from there on, in ``generation``, from ``term`` on.
+    ``deeds`` prove that whoever signed it is the founder's heir, if the run was handed over.
     """
 
     generation: Count
@@ -79,6 +91,7 @@ class Recovery(msgspec.Struct, frozen=True, array_like=True):
     steward: Key
     content: Hash
     signature: Signature
+    deeds: Deeds = ()
 
 
 class SnapshotVote(msgspec.Struct, frozen=True, array_like=True):

@@ -165,7 +165,7 @@ class SiteDisk:
             return None
         try:
             return msgspec.msgpack.decode(data, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._refuse(name)
             return None
 

@@ -19,7 +19,11 @@ from swarmtrain_protocols.errors import CheckpointError, DiskFull
 PARTIAL = ".partial"
 WRITE_BYTES = 16 * 1024 * 1024
 """Largest single write: Linux refuses 2 GiB, and smaller ones fail sooner on a full disk."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Nothing can be written, what is there is whole, and somebody can change that meanwhile. A disk
+that may be remounted read-only at its first error is one of these, its errors themselves are not:
+after a failed sync nobody knows what is on it.
+"""
 
 
 class FileSystem:
@@ -71,7 +75,7 @@ def disk_errors(action: str, path: Path) -> Iterator[None]:
     """Turn the system's errors into ours.
 
     Raises:
-        DiskFull: no space or quota left.
+        DiskFull: no space or quota left, or mounted read-only.
         CheckpointError: any other error of the system, naming ``path``.
     """
     try:
@@ -79,7 +83,8 @@ def disk_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            todo = "Free some space; training goes on, but nothing is saved until then."
+            todo = "Free some space" if error.errno != errno.EROFS else "Make it writable"
+            todo += "; training goes on, but nothing is saved until then."
             raise DiskFull(f"cannot {action} {path}", reason, todo) from error
         raise CheckpointError(f"cannot {action} {path}", reason, "Check the disk.") from error
 

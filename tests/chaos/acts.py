@@ -290,6 +290,8 @@ class Acts:
                     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, hard))
         else:
             machine.tell(folder, disk=mode, sync_s=fault["sync_s"])
+            if mode == "broken":
+                home.broken_until_s = time.monotonic() + fault["for_s"]
 
             def free() -> None:
                 machine.tell(folder, disk="")

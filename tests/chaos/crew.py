@@ -16,7 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from swarmtrain_peer.spawn import RESTART_CODES, output_tail, start_process
-from swarmtrain_protocols.errors import SwarmError
+from swarmtrain_protocols.errors import CheckpointError, SwarmError
 from swarmtrain_protocols.tickets import Ticket
 from tests.chaos.book import Book, Tail
 from tests.chaos.ground import Plain
@@ -54,6 +54,8 @@ class Home:
     """By channel the newest state that it has logged."""
     damaged: tuple[Path, bytes] | None = None
     """A file that was changed, and what it was."""
+    broken_until_s: float = 0.0
+    """Its disk fails until then; whoever operates it starts it again afterwards."""
 
     @property
     def name(self) -> str:
@@ -213,6 +215,8 @@ class Crew:
         if home.damaged is not None and kind == "peer" and by == "itself" and "damaged" in last:
             by, (path, data), home.damaged = "damage", home.damaged, None
             path.write_bytes(data)  # restored from a backup, as it says
+        elif by == "itself" and code == CheckpointError.exit_code and self._disk_is_broken(home):
+            by = "disk"
         elif by == "itself" and code not in RESTART_CODES and code >= 0:
             home.gone |= kind == "peer" and code != 0
         self.book.write("exit", site=home.name, process=kind, code=code, by=by, last=last[-300:])
@@ -220,8 +224,12 @@ class Crew:
             home.peer, home.frozen = None, False
         else:
             home.trainer = None
-        if by in ("itself", "damage") and not home.gone:
-            home.due_s[kind] = time.monotonic() + AGAIN_S
+        if by in ("itself", "damage", "disk") and not home.gone:
+            home.due_s[kind] = max(time.monotonic(), home.broken_until_s) + AGAIN_S
+
+    @staticmethod
+    def _disk_is_broken(home: Home) -> bool:
+        return time.monotonic() < home.broken_until_s + AGAIN_S
 
     def _listens(self, home: Home) -> None:
         if home.peer is not None:

@@ -216,8 +216,11 @@ def disk_alarms(h: History) -> Finding:
             for r in h.sites.get(fault["site"], ())
             if fault["at_s"] <= r["mono_s"] <= fault["until_s"] + 30.0 * h.factor
         ]
-        gone = _gone(h, fault["site"], fault["at_s"]) < fault["until_s"]
-        if "disk_full" not in said and not gone:
+        gone = _gone(h, fault["site"], fault["at_s"]) < fault["until_s"] + 2.0
+        if fault["mode"] == "broken":
+            if "checkpoint_refused" not in said and not gone:
+                wrong.append(f"{fault['site']}: {fault['mode']} disk, nothing was said")
+        elif "disk_full" not in said and not gone:
             wrong.append(f"{fault['site']}: {fault['mode']} disk, no alarm")
         elif "disk_full" in said and "disk_freed" not in said and not gone:
             wrong.append(f"{fault['site']}: {fault['mode']} disk, never free again")

@@ -179,7 +179,7 @@ def test_a_crash_at_any_call_loses_nothing_that_was_promised(tmp_path: Path, los
         shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, code: int) -> None:
     expected = roots(4)
     directory = tmp_path / "full"

@@ -41,7 +41,7 @@ class Trouble:
             return
         self.world.trace.record(self.world.now, item.a, "fault " + item.kind)
         if item.kind.startswith("aim-"):
-            self._arm(item)
+            self.aims.append(Aim.of(item))
             return
         names = item.a.split(",")
         if len(names) > 1 or item.kind == "split":
@@ -51,13 +51,6 @@ class Trouble:
         host = victim_of(item.a, self.world.hosts, None, self.plays)
         if host is not None:
             self._strike(item.kind, host, item)
-
-    def _arm(self, item: Fault) -> None:
-        aim = Aim.of(item)
-        if aim.actor != item.a or item.a.startswith("@") or aim.left != 1:
-            self.aims.append(aim)
-        elif self.world.hosts[item.a].alive:
-            self.world.hosts[item.a].armed.append(item)
 
     def hit(self, actor: Host, label: str) -> None:
         """``actor`` has just done what ``label`` says: does a fault wait for that?"""

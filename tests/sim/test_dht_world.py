@@ -1,6 +1,6 @@
 """Small DHTs in virtual time: churn, liars around one key, floods, waves of deaths, a split.
 
-Each case returns what is wrong, or ''. ``test_dht_mutants.py`` takes the checks of the cores out
+Each case returns what is wrong, or an empty text. ``tests/mutants`` takes checks of the cores out
 one by one, and these cases must notice. The full sizes are a command: ``python -m
 swarmtrain_protocols.testing.dht_world``; its figures are in ``benchmarks/results``.
 """

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from swarmtrain_protocols.pipeline import book
-from swarmtrain_protocols.pipeline.paths import PathRule
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart
@@ -19,8 +17,6 @@ from swarmtrain_protocols.testing.pipeline_swarm import (
     run_built,
 )
 from swarmtrain_protocols.testing.toystage import Toy
-from tests.sim.test_mutants import Mutant
-from tests.sim.test_stage_loss_mutants import plant
 
 TOY = Toy(9, 4, 8)
 SHARE = 0.25
@@ -69,37 +65,3 @@ def test_without_the_key_nothing_is_left_out_however_slow_a_stage_is() -> None:
     outcome = run(2)
     assert not outcome.violation, outcome.text
     assert outcome.seen["step:skipped"] == 0
-
-
-def skipping(seed: int) -> str:
-    return run(seed, skip_fraction=SHARE).violation
-
-
-MUTANTS = (
-    Mutant(
-        "only so many micro-batches leave out a stage",
-        PathRule,
-        "of_step",
-        "if skip and k < self.skips",
-        "if skip and k <= self.skips",
-        skipping,
-        range(1, 5),
-    ),
-    Mutant(
-        "a step leaves out what its predecessor's outcome says",
-        book,
-        "_outcome",
-        "state.skip = body.skip",
-        "state.skip = 0",
-        skipping,
-        range(1, 5),
-    ),
-)
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.check)
-def test_the_simulator_misses_the_check(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not mutant.run(mutant.seeds[0]), "the code as it is passes"
-    plant(mutant, monkeypatch)
-    found = next((seed for seed in mutant.seeds if mutant.run(seed)), None)
-    assert found is not None, f"{len(mutant.seeds)} swarms did not notice: {mutant.check}"

@@ -1,0 +1,76 @@
+"""The score of the simulator: ``python -m tests.mutants [--area rounds] [--shard 0/2]``.
+
+Plants every bug of the catalogue in turn, runs the schedules that must find it, and prints for
+each the first that did. Last come the survivors by name, and killed of total. Exit status 1 if
+fewer than ``--bar`` were found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from tests.mutants.catalogue import AREAS, Mutant, catalogue
+from tests.mutants.patching import planted
+from tests.mutants.suites import SUITES
+
+BAR = 0.95
+
+
+def hunt(item: Mutant, most: int = 1 << 30) -> tuple[str, int, str] | None:
+    """(suite, seed, what was wrong) of the first schedule that finds it; None: it survives.
+
+    ``most``: seeds to try of each suite.
+    """
+    with planted(*item.patches):
+        for finder in item.finders:
+            for seed in finder.seeds[:most]:
+                wrong = SUITES[finder.suite](seed)
+                if wrong:
+                    return finder.suite, seed, wrong
+    return None
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
+    parser.add_argument("--area", choices=AREAS, action="append")
+    parser.add_argument("--name", help="only those whose name contains this")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th, from the I-th")
+    parser.add_argument("--seeds", type=int, default=1 << 30, help="at most, of each suite")
+    parser.add_argument("--bar", type=float, default=BAR, help="share that must be found")
+    given = parser.parse_args(argv)
+    index, count = (int(part) for part in given.shard.split("/"))
+    chosen = [
+        item
+        for item in catalogue()
+        if (not given.area or item.area in given.area) and (given.name or "") in item.name
+    ][index::count]
+    survivors: list[Mutant] = []
+    for item in chosen:
+        began = time.process_time()
+        found = hunt(item, given.seeds)
+        took_s = time.process_time() - began
+        if found is None:
+            survivors.append(item)
+            say(f"SURVIVES  {item.area}: {item.name} ({took_s:.1f} s)")
+        else:
+            suite, seed, wrong = found
+            say(f"found     {item.area}: {item.name}: {suite} {seed}: {wrong} ({took_s:.1f} s)")
+    for item in survivors:
+        say(f"survivor: {item.area}: {item.name} [{item.source}]")
+    killed = len(chosen) - len(survivors)
+    from_specs = sum(item.from_spec for item in chosen)
+    say(f"mutants: killed={killed}/{len(chosen)} written from the specs={from_specs}")
+    return 0 if killed >= given.bar * len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

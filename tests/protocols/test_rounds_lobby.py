@@ -200,6 +200,21 @@ def test_a_contribution_that_was_listed_is_not_listed_again_by_an_old_announceme
     assert B in lobbies.room(TRAIN).ready
 
 
+def test_what_was_said_before_its_maker_was_listed_anew_is_old_whatever_its_root() -> None:
+    """Found by the model of spec 08: said to a site that did not lead then, and heard by it when it
+    leads after two attempts, both aborted, that listed this contribution and then the next one."""
+    log, lobbies = Log(A, B), rooms()
+    said = ready(TRAIN, root=hash_of("first"), seen=log.ledger.index)
+    for _ in range(2):
+        opened = log.open([A, B])
+        assert log.add(e.RoundAborted(opened.key, "too slow"))
+    assert lobbies.announced(1.0, log.ledger, PeerId(B), said) == ""
+    assert B not in lobbies.room(TRAIN).ready
+    now = msgspec.structs.replace(said, seen=log.ledger.index)
+    assert lobbies.announced(2.0, log.ledger, PeerId(B), now) == ""
+    assert B in lobbies.room(TRAIN).ready
+
+
 def test_what_was_said_before_something_newer_that_came_first_is_old() -> None:
     """Delayed past a second contribution of its sender, it may be in a committed round by now."""
     log, newest = Log(A, B), {}

@@ -113,6 +113,21 @@ def decided(effects: list[Effect]) -> list[tuple[str, float]]:
 # --- the own contribution ------------------------------------------------------------------------
 
 
+def test_whoever_is_listed_with_something_else_announces_anew() -> None:
+    """What it had announced before it saw that counts for nothing (08 §2.2)."""
+    seat = Seat()
+    seat.offer()
+    ((_, first),) = sent(seat.take(), m.Ready)
+    effects = seat.logged(1.0, seat.opening(A, B, C, root=hash_of("of an earlier life")))
+    ((to, again),) = sent(effects, m.Ready)
+    assert to == LEADER
+    assert again == msgspec.structs.replace(first, seen=first.seen + 1)
+    seat = Seat()
+    seat.offer()
+    seat.take()
+    assert not sent(seat.logged(1.0, seat.opening(A, B, C)), m.Ready)
+
+
 def test_an_offer_is_announced_and_again_to_every_new_leader() -> None:
     seat = Seat()
     seat.offer()

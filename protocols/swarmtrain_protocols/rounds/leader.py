@@ -132,6 +132,7 @@ class RoundLeader:
             phase = self._phase_of(message.key)
             if phase is not None and peer in phase.opened.holders:
                 phase.holding[peer] = message
+                phase.parted.pop(peer, None)
         self.step(now)
 
     def _lost(self, peer: PeerId, message: m.Withdraw) -> None:
@@ -163,6 +164,8 @@ class RoundLeader:
         for key in [k for k in self._newest if k[1] == peer]:
             del self._newest[key]  # nothing that was under way on that link comes any more
         if self.active:
+            for phase in self._phases.values():
+                phase.parted[peer] = None
             self._lobbies.disconnected(peer)
             self.step(now)
 
@@ -431,7 +434,7 @@ class RoundLeader:
         lost = ""
         if best + sum(k in present for k in silent) < need:
             lost = "too many holders lost"
-        elif not phase.holding and chosen is not None and phase.broken(present, chosen):
+        elif chosen is not None and not phase.result_here() and phase.broken(present, chosen):
             lost = "a chosen contribution is lost"
         phase.lost_since = min(phase.lost_since, now) if lost else math.inf
         if lost and now >= phase.lost_since + self.policy.lost_grace_s:

@@ -124,16 +124,16 @@ class Lobbies:
         return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
 
     def _is_old(self, ledger: Ledger, peer: PeerId, message: m.Ready) -> bool:
-        """An attempt has listed this very contribution, which its sender had not seen; or it was
-        said before another one that has come already, and that may be counted by now.
+        """The log has listed its sender since, or another one of it has come that was said later.
 
-        Equal roots alone say nothing: a member may well contribute equal values twice.
+        Either this very contribution is listed, or an older one that its maker has back. Roots say
+        nothing: a member may well contribute equal values twice.
         """
         if message.seen < self._newest.get((message.channel, peer), 0):
             return True
         channel = ledger.channels.get(message.channel)
-        index, root = channel.listed.get(peer, (-1, b"")) if channel is not None else (-1, b"")
-        return message.root == root and message.seen < index
+        index, _ = channel.listed.get(peer, (-1, b"")) if channel is not None else (-1, b"")
+        return message.seen < index
 
     def _has_room(self, ledger: Ledger) -> bool:
         """Forget rooms that nobody waits in and the ledger does not know."""

@@ -206,6 +206,8 @@ class RoundMember:
             (c.member, c.root) for c in contributors
         ):
             offer.bound = key
+        elif offer is not None and any(c.member == self._me for c in contributors):
+            self._send_ready(offer)  # what was said before this was seen counts for nothing
 
     def jumped(self) -> None:
         """A snapshot replaced the ledger: what was offered may have been decided unseen."""

@@ -175,7 +175,7 @@ class Owners:
             others = [k for k in receivers if k != owner]
             lacking = sum(index in phase.missing.get(k, ()) for k in others)
             late = now >= self._result_by(phase, index)
-            if late and not phase.holding and lacking and 2 * lacking > len(others):
+            if late and not phase.result_here() and lacking and 2 * lacking > len(others):
                 suspects.append(Suspect(owner, f"no result as an owner in {phase.key}"))
         return suspects
 

@@ -39,6 +39,8 @@ class Phase:
     refused: dict[int, None] = field(default_factory=dict)
     deputies: dict[int, bytes] = field(default_factory=dict)
     holding: dict[bytes, m.Holding] = field(default_factory=dict)
+    parted: dict[bytes, None] = field(default_factory=dict)
+    """Whose link broke after it had reported to hold the result; it may have lost it since."""
     lost_since: float = math.inf
     proposed: str = ""
     first_said: dict[bytes, float] = field(default_factory=dict)
@@ -67,6 +69,10 @@ class Phase:
         elif self.close_at == math.inf and self.opened.phase_s and not self.patient:
             took_s = now - self.started
             self.close_at = now + closing_grace_s(self.opened.phase_s, took_s, hidden)
+
+    def result_here(self) -> bool:
+        """Somebody with a link holds the result: others can fetch it."""
+        return any(member not in self.parted for member in self.holding)
 
     def delivered(self) -> tuple[list[int], bool]:
         """Contributors that every part's computer has, and whether every part has a computer."""

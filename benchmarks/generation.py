@@ -35,6 +35,7 @@ from swarmtrain_protocols.manifest import RunKeys, Ticket
 RESULTS = Path(__file__).parent / "results"
 SITES, WRITERS, MARGIN = 3, 2, 0.05
 SIZES = {"layers": 3}
+WAIT_S = 60.0
 RUNS: dict[str, dict[str, Any]] = {
     "without stages": {"inner_steps": 40, "overlap": "eager", "start_peers": SITES},
     "three stages": {
@@ -99,10 +100,12 @@ class Writers:
     """Ask for one text after the other while they are let; count tokens."""
 
     def __init__(self, sites: list[Site]) -> None:
-        self.going = threading.Event()
         self.tokens = 0
         self.refused = 0
-        self._lock = threading.Lock()
+        self._going = threading.Event()
+        self._news = threading.Condition()
+        self._open = 0
+        self._begun: dict[int, None] = {}
         self._over = False
         self._threads = [
             threading.Thread(target=self._write, args=(sites[n % len(sites)], n), daemon=True)
@@ -111,28 +114,52 @@ class Writers:
         for thread in self._threads:
             thread.start()
 
+    def go(self) -> None:
+        """Let them write; returns once each has written something, or was refused."""
+        with self._news:
+            self._begun.clear()
+            self._going.set()
+            assert self._news.wait_for(lambda: len(self._begun) == WRITERS, WAIT_S), "no texts"
+
+    def rest(self) -> None:
+        """Let them write no more; returns once no text is open."""
+        self._going.clear()
+        with self._news:
+            assert self._news.wait_for(lambda: not self._open, WAIT_S), "a text does not end"
+
     def close(self) -> None:
         self._over = True
-        self.going.set()
+        self._going.set()
         for thread in self._threads:
             thread.join(60)
 
     def _write(self, site: Site, number: int) -> None:
         while not self._over:
-            self.going.wait()
+            self._going.wait()
             args = {"prompt": "import ", "max_tokens": 4096, "temperature": 1.0, "seed": number}
+            self._tell(number, opened=1)
             try:
                 with site.connect() as client:
                     for _ in Talk(client, args).pieces():
-                        with self._lock:
-                            self.tokens += 1
-                        if not self.going.is_set() or self._over:
+                        self._tell(number, tokens=1)
+                        if not self._going.is_set() or self._over:
                             break
             except ShareUsedUp:
-                self.refused += 1
+                self._tell(number, refused=1)
             except SwarmError:
                 if not self._over:
                     raise
+            finally:
+                self._tell(number, opened=-1)
+
+    def _tell(self, number: int, opened: int = 0, tokens: int = 0, refused: int = 0) -> None:
+        with self._news:
+            self._open += opened
+            self.tokens += tokens
+            self.refused += refused
+            if tokens or refused:
+                self._begun[number] = None
+            self._news.notify_all()
 
 
 def measure(keys: dict[str, Any], windows: int, seconds: float) -> dict[str, Any]:
@@ -147,8 +174,7 @@ def measure(keys: dict[str, Any], windows: int, seconds: float) -> dict[str, Any
         writers = Writers(swarm.sites)
         for number in range(windows):
             for kind in ("without", "with") if number % 2 else ("with", "without"):
-                (writers.going.set if kind == "with" else writers.going.clear)()
-                time.sleep(1.0)
+                (writers.go if kind == "with" else writers.rest)()
                 before, said = swarm.progress(), writers.tokens
                 time.sleep(seconds)
                 after = swarm.progress()

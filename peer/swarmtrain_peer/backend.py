@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.librarian import Librarian
 from swarmtrain_peer.orders import access_document, give_order
@@ -52,7 +52,7 @@ def _trainer_calls(desk: TrainerDesk) -> dict[str, Handler]:
 
 
 class Backend:
-    """One per peer process; satisfies ``control.ControlBackend``."""
+    """One per peer process; satisfies ``controlserver.ControlBackend``."""
 
     def __init__(
         self,

@@ -239,6 +239,11 @@ def _data_set(named: Named) -> Unit:
     return Unit(named.place, lambda: _rows(rows, column, f"hf:{named.place}"))
 
 
+_NOT_TO_BE_HAD = (OSError, ValueError, LookupError, RuntimeError, ImportError)
+"""What loading a data set raises besides errors of its package: of the network, of files, of a
+name or an option that does not exist. Anything else is a mistake of ours and stays one."""
+
+
 def open_rows(named: Named) -> Iterable[Any]:
     """The rows of a data set: one of the hub by name, or a folder that ``save_to_disk`` wrote.
 
@@ -260,10 +265,10 @@ def open_rows(named: Named) -> Iterable[Any]:
         rows = int(options.get("rows", "0"))
         if rows:
             found = found.take(rows)
-    except Exception as error:  # noqa: BLE001, whatever that package raises, and it is much
+    except (package.exceptions.DatasetsError, *_NOT_TO_BE_HAD) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         todo = "check its name, config and split, and that it can be reached"
-        raise DataUnavailable(f"corpus hf:{named.place}", why, todo) from None
+        raise DataUnavailable(f"corpus hf:{named.place}", why, todo) from error
     rows_of: Iterable[Any] = found
     return rows_of
 
@@ -274,8 +279,10 @@ def _tokenizer(file: str) -> Callable[[bytes], bytes]:
     package = _package("tokenizers", f"{file} is a tokenizer")
     try:
         found = package.Tokenizer.from_file(str(Path(file).expanduser()))
-    except Exception as error:  # noqa: BLE001, it raises nothing more exact
-        raise DataUnavailable(f"tokenizer {file}", str(error), "name a tokenizer.json") from None
+    except Exception as error:
+        # That package raises bare Exceptions. Nothing is swallowed: what it said is the reason of
+        # an error that ends the command.
+        raise DataUnavailable(f"tokenizer {file}", str(error), "name a tokenizer.json") from error
     size = found.get_vocab_size()
     if size > 1 << 16:
         raise DataUnavailable(f"tokenizer {file}", f"{size} tokens", "use one of at most 65536")

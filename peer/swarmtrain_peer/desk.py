@@ -17,7 +17,7 @@ import msgspec
 
 from swarmtrain_peer import host
 from swarmtrain_peer.budget import check_memory
-from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.figures import Figures
 from swarmtrain_peer.memo import Sent, read_memo
 from swarmtrain_peer.model import log_model

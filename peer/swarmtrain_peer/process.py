@@ -17,7 +17,7 @@ from pathlib import Path
 from swarmtrain_peer import host, rollback
 from swarmtrain_peer.admission import refused_error
 from swarmtrain_peer.backend import Backend, Desk
-from swarmtrain_peer.control import ControlServer
+from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.librarian import Librarian

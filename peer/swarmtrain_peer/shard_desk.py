@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits

@@ -12,7 +12,7 @@
 ``corpus``            the run's corpus, as one file that the trainer reads and others fetch
 ``log`` ``state``     durable records of the log; checkpoints and result bytes
 ``events.jsonl``      ``events.EventLog``
-``control.sock``      ``control.ControlServer``, 0600
+``control.sock``      ``controlserver.ControlServer``, 0600
 ``peer.log``          what the peer process printed
 ====================  =========================================================================
 """

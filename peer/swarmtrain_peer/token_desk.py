@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from swarmtrain_peer.control import ControlConnection
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.tensors import TensorStore, blob_of
 from swarmtrain_protocols import limits

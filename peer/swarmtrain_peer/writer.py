@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.control import ControlConnection, error_to_dict
+from swarmtrain_peer.control import error_to_dict
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.runtime import PeerRuntime
 from swarmtrain_peer.tensors import TensorStore
 from swarmtrain_protocols import limits

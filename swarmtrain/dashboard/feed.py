@@ -12,10 +12,10 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from swarmtrain_peer import host
-from swarmtrain_peer.control import ControlClient
+from swarmtrain_peer.control import Client, ControlClient
 from swarmtrain_protocols.errors import SwarmError
 
 Document = dict[str, Any]
@@ -42,22 +42,6 @@ NOISY = (
     "handover",
 )
 """Kinds of events that are asked for with ``/api/v1/events`` but not shown by default."""
-
-
-class Client(Protocol):
-    """The part of ``ControlClient`` that the feed uses."""
-
-    @property
-    def closed(self) -> bool: ...
-
-    def call(self, name: str, args: Document | None = None, timeout_s: float = 30.0) -> Document:
-        """Make one call."""
-
-    def subscribe(self, callback: Callable[[Document], None]) -> None:
-        """Hear pushes."""
-
-    def close(self) -> None:
-        """Disconnect."""
 
 
 class Subscriber:

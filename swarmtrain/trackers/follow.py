@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 from swarmtrain.trackers.base import (
     Document,
@@ -21,6 +20,7 @@ from swarmtrain.trackers.base import (
     scalars_of_status,
 )
 from swarmtrain_peer import host
+from swarmtrain_peer.control import Client
 from swarmtrain_protocols.errors import ConfigError, SwarmError
 
 POLL_S = 5.0
@@ -28,22 +28,6 @@ CALL_TIMEOUT_S = 5.0
 INBOX_MAX = 4096
 CLOSE_S = 20.0
 TOLD_FIRST = ("run", "name", "site", "site_name")
-
-
-class Client(Protocol):
-    """What is needed of ``control.ControlClient``."""
-
-    @property
-    def closed(self) -> bool: ...
-
-    def call(self, name: str, args: Document | None = None, timeout_s: float = 30.0) -> Document:
-        """Make one call."""
-
-    def subscribe(self, callback: Callable[[Document], None]) -> None:
-        """Hear pushes."""
-
-    def close(self) -> None:
-        """Disconnect."""
 
 
 class Follower:

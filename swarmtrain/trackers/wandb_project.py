@@ -43,10 +43,10 @@ class WandbProject:
                 settings=self._package.Settings(silent=True, console="off", x_disable_meta=True),
             )
             self._run.define_metric("*", step_metric="round")
-        except Exception as error:  # noqa: BLE001, whatever that package raises
+        except (self._package.errors.Error, OSError, ValueError, RuntimeError) as error:
             todo = "log in with `wandb login`, or set WANDB_MODE=offline"
             why = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"log.wandb = {self._project}", why, todo) from None
+            raise ConfigError(f"log.wandb = {self._project}", why, todo) from error
 
     def scalars(self, step: int, wall_s: float, values: Scalars) -> None:
         """Queue one row; a process of the package sends it."""

@@ -13,11 +13,8 @@ import msgspec
 from swarmtrain.dashboard.app import build_app
 from swarmtrain.dashboard.completions import BadRequest, _parsed, arguments_of
 from swarmtrain.dashboard.feed import Feed
-from swarmtrain_peer.control import (
-    ControlConnection,
-    ControlServer,
-    error_from_dict,
-)
+from swarmtrain_peer.control import error_from_dict
+from swarmtrain_peer.controlserver import ControlConnection, ControlServer
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import SwarmError, UsageError
 from tests.fuzz.engine import Target

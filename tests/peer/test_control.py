@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from swarmtrain_peer import control
-from swarmtrain_peer.control import ControlClient, ControlClosed, ControlServer, ControlTimeout
+from swarmtrain_peer.control import ControlClient, ControlClosed, ControlTimeout
+from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_protocols import errors, limits
 
 ALL_ERRORS = [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +181,25 @@ def test_a_knock_that_was_not_sent_for_gets_no_answer(tmp_path: Path) -> None:
     go(main)
 
 
+@contextlib.asynccontextmanager
+async def hidden_pair(
+    tmp_path: Path, **seed_is: Any
+) -> AsyncIterator[tuple[Member, Member, Member]]:
+    """A seed, and two that nobody can dial, each with a link to it."""
+    log: dict[PeerId, bool] = {}
+    async with (
+        Member(1, tmp_path, log, **seed_is) as seed,
+        Member(2, tmp_path, log, listens=False) as a,
+        Member(3, tmp_path, log, listens=False) as b,
+    ):
+        await a.join(seed)
+        await b.join(seed)
+        yield seed, a, b
+
+
 def test_a_link_and_its_bulk_go_through_the_seed(tmp_path: Path) -> None:
     async def main() -> None:
-        log: dict[PeerId, bool] = {}
-        async with (
-            Member(1, tmp_path, log) as seed,
-            Member(2, tmp_path, log, listens=False) as a,
-            Member(3, tmp_path, log, listens=False) as b,
-        ):
-            await a.join(seed)
-            await b.join(seed)
+        async with hidden_pair(tmp_path) as (seed, a, b):
             await a.link_to(b)
             path = a.outreach.path(b.id, False)
             assert path == {
@@ -227,14 +237,7 @@ def test_what_passes_the_seed_is_sealed(tmp_path: Path) -> None:
     """The seed sees neither names nor chunks, and a byte that it alters ends the link."""
 
     async def main() -> None:
-        log: dict[PeerId, bool] = {}
-        async with (
-            Member(1, tmp_path, log) as seed,
-            Member(2, tmp_path, log, listens=False) as a,
-            Member(3, tmp_path, log, listens=False) as b,
-        ):
-            await a.join(seed)
-            await b.join(seed)
+        async with hidden_pair(tmp_path) as (seed, a, b):
             loop = asyncio.get_running_loop()
             passed = bytearray()
             spoil = False
@@ -296,14 +299,7 @@ def test_the_seed_dies_and_the_link_with_it(tmp_path: Path) -> None:
 
 def test_without_a_relay_it_is_said_and_nothing_hangs(tmp_path: Path) -> None:
     async def main() -> None:
-        log: dict[PeerId, bool] = {}
-        async with (
-            Member(1, tmp_path, log, relay="no") as seed,
-            Member(2, tmp_path, log, listens=False) as a,
-            Member(3, tmp_path, log, listens=False) as b,
-        ):
-            await a.join(seed)
-            await b.join(seed)
+        async with hidden_pair(tmp_path, relay="no") as (seed, a, b):
             assert not seed.outreach.features
             for _ in range(20):
                 a.transport.send(b.id, LEAVE)

@@ -28,7 +28,7 @@ from swarmtrain_protocols.manifest import RunKeys
 SERVER = """
 import asyncio, sys
 from pathlib import Path
-from swarmtrain_peer.control import ControlServer
+from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner
 

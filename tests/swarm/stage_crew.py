@@ -16,6 +16,19 @@ LONG_S = 240.0
 """For steps, and for recoveries: members that might come back are waited for."""
 
 
+def tiny(stages: int, batches: int, steps: int, **more: Any) -> Document:
+    """Run keys of a pipeline that one processor can carry: a layer a stage, so many micro-batches a
+    step, over after so many steps."""
+    return {
+        "seed": 7,
+        "stages": stages,
+        "model": {"layers": stages, "d_model": 32, "heads": 2, "context": 32},
+        "micro_batches": batches,
+        "max_rounds": steps,
+        **more,
+    }
+
+
 class Crew(Swarm):
     """A swarm of sites, each a peer process and a trainer process."""
 

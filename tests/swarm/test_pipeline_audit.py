@@ -25,29 +25,27 @@ from swarmtrain_peer.spawn import start_process, wait_ready
 from swarmtrain_peer.store import StateStore
 from tests.swarm.faulty_peer import PHASES
 from tests.swarm.harness import Seat, poll_until
-from tests.swarm.stage_crew import Crew
+from tests.swarm.stage_crew import Crew, tiny
 
 STAGES, BATCHES, SITES = 2, 4, 4
 STEPS = 200
 LONG_S = 8.0 * STEPS
-KEYS = {
-    "seed": 7,
-    "stages": STAGES,
-    "model": {"layers": STAGES, "d_model": 32, "heads": 2, "context": 32},
-    "micro_batches": BATCHES,
-    "max_rounds": STEPS,
-    "checkpoint_every_rounds": 10,
-    "replicas_min": 2,
-    "close_fraction": 1.0,
-    "boundary_codec": "fp32",
-    "codec_scatter": "fp32",
-    "codec_gather": "fp32",
-    "inner_optimizer": "sgd",
-    "inner_lr": 0.05,
-    "inner_weight_decay": 0.0,
-    "inner_warmup_steps": 0,
-    "inner_clip": 0.0,
-}
+KEYS = tiny(
+    STAGES,
+    BATCHES,
+    STEPS,
+    checkpoint_every_rounds=10,
+    replicas_min=2,
+    close_fraction=1.0,
+    boundary_codec="fp32",
+    codec_scatter="fp32",
+    codec_gather="fp32",
+    inner_optimizer="sgd",
+    inner_lr=0.05,
+    inner_weight_decay=0.0,
+    inner_warmup_steps=0,
+    inner_clip=0.0,
+)
 
 
 class Unlucky(Crew):

@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.swarm.harness import poll_until
-from tests.swarm.stage_crew import LONG_S, Crew
+from tests.swarm.stage_crew import LONG_S, Crew, tiny
 
 STAGES, BATCHES, STEPS = 3, 4, 60
-KEYS = {
-    "seed": 7,
-    "stages": STAGES,
-    "model": {"layers": STAGES, "d_model": 32, "heads": 2, "context": 32},
-    "micro_batches": BATCHES,
-    "max_rounds": STEPS,
-    "checkpoint_every_rounds": 4,
-    "replicas_min": 2,
-}
+KEYS = tiny(
+    STAGES,
+    BATCHES,
+    STEPS,
+    checkpoint_every_rounds=4,
+    replicas_min=2,
+)
 
 
 @pytest.mark.slow

@@ -6,21 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.swarm.stage_crew import LONG_S, Crew
+from tests.swarm.stage_crew import LONG_S, Crew, tiny
 
 STAGES, BATCHES, STEPS = 4, 4, 24
-KEYS = {
-    "seed": 7,
-    "stages": STAGES,
-    "model": {"layers": STAGES, "d_model": 32, "heads": 2, "context": 32},
-    "micro_batches": BATCHES,
-    "max_rounds": STEPS,
-    "total_steps": STEPS,
-    "inner_warmup_steps": 2,
-    "replicas_min": 2,
-    "swapped": True,
-    "skip_fraction": 0.25,
-}
+KEYS = tiny(
+    STAGES,
+    BATCHES,
+    STEPS,
+    total_steps=STEPS,
+    inner_warmup_steps=2,
+    replicas_min=2,
+    swapped=True,
+    skip_fraction=0.25,
+)
 
 
 @pytest.mark.slow

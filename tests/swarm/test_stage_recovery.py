@@ -9,17 +9,15 @@ import pytest
 from swarmtrain_peer.events import Record
 from swarmtrain_protocols.pipeline.book import stage_channel
 from tests.swarm.harness import poll_until
-from tests.swarm.stage_crew import LONG_S, Crew
+from tests.swarm.stage_crew import LONG_S, Crew, tiny
 
 STAGES, BATCHES, STEPS = 4, 4, 80
-KEYS = {
-    "seed": 7,
-    "stages": STAGES,
-    "model": {"layers": STAGES, "d_model": 32, "heads": 2, "context": 32},
-    "micro_batches": BATCHES,
-    "max_rounds": STEPS,
-    "checkpoint_every_rounds": 4,
-}
+KEYS = tiny(
+    STAGES,
+    BATCHES,
+    STEPS,
+    checkpoint_every_rounds=4,
+)
 ALWAYS = {"average-plain", "copy-left", "copy-right", "near-identity-0", "fresh"}
 
 

@@ -17,7 +17,7 @@ from swarmtrain_protocols.dht.search import Search, nothing
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.dht.kademlia import DhtCore
-    from swarmtrain_protocols.dht.requests import Reply
+    from swarmtrain_protocols.messages.dht import Reply
 
 
 class Healing:

@@ -25,7 +25,7 @@ from swarmtrain_protocols.dht.ids import Contact, id_bytes, key_id
 from swarmtrain_protocols.dht.lookup import Lookup
 from swarmtrain_protocols.dht.publisher import Publisher
 from swarmtrain_protocols.dht.replication import Replication
-from swarmtrain_protocols.dht.requests import Done, Reply, Requests
+from swarmtrain_protocols.dht.requests import Done, Requests
 from swarmtrain_protocols.dht.routing import RoutingTable
 from swarmtrain_protocols.dht.search import Search, Searches, nothing
 from swarmtrain_protocols.dht.serving import Serving
@@ -34,13 +34,13 @@ from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.messages.dht import (
     FindNode,
-    FindValue,
     NodeInfo,
     Nodes,
+    Question,
+    Reply,
     SignedRecord,
     StoreRecord,
     StoreReply,
-    Values,
 )
 
 if TYPE_CHECKING:
@@ -197,11 +197,11 @@ class DhtCore:
         Raises:
             LocalProtocolError: ``message`` does not belong to the DHT.
         """
-        if isinstance(message, (Nodes, Values, StoreReply)):
+        if isinstance(message, Reply):
             fault = self.requests.answer(peer, message, now)
             if fault is not None:
                 self.blame(fault)
-        elif isinstance(message, (FindNode, FindValue, StoreRecord)):
+        elif isinstance(message, Question):
             if self.serving.admit(now, peer):
                 self._alive(now, Contact(peer))
                 self._out.append(Send(peer, self.serving.answer(now, peer, message)))

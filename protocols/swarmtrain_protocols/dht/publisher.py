@@ -21,11 +21,10 @@ from swarmtrain_protocols.dht.ids import Contact, key_id
 from swarmtrain_protocols.dht.records import sign_record
 from swarmtrain_protocols.dht.search import Search
 from swarmtrain_protocols.errors import LocalProtocolError
-from swarmtrain_protocols.messages.dht import SignedRecord, StoreReply
+from swarmtrain_protocols.messages.dht import Reply, SignedRecord, StoreReply
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.dht.kademlia import DhtCore
-    from swarmtrain_protocols.dht.requests import Reply
 
 
 @dataclass(slots=True)

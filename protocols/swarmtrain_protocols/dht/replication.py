@@ -15,11 +15,10 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht.ids import Contact, id_from_bytes
 from swarmtrain_protocols.dht.records import digest_of, rank
-from swarmtrain_protocols.messages.dht import FindValue, SignedRecord, Values
+from swarmtrain_protocols.messages.dht import FindValue, Reply, SignedRecord, Values
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.dht.kademlia import DhtCore
-    from swarmtrain_protocols.dht.requests import Reply
     from swarmtrain_protocols.dht.search import Search
 
 

@@ -18,12 +18,11 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, Effect, PeerId, Send
 from swarmtrain_protocols.dht.ids import Contact
 from swarmtrain_protocols.errors import PeerFault
-from swarmtrain_protocols.messages.dht import Nodes, StoreReply, Values
+from swarmtrain_protocols.messages.dht import Reply
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.messages import Message
 
-Reply = Nodes | Values | StoreReply
 Done = Callable[[float, Reply | None], None]
 """Called once with the answer, or with None for a timeout, a lost link or a full queue."""
 

@@ -26,6 +26,7 @@ from swarmtrain_protocols.messages.dht import (
     FindNode,
     FindValue,
     Nodes,
+    Reply,
     SignedRecord,
     StoreReply,
     Values,
@@ -33,7 +34,6 @@ from swarmtrain_protocols.messages.dht import (
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.dht.kademlia import DhtCore
-    from swarmtrain_protocols.dht.requests import Reply
 
 
 def _never() -> bool:

@@ -14,7 +14,7 @@ from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.dht import records as rec
 from swarmtrain_protocols.dht.events import DhtRefused
 from swarmtrain_protocols.dht.ids import Contact, id_from_bytes
-from swarmtrain_protocols.dht.requests import Meter, Reply
+from swarmtrain_protocols.dht.requests import Meter
 from swarmtrain_protocols.dht.tokens import Tokens
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.dht import (
@@ -22,7 +22,8 @@ from swarmtrain_protocols.messages.dht import (
     FindValue,
     NodeInfo,
     Nodes,
-    SignedRecord,
+    Question,
+    Reply,
     StoreRecord,
     StoreReply,
     Values,
@@ -68,9 +69,7 @@ class Serving:
             self._core.emit(DhtRefused(peer, "rate"))
         return False
 
-    def answer(
-        self, now: float, peer: PeerId, message: FindNode | FindValue | StoreRecord
-    ) -> Reply:
+    def answer(self, now: float, peer: PeerId, message: Question) -> Reply:
         """The answer to a request that was admitted."""
         if isinstance(message, FindNode):
             token = self.tokens.make(self._core.wall(now), peer, message.target)
@@ -91,7 +90,7 @@ class Serving:
         if message.known and message.known == rec.digest_of(held):
             core.replication.compared(now, message.key)
             return Values(message.request, (), (), False, token, True)
-        page: list[SignedRecord] = []
+        page = []
         nbytes = 0
         more = False
         for record in held:

@@ -107,3 +107,7 @@ class StoreReply(msgspec.Struct, frozen=True, tag="dht-store"):
     request: Count
     code: Annotated[str, Meta(max_length=32)]
     sequence: Count = 0
+
+
+Question = FindNode | FindValue | StoreRecord
+Reply = Nodes | Values | StoreReply

@@ -9,8 +9,8 @@ import pytest
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Connect, PeerId, Send
 from swarmtrain_protocols.dht.ids import Contact
-from swarmtrain_protocols.dht.requests import Meter, Reply, Requests
-from swarmtrain_protocols.messages.dht import FindNode, Nodes, StoreReply
+from swarmtrain_protocols.dht.requests import Meter, Requests
+from swarmtrain_protocols.messages.dht import FindNode, Nodes, Reply, StoreReply
 
 ANN = Contact(PeerId(b"a" * 32), ("ann:1",))
 BEN = Contact(PeerId(b"b" * 32), ("ben:1",))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmtrain_peer.config import PeerConfig
-from swarmtrain_peer.control import ControlConnection, ControlServer
+from swarmtrain_peer.controlserver import ControlConnection, ControlServer
 from swarmtrain_peer.site import Site, found_site
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.manifest import Capability, RunKeys, Ticket, sign_capability

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from swarmtrain.cli.main import app
-from swarmtrain_peer.control import ControlConnection, error_to_dict
+from swarmtrain_peer.control import error_to_dict
+from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_protocols.errors import NoWorker, PromptTooLong, RunOver, SwarmError, UsageError
 from tests.swarmtrain.cli.rig import Rig
 

@@ -26,7 +26,7 @@ from swarmtrain_protocols.manifest import RunKeys
 PEER = """
 import asyncio, signal, sys
 from pathlib import Path
-from swarmtrain_peer.control import ControlServer
+from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.site import Site
 from swarmtrain_peer.spawn import watch_owner

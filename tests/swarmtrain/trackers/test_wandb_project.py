@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from swarmtrain.trackers.wandb_project import WandbProject
@@ -86,9 +87,9 @@ def test_what_keeps_it_from_starting_is_said(
     tracker = WandbProject("swarms", tmp_path)
 
     def refused(**unused: object) -> None:
-        raise RuntimeError("no API key")
+        raise wandb.errors.UsageError("no API key")
 
-    monkeypatch.setattr(tracker, "_package", type("", (), {"init": refused, "Settings": dict}))
+    monkeypatch.setattr(wandb, "init", refused)
     with pytest.raises(ConfigError, match="no API key") as caught:
         tracker.begin(RUN)
     assert "WANDB_MODE=offline" in caught.value.todo

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain_peer.config import PeerConfig
-from swarmtrain_peer.control import ControlConnection, ControlServer, Document
+from swarmtrain_peer.control import Document
+from swarmtrain_peer.controlserver import ControlConnection, ControlServer
 from swarmtrain_peer.site import Site, found_site
 from swarmtrain_protocols.manifest import RunKeys
 from tests.swarmtrain.training.fake_peer import FakeRun, FakeSite

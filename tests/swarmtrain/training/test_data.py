@@ -18,7 +18,8 @@ from swarmtrain.training.data import (
     position_of,
 )
 from swarmtrain_peer.config import PeerConfig
-from swarmtrain_peer.control import ControlClosed, ControlServer
+from swarmtrain_peer.control import ControlClosed
+from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.founding import found_run
 from swarmtrain_protocols.errors import DataUnavailable
 from swarmtrain_protocols.manifest import RunKeys

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def typed_lines(text: str) -> Iterator[str]:
     yield from SPAN.findall(text)
 
 
+@lru_cache(maxsize=1)
+def commands() -> Any:
+    """All commands as click has them; typer may bring its own copy of click."""
+    return typer.main.get_command(app)
+
+
 def complaint(line: str) -> str:
     """What is wrong with a typed line, or "" if it names only things that exist."""
     try:
@@ -61,7 +68,7 @@ def complaint(line: str) -> str:
         return f"{line!r}: no target {wrong[0]}" if wrong else ""
     if words[:1] != ["swarmtrain"] or words[1:2] in (["…"], ["COMMAND"]):
         return ""
-    command: Any = typer.main.get_command(app)  # typer may bring its own copy of click
+    command = commands()
     rest = words[1:]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)

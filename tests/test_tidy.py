@@ -12,6 +12,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def files(*suffixes: str) -> Iterator[tuple[str, str]]:
             yield name, path.read_text(encoding="utf-8")
 
 
+@lru_cache(maxsize=1)
+def nodes(text: str) -> list[ast.AST]:
+    """The syntax tree, its module first; remembered while one file is asked by all rules."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def lifted(text: str, line: int) -> bool:
     """True if the line (counted from 1) carries an escape with a reason."""
     lines = text.splitlines()
@@ -79,7 +86,7 @@ def rule_lengths(path: str, text: str) -> Iterator[str]:
         return
     if len(lines) > LINES_PER_FILE_MAX:
         yield f"{path}: {len(lines)} lines, at most {LINES_PER_FILE_MAX}"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > LINES_PER_FUNCTION_MAX:
@@ -87,13 +94,15 @@ def rule_lengths(path: str, text: str) -> Iterator[str]:
 
 
 def rule_module_docstring(path: str, text: str) -> Iterator[str]:
-    if not ast.get_docstring(ast.parse(text)):
+    module = nodes(text)[0]
+    assert isinstance(module, ast.Module)
+    if not ast.get_docstring(module):
         yield f"{path}:1: the module does not say what it is for"
 
 
 def rule_errors_are_not_swallowed(path: str, text: str) -> Iterator[str]:
     broad = ("Exception", "BaseException")
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.ExceptHandler):
             silent = all(
                 isinstance(statement, (ast.Pass, ast.Continue, ast.Break))
@@ -126,7 +135,7 @@ def rule_decoding_expects_bad_text(path: str, text: str) -> Iterator[str]:
     """msgspec also raises UnicodeDecodeError, and RecursionError for what nests deep."""
     text_too = ("UnicodeDecodeError", "ValueError", "Exception")
     depth_too = ("RecursionError", "Exception")
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.ExceptHandler) and node.type is not None:
             caught = [dotted(name) for name in _names(node.type)]
             if "msgspec.DecodeError" not in caught:
@@ -149,7 +158,7 @@ CHECKS = re.compile(r"(^|\.|_)(assert|check|expect|verify|raises|fail|warns|requ
 def rule_tests_neither_sleep_nor_skip(path: str, text: str) -> Iterator[str]:
     if not path.startswith("tests/"):
         return
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Attribute) and BANNED_IN_TESTS.match(dotted(node)):
             if not lifted(text, node.lineno):
                 yield f"{path}:{node.lineno}: {dotted(node)}"
@@ -163,7 +172,7 @@ def rule_tests_neither_sleep_nor_skip(path: str, text: str) -> Iterator[str]:
 def rule_tests_can_fail(path: str, text: str) -> Iterator[str]:
     if not re.search(r"(^|/)test_\w+\.py$", path):
         return
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         if not node.name.startswith("test_") or lifted(text, node.lineno):
@@ -306,17 +315,22 @@ def _ids(cases: list[tuple[Rule, str, str]]) -> list[str]:
     return [f"{rule.__name__}-{number}" for number, (rule, _, _) in enumerate(cases)]
 
 
-@pytest.mark.parametrize("rule", PYTHON_RULES + TEXT_RULES, ids=lambda rule: rule.__name__)
-def test_the_repository_keeps_the_rule(rule: Rule) -> None:
-    chosen = files(".py") if rule in PYTHON_RULES else files(*TEXT_SUFFIXES)
+@pytest.fixture(scope="module")
+def complaints() -> dict[str, list[str]]:
+    """What each rule has to say of the repository; file by file, as reading one takes longest."""
+    found: dict[str, list[str]] = {rule.__name__: [] for rule in PYTHON_RULES + TEXT_RULES}
     own = "tests/test_tidy.py"  # holds the bad snippets
-    complaints = [
-        complaint
-        for path, text in chosen
-        if path != own or rule in (rule_lengths, rule_module_docstring)
-        for complaint in rule(path, text)
-    ]
-    assert not complaints, "\n".join(complaints)
+    for path, text in files(*TEXT_SUFFIXES):
+        rules = PYTHON_RULES + TEXT_RULES if path.endswith(".py") else TEXT_RULES
+        for rule in rules:
+            if path != own or rule in (rule_lengths, rule_module_docstring):
+                found[rule.__name__] += rule(path, text)
+    return found
+
+
+@pytest.mark.parametrize("rule", PYTHON_RULES + TEXT_RULES, ids=lambda rule: rule.__name__)
+def test_the_repository_keeps_the_rule(rule: Rule, complaints: dict[str, list[str]]) -> None:
+    assert not complaints[rule.__name__], "\n".join(complaints[rule.__name__])
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), BAD, ids=_ids(BAD))

@@ -59,13 +59,14 @@ def found_nodes(network: Network, node: DhtCore, target: int) -> list[Contact]:
 
 def test_every_key_is_found_after_half_of_the_nodes_vanish() -> None:
     network = Network(1, loss=0.02)
-    nodes = network.grow(80, every_s=0.25)
+    nodes = network.grow(60, every_s=0.25)
     network.run(5)
-    store_many(network, nodes[::3], 100)
-    for node in network.rng.sample(nodes, 40):
+    store_many(network, nodes[::3], 60)
+    network.run(2)  # the copies that nobody waits for
+    for node in network.rng.sample(nodes, 30):
         network.vanish(node)
-    right, took_s = read_many(network, list(network.nodes.values()), 100)
-    assert right >= 99
+    right, took_s = read_many(network, list(network.nodes.values()), 60)
+    assert right == 60
     assert statistics.median(took_s) < 5.0
     assert max(took_s) < limits.DHT_LOOKUP_TIMEOUT_S
     assert network.faults == []
@@ -73,7 +74,7 @@ def test_every_key_is_found_after_half_of_the_nodes_vanish() -> None:
 
 def test_lookups_converge_to_the_truth() -> None:
     network = Network(2)
-    nodes = network.grow(80, every_s=0.25)
+    nodes = network.grow(60, every_s=0.25)
     network.run(15)
     for number in range(20):
         target = key_id(b"target %d" % number)
@@ -97,8 +98,8 @@ def test_records_outlive_a_complete_turnover_of_their_holders() -> None:
 
 def test_thirty_per_cent_liars_get_no_forged_value_accepted() -> None:
     network = Network(4)
-    nodes = network.grow(100, every_s=0.25)
-    liars = network.rng.sample(nodes[10:], 30)
+    nodes = network.grow(60, every_s=0.25)
+    liars = network.rng.sample(nodes[10:], 18)
     store_many(network, nodes[:10], 50)
 
     def lie(message: messages.Message) -> messages.Message:
@@ -147,8 +148,8 @@ def test_a_swarm_in_one_public_subnet_still_finds_its_records() -> None:
 
 def test_memory_and_idle_traffic_stay_small() -> None:
     network = Network(6)
-    nodes = network.grow(40, every_s=0.3)
-    store_many(network, nodes, 80)
+    nodes = network.grow(30, every_s=0.3)
+    store_many(network, nodes, 60)
     network.run(400)
     started, sent = network.now, network.sent
     network.run(200)
@@ -157,8 +158,8 @@ def test_memory_and_idle_traffic_stay_small() -> None:
     for node in nodes:
         assert len(node.requests) < 50
         assert len(node.requests._timers) < 2_000
-        assert len(node.table) <= 39
-        assert node.held.nbytes < 80 * 300
+        assert len(node.table) <= 29
+        assert node.held.nbytes < 60 * 300
     network.run(300)  # the records' ten minutes are over
     assert sum(len(node.held) for node in nodes) == 0
     assert sum(node.held.nbytes for node in nodes) == 0

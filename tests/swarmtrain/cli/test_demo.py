@@ -170,7 +170,7 @@ def states_of(log: list[dict[str, Any]]) -> dict[int, str]:
 
 @pytest.mark.timeout(300)
 def test_a_real_swarm_from_nothing(tmp_path: Path) -> None:
-    done = run_demo(tmp_path, "--peers", "4", "--steps", "400", "--json", "--keep")
+    done = run_demo(tmp_path, "--peers", "4", "--steps", "240", "--json", "--keep")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.glob("swarmtrain-demo-*")
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -191,7 +191,7 @@ def check_summary(summary: dict[str, Any], logs: list[list[dict[str, Any]]]) -> 
     for name, field in (("round_committed", 3), ("round_aborted", 4)):
         found = {tuple(r[k] for k in keys[:field]) for log in logs for r in named(log, name)}
         assert summary[name.replace("round", "rounds")] == len(found)
-    assert 18 <= summary["rounds_committed"] <= 20
+    assert 10 <= summary["rounds_committed"] <= 12
 
     losses = {r["round"]: r["loss"] for log in logs for r in named(log, "evaluated")}
     assert min(losses) == 1

@@ -1,12 +1,12 @@
 """Does a member that joins over a slow, long path delay the rounds of the others?
 
-    python -m benchmarks.state_transfer [--up-mbit 40] [--cycles 4] [--output FILE]
+    python -m benchmarks.state_transfer [--up-mbit 40] [--minutes 9] [--output FILE]
 
 Three members train on machines of their own (network namespaces of this one; as root, on Linux). A
 fourth joins from behind 20 Mbit/s and 200 ms, fetches the whole state and leaves again, several
-times in one run. Rounds with and without a joiner are from the same run, in turns, so that what
-else the machine does meets both. Rounds in which its process starts (on a machine of its own it
-would take nobody's processor) or in which it leaves are of neither kind.
+times in one run. Rounds with and without a joiner are from the same run, in turns and about as
+many of each, so that what else the machine does meets both. Rounds in which its process starts (on
+a machine of its own it would take nobody's processor) or in which it leaves are of neither kind.
 
 Compared are the seconds from commit to commit (``interval_s``) and from ROUND_OPENED to commit
 (``exchange_s``): mean, median, 90th percentile and largest with a joiner, to those without. The bar
@@ -40,10 +40,11 @@ MEMBERS = 3
 FAR_BYTES_PER_S = 20e6 / 8
 FAR_ROUND_TRIP_S = 0.2
 VALUES = 4 << 20
-PHASE_S = 1.0
-WARM_ROUNDS = 4
-ROUNDS_WITHOUT = 12
-"""Between two joiners, half of them before and half after."""
+PHASE_S = 3.0
+WARM_ROUNDS = 3
+CYCLES_MIN = 2
+ROUNDS_BEFORE = 6
+"""Without a joiner, before the first; after each as many as it met."""
 BAR = 1.05
 WAIT_S = 120.0
 
@@ -160,8 +161,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def measure(up_mbit: float, cycles: int, values: int = VALUES) -> dict[str, Any]:
-    """One run; see the module."""
+def measure(up_mbit: float, minutes: float, values: int = VALUES) -> dict[str, Any]:
+    """One run of about so many minutes; see the module."""
+    end_s = time.monotonic() + 60 * minutes
     with (
         tempfile.TemporaryDirectory() as folder,
         Town(
@@ -181,10 +183,13 @@ def measure(up_mbit: float, cycles: int, values: int = VALUES) -> dict[str, Any]
         with closing_all(*trainers):
             wait_rounds(seats[0], WARM_ROUNDS)
             since_s = committed(seats[0])[-1]["mono_s"]
-            for number in range(cycles):
-                wait_rounds(seats[0], ROUNDS_WITHOUT // 2)
-                joins.append(join_once(swarm, town, number))
-                wait_rounds(seats[0], ROUNDS_WITHOUT // 2)
+            wait_rounds(seats[0], ROUNDS_BEFORE)
+            cycle_s = 0.0
+            while len(joins) < CYCLES_MIN or time.monotonic() + cycle_s < end_s:
+                before, begun_s = len(committed(seats[0])), time.monotonic()
+                joins.append(join_once(swarm, town, len(joins)))
+                wait_rounds(seats[0], len(committed(seats[0])) - before)
+                cycle_s = max(cycle_s, time.monotonic() - begun_s)
             aborted = seats[0].status()["rounds_aborted"]
             found = split(seats[0], joins, since_s)
         state_bytes = 8 * values  # theta and momentum
@@ -209,6 +214,7 @@ def report(
             "state_bytes": state_bytes,
             "shortest_s": round(state_bytes / FAR_BYTES_PER_S, 1),
             "fetch_s": [round(join["fetch_s"], 1) for join in joins],
+            "in_step_s": [round(join["end_s"] - join["begin_s"], 1) for join in joins],
             "donors": [join["donors"] for join in joins],
         },
         "rounds_aborted": aborted,
@@ -231,8 +237,8 @@ def report(
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; the exit code says nothing about the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--up-mbit", type=float, nargs="+", default=[0.0, 40.0])
-    parser.add_argument("--cycles", type=int, default=4)
+    parser.add_argument("--up-mbit", type=float, nargs="+", default=[40.0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all runs together")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
@@ -242,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         "values": VALUES,
         "phase_s": PHASE_S,
         "bar": BAR,
-        "runs": [measure(up, options.cycles) for up in options.up_mbit],
+        "runs": [measure(up, options.minutes / len(options.up_mbit)) for up in options.up_mbit],
         "load_average_5_min": round(os.getloadavg()[1], 1),
     }
     text = json.dumps(document, indent=1)

@@ -248,10 +248,10 @@ def accounts(run: Run, rounds: list[Document]) -> dict[str, Document]:
     return found
 
 
-def rates(run: Run) -> Document:
-    """Rounds per second, of all and of those after the first ones."""
+def rates(run: Run, rounds: int) -> Document:
+    """Rounds per second, of the first ``rounds``; what comes later came when the run was ended."""
     events = [r for r in run.seats["a"].events("round_committed") if r["channel"] == CHANNEL]
-    times = [r["mono_s"] for r in events]
+    times = [r["mono_s"] for r in events if r["round"] < rounds]
     gaps = [after - before for before, after in itertools.pairwise(times)]
     settled = gaps[SETTLED:]
     return {
@@ -272,7 +272,7 @@ def measure(kind: str, seed: int, planned: int) -> Document:
         with Run(Path(folder), kind, seed, planned) as run:
             rounds = run.wait_samples(samples * SHARE_WITHOUT if kind == "without" else samples)
             load = os.getloadavg()[0]
-        found = {**rates(run), "load_average_1_min": round(load, 1)}
+        found = {**rates(run, len(rounds)), "load_average_1_min": round(load, 1)}
         if kind != "without":
             progress = [0.0, *itertools.accumulate(map(samples_of, rounds))]
             losses = run.losses()

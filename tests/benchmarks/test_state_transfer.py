@@ -30,13 +30,13 @@ class Leader:
 
 
 def test_rounds_are_told_apart_by_whether_a_joiner_was_there() -> None:
-    """Some meet the joiner; the one in which it leaves and the next are of neither kind."""
+    """Some meet the joiner; those in which its process starts or ends are of neither kind."""
     leader = Leader(12, {6: 0.5})
-    joins = [{"begin_s": 110.5, "end_s": 116.4}]
+    joins = [{"spawned_s": 107.0, "begin_s": 109.5, "end_s": 116.4, "left_s": 117.9}]
     found = state_transfer.split(leader, joins, 103.0)  # type: ignore[arg-type]
     assert found["with"]["interval_s"] == [2.0, 2.5]
     assert found["with"]["exchange_s"] == [1.0, 1.5]
-    assert len(found["without"]["interval_s"]) == 12 - 1 - 1 - 2 - 2
+    assert len(found["without"]["interval_s"]) == 12 - 1 - 1 - 2 - 2 - 2
     assert set(found["without"]["interval_s"]) == {2.0}
 
 
@@ -48,4 +48,6 @@ def test_the_report_has_ratios() -> None:
     assert told["interval_s"]["ratio"]["mean"] == pytest.approx(1.1)
     assert told["interval_s"]["ratio"]["max"] == pytest.approx(1.2)
     assert told["exchange_s"]["ratio"] == {"mean": 1.0, "median": 1.0, "p90": 1.0, "max": 1.0}
+    assert told["interval_s"]["beyond"] == {"without": 0, "with": 2}
+    assert told["joiner"]["in_step_s"] == [9.0]
     assert told["joiner"]["fetch_s"] == [8.0] and told["joiner"]["donors"] == [3]

@@ -15,7 +15,7 @@ import msgspec
 from swarmtrain_peer.allowance import DataCap, Hours
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.site import Site, write_private
-from swarmtrain_protocols.errors import ConfigError, DiskFull
+from swarmtrain_protocols.errors import CheckpointError, ConfigError, DiskFull
 
 NEAR_SHARE = 0.8
 """Of a data cap: from there on people are told."""
@@ -178,5 +178,5 @@ class Watch:
             return
         try:
             self._meter.save()
-        except DiskFull as error:
+        except (DiskFull, CheckpointError) as error:
             self._events.emit("disk_full", what="traffic", reason=str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -284,6 +285,22 @@ def test_a_leftover_socket_file_is_replaced(tmp_path: Path) -> None:
     with ControlClient(path) as client:
         assert client.call("echo", {"a": 1}) == {"a": 1}
     rig.close()
+
+
+def test_a_disk_that_fails_does_not_hide_why_a_site_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path / "control.sock")
+
+    def broken(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", broken)
+        rig.close()  # the error that ends the process is still to be told
+    assert rig.path.exists()
+    Rig(rig.path).close()
+    assert not rig.path.exists()
 
 
 def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def _trainer_calls(desk: TrainerDesk) -> dict[str, Handler]:
     return {
         "attach": desk.attach,
         "define": lambda args, _: desk.define(args),
-        "handover": lambda args, _: desk.handover(args),
+        "handover": lambda args, _: desk.handovers.handover(args),
         "evaluated": lambda args, _: desk.evaluated(args),
         "finished": lambda args, _: desk.finished(),
         "detach": lambda args, connection: desk.detach(connection),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,45 +18,23 @@ from swarmtrain_peer import host
 from swarmtrain_peer.budget import check_memory
 from swarmtrain_peer.controlserver import ControlConnection
 from swarmtrain_peer.figures import Figures
-from swarmtrain_peer.memo import Sent, read_memo
+from swarmtrain_peer.handovers import Flight, HandOvers
 from swarmtrain_peer.model import log_model
 from swarmtrain_peer.runtime import PeerRuntime
-from swarmtrain_peer.shard_desk import claiming
-from swarmtrain_peer.site import write_private
 from swarmtrain_peer.tempo import tempo_of
 from swarmtrain_peer.trainer_port import TrainerPort
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.changes import inner_step
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, RunMismatch, SwarmError
-from swarmtrain_protocols.merkle import Blob
-from swarmtrain_protocols.messages import RoundKey
 from swarmtrain_protocols.node_events import LedgerChanged
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.rounds.member import Offer
 from swarmtrain_protocols.state import CanonicalState
 
 Document = dict[str, Any]
 
 STATE_TIMEOUT_S = 600.0
-UNDECIDED_TIMEOUT_S = 120.0
 EVALUATE_EVERY_ROUNDS = 5
 END_TIMEOUT_S = 20.0
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A hand-over that is not decided yet, or decided and not told."""
-
-    seq: int
-    root: bytes = b""
-    outcome: str = ""
-    coefficient: float = 0.0
-    need_round: int = 0
-    told: bool = False
-    key: RoundKey | None = None
-    handed_s: float = math.nan
-    encode_s: float = 0.0
-    figures: Document = field(default_factory=dict)
 
 
 class TrainerDesk:
@@ -66,23 +43,13 @@ class TrainerDesk:
     def __init__(self, runtime: PeerRuntime, folder: Path) -> None:
         self._runtime = runtime
         self._port = TrainerPort(folder)
-        self._memo_path = folder / "position.json"
-        self._memo = read_memo(self._memo_path)
-        self._memo_lock = asyncio.Lock()
+        self.handovers = HandOvers(runtime, self._port, folder / "position.json", self._decided)
         self._connections: list[ControlConnection] = []
-        self._flights: dict[str, _Flight] = {}
-        self._taking: list[asyncio.Task[Document]] = []
-        self._turns: dict[str, asyncio.Lock] = {}
         self._ended = False
         self._dismissed = False
         self._schema_hash = b""
-        self._layout: list[tuple[str, int]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.device = ""
-        self.last_loss = math.nan
-        self.steps = 0
-        self.samples = 0.0
-        self.blocked_s = 0.0
         self.attached_at_s = math.nan
         self.figures = Figures(runtime)
         runtime.listeners.append(self._on_core_event)
@@ -94,10 +61,24 @@ class TrainerDesk:
     def attached(self) -> bool:
         return bool(self._connections)
 
+    @property
+    def steps(self) -> int:
+        """Inner steps that were handed over."""
+        return self.handovers.steps
+
+    @property
+    def samples(self) -> float:
+        return self.handovers.samples
+
+    @property
+    def last_loss(self) -> float:
+        """As the trainer told it last; not a number before."""
+        return self.handovers.last_loss
+
     def utilization(self) -> float:
         """1 − blocked / wall since the first attach; 1 before."""
         wall = host.mono_s() - self.attached_at_s
-        return 1.0 if not wall > 0 else max(0.0, 1.0 - self.blocked_s / wall)
+        return 1.0 if not wall > 0 else max(0.0, 1.0 - self.handovers.blocked_s / wall)
 
     async def attach(self, args: Document, connection: ControlConnection) -> Document:
         """Map the shared memory, wait for the state, and say what there is to know.
@@ -112,7 +93,7 @@ class TrainerDesk:
         self._check_model(schema_hash, layout)
         if not self._port.is_open:
             check_memory(sum(n for _, n in layout), self._runtime.manifest.keys)
-        self._schema_hash, self._layout = schema_hash, layout
+        self._schema_hash, self.handovers.channels = schema_hash, [name for name, _ in layout]
         path = self._port.open(schema_hash, layout)
         if node.ledger.model is not None:
             await self._wait_state([name for name, _ in layout])
@@ -163,7 +144,7 @@ class TrainerDesk:
         outcomes = {
             channel: found
             for channel, seq in dict(args.get("in_flight") or {}).items()
-            if (found := self._known_outcome(channel, int(seq))) is not None
+            if (found := self.handovers.known_outcome(channel, int(seq))) is not None
         }
         return {
             "shm": path,
@@ -172,31 +153,10 @@ class TrainerDesk:
             "need_theta0": node.ledger.model is None,
             "site": node.me.hex(),
             "ordinal": node.ledger.members[node.me].ordinal,
-            "next_position": self._memo.next_position,
+            "next_position": self.handovers.next_position,
             "members": [m.id.hex() for m in node.ledger.ordered_members()],
             "outcomes": outcomes,
             "tempo": tempo_of(node.ledger),
-        }
-
-    def _known_outcome(self, channel: str, seq: int) -> Document | None:
-        """What became of a hand-over that a trainer waits for, in this life or the one before."""
-        flight = self._flights.get(channel)
-        if flight is not None:
-            if flight.seq != seq or not flight.told:
-                return None
-            outcome, coefficient = flight.outcome, flight.coefficient
-        else:
-            node = self._runtime.node
-            found = self._memo.outcome(channel, seq, node.ledger.channels.get(channel), node.me)
-            if found is None:
-                return None
-            outcome, coefficient = found
-        state = self._runtime.data.states[channel]
-        return {
-            "seq": seq,
-            "outcome": outcome,
-            "coefficient": coefficient,
-            "round": state.round,
         }
 
     def _gone(self, connection: ControlConnection) -> None:
@@ -250,8 +210,7 @@ class TrainerDesk:
             self._port.release(channel)
             await loop.run_in_executor(runtime.pool, state.root)
             states.append(state)
-        order = [name for name, _ in self._layout]
-        states.sort(key=lambda s: order.index(s.channel))
+        states.sort(key=lambda s: self.handovers.channels.index(s.channel))
         body = e.ModelDefined(
             self._schema_hash,
             tuple(e.ChannelLayout(s.channel, s.theta.size) for s in states),
@@ -273,124 +232,13 @@ class TrainerDesk:
         await self._wait_state([s.channel for s in states])
         return {}
 
-    # -- hand-overs ---------------------------------------------------------------------------
-
-    async def handover(self, args: Document) -> Document:
-        """Encode and announce a pseudo-gradient that stands in shared memory.
-
-        What was handed over whole counts, even if the trainer dies before it hears the answer.
-        """
-        taking = asyncio.ensure_future(self._take_once(args))
-        self._taking.append(taking)
-        taking.add_done_callback(self._taken)
-        return await asyncio.shield(taking)
-
-    async def _take_once(self, args: Document) -> Document:
-        """One at a time per channel: a repeat of the same hand-over finds it taken."""
-        channel, seq = str(args["channel"]), int(args["seq"])
-        async with self._turns.setdefault(channel, asyncio.Lock()):
-            flight = self._flights.get(channel)
-            if flight is None or flight.seq != seq:
-                await self._take(channel, seq, args)
-        return {}
-
-    def _taken(self, taking: asyncio.Task[Document]) -> None:
-        self._taking.remove(taking)
-        if not taking.cancelled():
-            taking.exception()  # told to whoever called, if anybody still listens
-
-    async def _take(self, channel: str, seq: int, args: Document) -> None:
-        runtime = self._runtime
-        await self._wait(
-            lambda: runtime.node.member.undecided(channel) is None,
-            UNDECIDED_TIMEOUT_S,
-            "the contribution before this one is not decided",
-        )
-        started = host.mono_s()
-        codec = runtime.manifest.keys.codec_scatter
-        blob, nvalues = await self._encode(channel, seq, codec)
-        flight = _Flight(seq, blob.root, handed_s=started, figures=dict(args))
-        self._flights[channel] = flight
-        self._account(args)
-        self._memo.sent[channel] = Sent(seq, blob.root.hex(), runtime.node.ledger.index)
-        flight.encode_s = host.mono_s() - started
-        await self._remember()
-        runtime.events.emit(
-            "handover",
-            channel=channel,
-            samples=args["samples"],
-            inner_steps=args["steps"],
-            blocked_s=args.get("blocked_s", 0.0),
-            compute_s=args.get("phase_s", 0.0),
-            base_round=args["base_round"],
-        )
-        runtime.events.emit(
-            "contribution_ready",
-            channel=channel,
-            samples=args["samples"],
-            bytes=blob.nbytes,
-            encode_s=round(flight.encode_s, 6),
-        )
-        samples, base_round = float(args["samples"]), int(args["base_round"])
-        state = runtime.data.states.get(channel)
-        if state is not None and base_round > state.round:  # the run was rewound meanwhile
-            runtime.data.drop(blob.root)
-            key = RoundKey(runtime.node.ledger.generation, channel, state.round, 0)
-            self._decided(fx.ContributionDecided(channel, blob.root, "aborted", 0.0, key))
-            return
-        phase_s = runtime.keys_at().inner_steps / len(self._layout) * float(args.get("step_s", 0.0))
-        more = base_round, 0, phase_s, flight.encode_s
-        offer = Offer(channel, blob.root, nvalues, codec, samples, *more)
-        runtime.driver.run(runtime.node.contribute, claiming(offer, args))
-
-    async def _remember(self) -> None:
-        """Make the memo durable; a sync may take long, so not on the loop."""
-        async with self._memo_lock:
-            write = partial(write_private, self._memo_path, msgspec.json.encode(self._memo))
-            # A full disk is told; the next hand-over tries again.
-            attempt = partial(self._runtime.alarm.attempt, "position", write)
-            await asyncio.get_running_loop().run_in_executor(self._runtime.pool, attempt)
-
-    async def _encode(self, channel: str, seq: int, codec: str) -> tuple[Blob, int]:
-        """Read hand-over ``seq`` from its slot; returns the encoded chunks and how many values.
-
-        Raises:
-            LocalProtocolError: torn, or not finite.
-        """
-        values = self._port.handover(channel, seq)
-        torn = LocalProtocolError("torn hand-over", f"{channel} {seq}", "hand over again")
-        if values is None:
-            raise torn
-        runtime, loop = self._runtime, asyncio.get_running_loop()
-        try:
-            blob: Blob = await loop.run_in_executor(
-                runtime.pool, runtime.data.encode, values, codec
-            )
-        finally:
-            whole = self._port.side.intact(channel, seq)
-            self._port.release(channel)
-        if not whole:
-            runtime.data.drop(blob.root)
-            raise torn
-        return blob, values.size
-
-    def _account(self, args: Document) -> None:
-        if args["channel"] == self._layout[0][0]:  # every fragment tells of the same steps
-            self.steps += int(args["steps"])
-            self.samples += float(args["samples"])
-        self.blocked_s += float(args.get("blocked_s", 0.0))
-        if args.get("loss") is not None:
-            self.last_loss = float(args["loss"])
-        if args.get("next_position") is not None:
-            self._memo.next_position = int(args["next_position"])
-
     # -- what the cores report ------------------------------------------------------------------
 
     def _on_core_event(self, event: object) -> None:
         if isinstance(event, fx.ContributionDecided):
-            self._decided(event)
+            self.handovers.decided(event)
         elif isinstance(event, fx.StateAdvanced):
-            self._tell(event.channel)
+            self.handovers.tell(event.channel)
             self._maybe_evaluate(event)
         elif isinstance(event, LedgerChanged):
             for _, body, accepted in event.entries:
@@ -398,33 +246,8 @@ class TrainerDesk:
                     self._ended = True
                     self._tasks.append(asyncio.ensure_future(self._end(body.reason)))
 
-    def _decided(self, event: fx.ContributionDecided) -> None:
-        flight = self._flights.get(event.channel)
-        if flight is None or flight.root != event.root:
-            return
-        flight.outcome, flight.coefficient = event.outcome, event.coefficient
-        channel = self._runtime.node.ledger.channels[event.channel]
-        flight.need_round = channel.round if event.outcome != "aborted" else 0
-        flight.key = event.key
-        self._tell(event.channel)
-
-    def _tell(self, channel: str) -> None:
-        """Show a decision, but not before the θ that it made."""
-        flight = self._flights.get(channel)
-        if flight is None or not flight.outcome or flight.told:
-            return
-        state = self._runtime.data.states.get(channel)
-        reached = state.round if state is not None else 0
-        if reached < flight.need_round:
-            return
-        flight.told = True
-        self._port.decided(channel, flight.seq, flight.outcome, flight.coefficient, reached)
-        self._report(flight)
-        decided = {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
-        for connection in self._connections:
-            connection.push(decided | tempo_of(self._runtime.node.ledger))
-
-    def _report(self, flight: _Flight) -> None:
+    def _decided(self, channel: str, reached: int, flight: Flight) -> None:
+        """Tell the trainer, and everybody what the round has cost here."""
         given, key = flight.figures, flight.key
         assert key is not None, "an outcome came with its round"
         figures = {
@@ -436,6 +259,9 @@ class TrainerDesk:
             "compute_utilization": round(self.utilization(), 6),
         }
         self.figures.report(key, flight.outcome, figures, flight.handed_s)
+        decided = {"event": "decided", "channel": channel, "seq": flight.seq, "round": reached}
+        for connection in self._connections:
+            connection.push(decided | tempo_of(self._runtime.node.ledger))
 
     def _on_state(self, state: CanonicalState) -> None:
         """On a pool thread, while the state holds still."""
@@ -494,7 +320,8 @@ class TrainerDesk:
             await asyncio.sleep(0.5)
 
     def close(self) -> None:
-        for task in (*self._tasks, *self._taking):
+        for task in self._tasks:
             task.cancel()
+        self.handovers.close()
         self.figures.close()
         self._port.close()

@@ -1,14 +1,12 @@
 """``Swarm``: what ``st.join`` returns; it hooks the real optimizer.
 
 The hook runs after each optimizer step, on the training thread. Network trouble never raises there:
-it is an event, and training goes on. Events are handed to callbacks on the training thread too,
-between two steps or while the hook waits, so that user code needs no locks.
+it is an event (``mailbox``), and training goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from swarmtrain.training.dealing import Dealer, by_turns, dealt
 from swarmtrain.training.flat import Flat
+from swarmtrain.training.mailbox import Callback, Mailbox
 from swarmtrain.training.phase import Phase, Rules, first_boundary
 from swarmtrain.training.port import Control, Document, Port, Session
 from swarmtrain.training.tempo import Progress, Tempo
@@ -31,10 +30,8 @@ from swarmtrain_protocols.changes import InnerStep
 from swarmtrain_protocols.errors import LocalProtocolError, QuorumLost, SwarmError
 
 Batch = TypeVar("Batch")
-Callback = Callable[[Document], None]
 F32 = NDArray[np.float32]
 
-EVENTS_KEPT_MAX = 1024
 AWAY_S_MAX = 60.0
 STARVED_S = 0.05
 CLOSE_FLUSH_S = 30.0  # how long ``close`` waits for the last round by default
@@ -69,15 +66,12 @@ class Swarm:
         self.run: Document = {}
         self.attached: Session | None = None
         self._flat = Flat(model, fragments)
-        self._callbacks: dict[str, list[Callback]] = {}
-        self._any = on_event
+        self._mail = Mailbox(self._seen, on_event)
         self._on_close = on_close
-        self._events: deque[tuple[str, Document]] = deque(maxlen=EVENTS_KEPT_MAX)
         self._state = SwarmState()
         self._losses: list[float] = []
         self._pending_samples = self._total_samples = 0.0
         self._blocked_s = self._phase_blocked_s = 0.0
-        self._callbacks_s = 0.0
         self._steps = 0
         self._steps_s = 0.0
         self._stop: str | None = None
@@ -104,7 +98,9 @@ class Swarm:
 
     def _enter(self, connect: Callable[[], Control], wait_s_max: float) -> None:
         device = str(self._flat.places(self._flat.channels[0])[0].parameter.device)
-        port = self._port = Port(connect, self._flat, self._tell, self._in_flight, device=device)
+        port = self._port = Port(
+            connect, self._flat, self._mail.put, self._in_flight, device=device
+        )
         deadline_s = host.mono_s() + wait_s_max
         self._state = replace(self._state, syncing=True)
         while True:
@@ -129,7 +125,7 @@ class Swarm:
                     "look at `swarmtrain status`: is a member with the state in reach?",
                 )
         self._state = replace(self._state, syncing=False)
-        port.on_idle = self._idle
+        port.on_idle = self._mail.deliver_while_waiting
         port.start()
 
     def _prepare(self, session: Session, wait_s_max: float) -> None:
@@ -195,17 +191,17 @@ class Swarm:
         began_s = host.mono_s()
         self._steps += 1
         self._steps_s += began_s - self._left_s
-        self._callbacks_s = 0.0
+        self._mail.spent_s = 0.0
         samples = self._pending_samples or 1.0
         self._pending_samples = 0.0
         self._total_samples += samples
         self._state = replace(self._state, step=self._state.step + 1)
         if self._port is not None:
             self._share(self._port, samples)
-        spent_s = host.mono_s() - began_s - self._callbacks_s
+        spent_s = host.mono_s() - began_s - self._mail.spent_s
         self._blocked_s += spent_s
         self._phase_blocked_s += spent_s
-        self._deliver()
+        self._mail.deliver()
         self._left_s = host.mono_s()
 
     def _extra(self) -> Document:
@@ -222,7 +218,7 @@ class Swarm:
     def _share(self, port: Port, samples: float) -> None:
         extra, boundaries = self._extra(), sum(phase.boundaries for phase in self._phases)
         for phase in self._phases:
-            phase.after_step(port, self._tell, samples, extra)
+            phase.after_step(port, self._mail.put, samples, extra)
             self.error = phase.diverged or self.error
         self._account(port, extra, boundaries)
 
@@ -231,7 +227,7 @@ class Swarm:
         port, dealer, began_s = self._port, self._dealer, host.mono_s()
         assert port and dealer
         extra, boundaries = self._extra(), sum(phase.boundaries for phase in self._phases)
-        self._phases[0].hand_over_early(port, self._tell, extra)
+        self._phases[0].hand_over_early(port, self._mail.put, extra)
         port.wait_until(dealer.has_some, STARVED_S)
         self._account(port, extra, boundaries)
         spent_s = host.mono_s() - began_s
@@ -244,7 +240,7 @@ class Swarm:
             self._state = replace(self._state, loss=math.nan if loss is None else loss)
             self._losses.clear()
             if self._tempo.phase_done(extra["step_s"]):
-                self._tell("phase_length", {"steps": self._tempo.steps})
+                self._mail.put("phase_length", {"steps": self._tempo.steps})
             for phase in self._phases:
                 phase.retime()
             self._steps, self._steps_s = 0, 0.0
@@ -270,28 +266,11 @@ class Swarm:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def _tell(self, name: str, fields: Document) -> None:
-        """From any thread: keep an event until the training thread comes by."""
-        self._events.append((name, fields))
-
-    def _idle(self) -> None:
-        """While the hook waits: callbacks may work, and that is not time the hook has blocked."""
-        if self._events:
-            began_s = host.mono_s()
-            self._deliver()
-            self._callbacks_s += host.mono_s() - began_s
-
-    def _deliver(self) -> None:
-        while self._events:
-            name, fields = self._events.popleft()
-            if name == "leases" and self._dealer is not None:
-                self._dealer.update(fields)
-            self._take_up(fields)
-            document = {"event": name, **fields}
-            if self._any is not None:
-                self._any(document)
-            for callback in self._callbacks.get(name, ()):
-                callback(document)
+    def _seen(self, name: str, fields: Document) -> None:
+        """Take up what an event says, before user code hears of it."""
+        if name == "leases" and self._dealer is not None:
+            self._dealer.update(fields)
+        self._take_up(fields)
 
     def _take_up(self, fields: Document) -> None:
         members, state_hash = fields.get("members"), fields.get("state_hash")
@@ -352,7 +331,7 @@ class Swarm:
 
     def on(self, name: str, callback: Callback) -> None:
         """Call ``callback(event)`` between steps for each event of that name."""
-        self._callbacks.setdefault(name, []).append(callback)
+        self._mail.on(name, callback)
 
     def log(self, **scalars: float) -> None:
         """Report numbers; ``loss`` is averaged over the phase and shown to the swarm."""
@@ -440,7 +419,7 @@ class Swarm:
             return all(session is None or phase.settled(session) for phase in self._phases)
 
         done = port.wait_until(settled, timeout_s)
-        self._deliver()
+        self._mail.deliver()
         return done and not self._in_flight()
 
     def finish(self, away_s_max: float = AWAY_S_MAX) -> None:
@@ -484,7 +463,7 @@ class Swarm:
             if not self.should_stop:
                 self.flush(CLOSE_FLUSH_S if flush_timeout_s is None else flush_timeout_s)
             self._port.close()
-        self._deliver()
+        self._mail.deliver()
         if self._on_close is not None:
             self._on_close()
 

@@ -28,12 +28,15 @@ WAIT_S = 60.0
 LOSS_RATIO = 1.02
 LOSSES_SMOOTHED = 5
 MEMORY_MB_PER_MIN = 1.0
-WARM_S = 60.0
+WARM_S = 300.0
+"""What is kept of the newest 64 rounds and 4096 events fills up meanwhile."""
 WATCHED_MIN = 5.0
 """Minutes of peers beyond their warm-up below which a slope says nothing."""
 AGED_S = (45.0, 75.0)
 AGED_MIN = 10
-FDS_MORE = 16
+FDS_MORE = 40
+"""Bulk links come and go with the parts that a site owns: at most 32 of them."""
+FDS_MAX = 200
 TEMPORARY_S = 60.0
 DONE_SHARE = 0.8
 LOST = ("data_loss", "rewound", "log_superseded", "ledger_diverged", "conflicting_certificates")
@@ -266,7 +269,8 @@ def memory(h: History) -> Finding:
         slopes["between lives"] = _slope(aged)
     most = max((r["rss_bytes"] for r in h.told("sample")), default=0) / 2**20
     if not slopes:
-        said = f"{watched:.1f} minutes of warm peers are too few; most {most:.0f} MB"
+        said = f"{watched:.1f} minutes of peers older than {warm_s:.0f} s are too few"
+        said = f"{said}; most {most:.0f} MB"
         return Finding("memory", None, said, {"rss_mb_max": round(most)})
     said = ", ".join(f"{name} {slope:+.2f} MB/min" for name, slope in slopes.items())
     figures = {name.replace(" ", "_"): round(slope, 3) for name, slope in slopes.items()}
@@ -294,6 +298,8 @@ def no_leaks(h: History) -> Finding:
             more = sorted(late)[len(late) // 2] - sorted(early)[len(early) // 2]
             if more > FDS_MORE:
                 wrong.append(f"{site}: {more} more descriptors than after a minute")
+        if max((r["fds"] for r in seen), default=0) > FDS_MAX:
+            wrong.append(f"{site}: more than {FDS_MAX} descriptors")
     for record in h.told("left over"):
         old = [item for item in record["files"] if item["age_s"] > TEMPORARY_S]
         wrong += [f"{record['site']}: {one['name']} is {one['age_s']:.0f} s old" for one in old]

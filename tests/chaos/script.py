@@ -221,7 +221,11 @@ def each_life_larger(s: Script) -> None:
 def leaks_descriptors(s: Script) -> None:
     for record in s.conductor:
         if record["what"] == "sample" and record["site"] == "site-1":
-            record["fds"] += int((record["at_s"] - BEGAN) / 10)
+            record["fds"] += int((record["at_s"] - BEGAN) / 6)
+
+
+def holds_descriptors(s: Script) -> None:
+    next(r for r in s.conductor if r["what"] == "sample")["fds"] = 250
 
 
 def leaves_files(s: Script) -> None:

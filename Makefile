@@ -38,14 +38,8 @@ test-full: check ## also the tests marked slow
 	$(PYTEST) -q -m 'slow or not slow'
 
 SIM_SCHEDULES ?= 10000
-PIPELINE_SCHEDULES ?= 3000
-NIGHTLY := $(BIN)/python -m swarmtrain_protocols.testing.nightly --shrink
-ROUNDS := $(NIGHTLY) --schedules $(SIM_SCHEDULES)
-PIPELINES := $(NIGHTLY) --kind pipelines --schedules $(PIPELINE_SCHEDULES)
-sim-nightly: $(STAMP) ## thousands of simulated fault schedules; prints seeds that fail, shrunk
-	( $(ROUNDS) --shard 0/2; a=$$?; $(PIPELINES) --shard 0/2 && exit $$a ) & other=$$!; \
-		$(ROUNDS) --shard 1/2; a=$$?; $(PIPELINES) --shard 1/2; b=$$?; \
-		wait $$other && exit $$((a + b))
+sim-nightly: $(STAMP) ## thousands of simulated fault schedules; what was seen; which planted bugs are found
+	$(BIN)/python -m tests.nightly --schedules $(SIM_SCHEDULES)
 
 MINUTES ?= 60
 soak: $(STAMP)   ## eight peers train for MINUTES, every ten seconds one is killed; soak.json

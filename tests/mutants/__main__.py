@@ -8,6 +8,7 @@ fewer than ``--bar`` were found.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -33,11 +34,6 @@ def hunt(item: Mutant, most: int = 1 << 30) -> tuple[str, int, str] | None:
     return None
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
@@ -46,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th, from the I-th")
     parser.add_argument("--seeds", type=int, default=1 << 30, help="at most, of each suite")
     parser.add_argument("--bar", type=float, default=BAR, help="share that must be found")
+    parser.add_argument("--json", action="store_true", help="the score as JSON; the rest to stderr")
     given = parser.parse_args(argv)
+    out = sys.stderr if given.json else sys.stdout
+
+    def say(text: str) -> None:
+        out.write(text + "\n")
+        out.flush()
+
     index, count = (int(part) for part in given.shard.split("/"))
     chosen = [
         item
@@ -67,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for item in survivors:
         say(f"survivor: {item.area}: {item.name} [{item.source}]")
     killed = len(chosen) - len(survivors)
+    if given.json:
+        names = [f"{item.area}: {item.name} [{item.source}]" for item in survivors]
+        sys.stdout.write(json.dumps({"total": len(chosen), "survivors": names}) + "\n")
+        return 0
     from_specs = sum(item.from_spec for item in chosen)
     say(f"mutants: killed={killed}/{len(chosen)} written from the specs={from_specs}")
     return 0 if killed >= given.bar * len(chosen) else 1

@@ -142,7 +142,7 @@ _FROM_SPECS = (
         (
             patch(
                 "rounds.lobby:Lobbies._is_old",
-                "return message.root == root and message.seen < index",
+                "return message.seen < index",
                 "return False",
             ),
         ),
@@ -150,13 +150,17 @@ _FROM_SPECS = (
         find("rounds", 0, 40),
     ),
     _spec(
-        "an announcement that comes after a newer one counts for nothing",
+        "what was said before its maker was listed anew counts for nothing, whatever its root",
         "08 §2.2.1: double count on resend",
         (
             patch(
                 "rounds.lobby:Lobbies._is_old",
                 "message.seen < self._newest.get((message.channel, peer), 0)",
                 "False",
+                "index, _ =",
+                "index, root =",
+                "return message.seen < index",
+                "return message.root == root and message.seen < index",
             ),
         ),
         find("data", 69),

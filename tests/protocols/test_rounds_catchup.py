@@ -334,6 +334,22 @@ def test_what_is_being_fetched_is_cancelled_by_a_rewind() -> None:
     assert seat.catchup.tracks[TRAIN].download is None
 
 
+def test_a_snapshot_that_the_log_has_moved_beyond_is_given_up() -> None:
+    seat = Seat(2, values=LONG)
+    seat.catchup.reconcile(1.0)
+    seat.take()
+    asked = of_kind(seat.offer(1.1, A, 1), Fetch)
+    for _ in range(limits.HISTORY_ROUNDS + 1):
+        seat.commit()
+    seat.catchup.reconcile(2.0)
+    effects = seat.take()
+    assert [x.reason for x in events(effects, fx.Resync)] == [
+        "the log has forgotten the round of the snapshot that was being fetched"
+    ]
+    assert of_kind(effects, CancelFetch) == [CancelFetch(x.ticket) for x in asked] != []
+    assert sent(effects, SnapshotQuery) != []
+
+
 def test_a_state_ahead_of_a_log_that_still_loads_is_kept() -> None:
     seat = Seat(1)
     assert events(seat.restore(3), fx.Resync) == []

@@ -7,7 +7,7 @@ from collections import Counter
 
 from swarmtrain_protocols.testing.pipeline_losses import run_losses
 
-SEEDS = max(10, int(os.environ.get("SWARMTRAIN_SIM_SEEDS", "0")) // 8)
+SEEDS = max(6, int(os.environ.get("SWARMTRAIN_SIM_SEEDS", "0")) // 8)
 FIRST = (62,)
 """In this one a worker comes back late, with a state that was given up for a rebuilt one."""
 

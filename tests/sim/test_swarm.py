@@ -15,8 +15,8 @@ from swarmtrain_protocols.testing.nightly import SOMETIMES, Report, explain, mai
 from swarmtrain_protocols.testing.swarm import LIVENESS_S, run_swarm, spec_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEDULES = int(os.environ.get("SWARMTRAIN_SIM_SEEDS", "100"))
-CHUNKS = 10
+SCHEDULES = int(os.environ.get("SWARMTRAIN_SIM_SEEDS", "300"))
+CHUNKS = 30
 
 
 @functools.cache

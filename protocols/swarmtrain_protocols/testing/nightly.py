@@ -1,17 +1,20 @@
 """Many schedules in a row: ``python -m swarmtrain_protocols.testing.nightly --schedules N``.
 
 Prints every violation with its seed, its shrunk schedule and the last events, then the counters.
-Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely. One process; run
-``--shard 0/2`` and ``--shard 1/2`` beside each other to use two cores. ``--kind pipelines`` runs
-schedules of pipelines instead of rounds, ``--kind data`` those of swarms that deal their data,
-``--kind unlike`` those of members that differ. ``--schedule FILE`` runs the schedule of a file
-(``schedules``; ``-``: standard input) and no other.
+Exit status 1 if there was a violation, or if a "sometimes" point fired too rarely: in fewer than
+one of a hundred schedules, rounded up, so that a hundred schedules or fewer must show each point
+once. One process; ``make sim-nightly`` (``tests/nightly.py``) runs shards of all kinds beside each
+other and adds them up. ``--kind`` says what is simulated: rounds, pipelines, pipelines that step
+by themselves (local) or lose whole stages (losses), dealt data, members that differ (unlike), three
+sites (small). ``--schedule FILE`` runs the schedule of a file (``schedules``; ``-``: standard
+input) and no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import fileinput
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,12 +22,15 @@ from dataclasses import dataclass, field
 
 from swarmtrain_protocols.testing.checks.base import missing
 from swarmtrain_protocols.testing.faults import Fault, shrink
+from swarmtrain_protocols.testing.local_swarm import run_local
+from swarmtrain_protocols.testing.pipeline_losses import run_losses
 from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
 from swarmtrain_protocols.testing.schedules import from_json, to_json
 from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
 from swarmtrain_protocols.testing.small import run_small
 from swarmtrain_protocols.testing.swarm import Outcome, run_swarm
 from swarmtrain_protocols.testing.unlike_swarm import run_unlike
+from swarmtrain_protocols.testing.world import Violation
 
 SHRINK_RUNS_MAX = 80
 
@@ -76,11 +82,40 @@ UNLIKE_SOMETIMES = (
 )
 """The same for members that differ."""
 
+LOCAL_SOMETIMES = (
+    *("fault:crash", "fault:pause", "fault:cut", "fault:isolate", "fault:split", "fault:lossy"),
+    *("local:step", "trainer:killed", "round:train", "round:partial", "entry:RoundAborted"),
+    *("decided:committed", "decided:excluded", "decided:aborted"),
+)
+"""The same where stages step by themselves."""
+
+LOSSES_SOMETIMES = (
+    *("entry:StageLost", "entry:StageRecovered", "recovered:kept", "recovered:snapshot"),
+    *("fault:crash", "fault:pause", "fault:split", "step:aborted", "step:committed"),
+)
+"""The same where all workers of a stage die at once."""
+
+
+def lose_stages(seed: int, schedule: Sequence[Fault] | None = None) -> Outcome:
+    """A pipeline that loses whole stages, as one schedule among others; it has only its own."""
+    outcome = Outcome(seed, [])
+    try:
+        swarm = run_losses(seed)
+    except Violation as broken:
+        outcome.violation, outcome.text = broken.kind, str(broken)
+        return outcome
+    outcome.seen, outcome.committed = swarm.world.seen, len(swarm.steps.committed)
+    outcome.aborted, outcome.simulated_s = swarm.steps.aborted, swarm.world.now
+    return outcome
+
+
 Run = Callable[..., Outcome]
 """(seed, schedule or nothing) -> what came of it."""
 KINDS: dict[str, tuple[Run, Sequence[str]]] = {
     "rounds": (run_swarm, SOMETIMES),
     "pipelines": (run_pipeline, PIPELINE_SOMETIMES),
+    "local": (run_local, LOCAL_SOMETIMES),
+    "losses": (lose_stages, LOSSES_SOMETIMES),
     "data": (run_data_swarm, DATA_SOMETIMES),
     "unlike": (run_unlike, UNLIKE_SOMETIMES),
     "small": (run_small, ()),
@@ -106,7 +141,7 @@ class Report:
         self.aborted += outcome.aborted
         self.simulated_s += outcome.simulated_s
         self.recovery_s_max = max(self.recovery_s_max, outcome.recovery_s)
-        self.seen.append(dict.fromkeys(sorted(outcome.seen), 1))
+        self.seen.append(dict.fromkeys(sorted(n for n in outcome.seen if outcome.seen[n] > 0), 1))
         if outcome.violation:
             self.failures.append(outcome)
 
@@ -118,6 +153,21 @@ class Report:
         for names in self.seen:
             total.update(names)
         return sorted(total.items())
+
+    def as_json(self, kind: str) -> str:
+        """One line for whoever adds up shards: figures, and in how many schedules a point fired."""
+        figures: dict[str, object] = {
+            "kind": kind,
+            "schedules": self.schedules,
+            "violations": [[item.seed, item.violation] for item in self.failures],
+            "committed": self.committed,
+            "aborted": self.aborted,
+            "simulated_s": self.simulated_s,
+            "recovery_s_max": self.recovery_s_max,
+            "fired": dict(self.counters()),
+            "sometimes": list(self.sometimes),
+        }
+        return json.dumps(figures)
 
     def summary(self) -> str:
         return (
@@ -183,14 +233,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th seed, from the I-th")
     parser.add_argument("--shrink", action="store_true", help="shrink what fails")
     parser.add_argument("--kind", choices=sorted(KINDS), default="rounds")
+    parser.add_argument("--json", action="store_true", help="figures as JSON; the rest to stderr")
     parser.add_argument("--schedule", metavar="FILE", help="run this one; - for standard input")
     given = parser.parse_args(argv)
     index, count = (int(part) for part in given.shard.split("/"))
     seeds = range(given.seed + index, given.seed + given.schedules, count)
 
+    out = sys.stderr if given.json else sys.stdout
+
     def tell(text: str) -> None:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        out.write(text + "\n")
+        out.flush()
 
     if given.schedule:
         with fileinput.input(given.schedule) as lines:
@@ -198,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if replay(text, tell, shrunk=given.shrink).violation else 0
     run, sometimes = KINDS[given.kind]
     report = run_many(seeds, tell, shrunk=given.shrink, run=run, sometimes=sometimes)
+    if given.json:
+        sys.stdout.write(report.as_json(given.kind) + "\n")
+        return 1 if report.failures else 0
     for name, fired in report.counters():
         tell(f"{fired:7} {name}")
     rare = report.missing()

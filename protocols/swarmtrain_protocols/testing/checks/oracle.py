@@ -99,6 +99,8 @@ class Oracle(LogIsOne):
         self.aborted = 0
         self.served: dict[bytes, int] = {}
         """Contributions to state channels that were counted, by member."""
+        self.rebuilt: dict[str, int] = {}
+        """Channels whose state was lost and made anew, and before which round."""
         self.invariants: list[Invariant] = []
         self._looking: list[Invariant] = []
 

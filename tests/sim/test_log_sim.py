@@ -20,7 +20,7 @@ from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.testing.checks.base import Checker, settle_within
 from swarmtrain_protocols.testing.disk import Disk
-from swarmtrain_protocols.testing.faults import Fault, Plan, generate, to_text
+from swarmtrain_protocols.testing.faults import MORE_KINDS, Fault, Plan, generate, to_text
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.world import Context, Host, Violation, World
 
@@ -222,7 +222,15 @@ def describe(world: World, target: int) -> str:
 
 
 def plan() -> Plan:
-    return Plan(NAMES, start_s=2.0, end_s=20.0, count=(2, 14), triggers=TRIGGERS, aimed_share=0.5)
+    return Plan(
+        NAMES,
+        start_s=2.0,
+        end_s=20.0,
+        count=(2, 14),
+        triggers=TRIGGERS,
+        aimed_share=0.5,
+        more=(*MORE_KINDS, "diskfull"),
+    )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from swarmtrain_protocols.pipeline.localsteps import first_phase
 from swarmtrain_protocols.testing.checks.base import Checker, settle_within
 from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
-from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.faults import MORE_KINDS, PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.local_site import LocalSite, LocalTruth
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSpec
@@ -96,8 +96,7 @@ class LocalRoundsAreRight(RoundsAreRight):
     def always(self, world: World, host: Host) -> None:
         if self.truth.wrong:
             world.violation("PL21", self.truth.wrong[0])
-        if not self.rebuilt:  # who held a state before its stage was lost finds out later
-            super().always(world, host)
+        super().always(world, host)
 
 
 @dataclass
@@ -195,6 +194,7 @@ def plan_of(seed: int) -> Plan:
         kinds=PLAIN_KINDS,
         triggers=TRIGGERS,
         vanish_max=0,
+        more=(*MORE_KINDS, "diskfull"),
     )
 
 

@@ -15,7 +15,7 @@ from swarmtrain_protocols.testing.checks.base import Checker, settle_within
 from swarmtrain_protocols.testing.checks.pl11 import BooksAgree
 from swarmtrain_protocols.testing.checks.steps import StepsAreRight
 from swarmtrain_protocols.testing.draws import Stream
-from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.faults import MORE_KINDS, PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart, PipelineSite, PipelineSpec
@@ -40,6 +40,12 @@ TRIGGERS = (
     *("do:Compute", "do:Undo", "do:HandOver", "do:ClearGradients", "do:NeedTokens"),
     *("do:BeginAttempt", "do:ReducePart", "do:StoreResult", "do:ApplyResult"),
 )
+AIMS = (
+    *(("@leader", "append:StepClosed"), ("@leader", "append:StepOutcome")),
+    *(("@actor", "*/entry:StepClosed#2"), ("@leader", "@member/send:step-ready#2")),
+    *(("@steward", "persist:vote"), ("@actor", "*/send:lease#2"), ("@owner0", "send:result")),
+)
+"""Faults at a state: the leader as it closes a step, a driver as it gets its lease, …"""
 
 
 @dataclass
@@ -174,6 +180,8 @@ def plan_of(seed: int) -> Plan:
         kinds=PLAIN_KINDS,
         triggers=TRIGGERS,
         vanish_max=0,
+        more=(*MORE_KINDS, "diskfull"),
+        aims=AIMS,
     )
 
 

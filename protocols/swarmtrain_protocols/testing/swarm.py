@@ -160,7 +160,6 @@ def assemble(
 
     start_sites(world, seed, spec.founder_site, parts, make, within_s=within_s)
     world.watch(rounds, FlipsAreNamed(rounds.states))
-    world.trouble.plays = plays
     world.trouble.may_flip = may_flip
     return Swarm(world, truth, rounds, spec)
 
@@ -186,6 +185,7 @@ def start_sites(
 ) -> None:
     """Have the founder start at once and the others one after another, as the seed says."""
     luck = Stream(seed, "starts")
+    world.trouble.plays = plays
     for part in parts:
         if not part.reachable:
             world.network.unreachable.append(part.name)

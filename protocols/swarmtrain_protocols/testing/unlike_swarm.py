@@ -22,11 +22,12 @@ from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.testing.checks.base import settle_within
 from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream
-from swarmtrain_protocols.testing.faults import PLAIN_KINDS, Fault, Plan, generate
+from swarmtrain_protocols.testing.faults import MORE_KINDS, PLAIN_KINDS, Fault, Plan, generate
 from swarmtrain_protocols.testing.keyring import FakeKeyring
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.site import Site, SitePart, SwarmSpec
 from swarmtrain_protocols.testing.swarm import (
+    AIMS,
     TRIGGERS,
     Outcome,
     Swarm,
@@ -124,6 +125,8 @@ class UnlikeSite(Site):
             return
         if self._waits:
             self._waits = undecided
+            if not undecided:  # the next phase begins with the theta that was waited for
+                self._base, self._steps = state.round, 0
             self._phase_at[channel] = now + (0.05 if undecided else self._step_s)
             return
         if self._base < 0 or state.round - self._base > self.core.policy.max_base_age_rounds:
@@ -323,6 +326,8 @@ def run_unlike(seed: int, schedule: Sequence[Fault] | None = None) -> Outcome:
         triggers=TRIGGERS,
         vanish_max=0,
         vanishable=names,
+        more=(*MORE_KINDS, "diskfull", "rot"),
+        aims=AIMS,
     )
     faults = list(schedule) if schedule is not None else generate(seed, plan)
     outcome = Outcome(seed, faults)

@@ -168,7 +168,7 @@ def reconnected(h: History) -> Finding:
     said = (
         f"{len(took)} links lost, p95 {p95(took):.1f} s, most {max(took):.1f} s (bar {bar:.0f} s)"
     )
-    return Finding("reconnected", ok, f"{said} (bar {bar:.0f} s)", spread(took))
+    return Finding("reconnected", ok, said, spread(took))
 
 
 def flips_detected(h: History) -> Finding:

@@ -125,7 +125,7 @@ def test_a_command_that_exists_is_accepted(line: str) -> None:
 def test_every_command_of_the_makefile_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     lines = re.findall(r"^\t\$\(BIN\)/(swarmtrain .*)$", makefile, re.MULTILINE)
-    assert len(lines) >= 2
+    assert lines
     assert [found for line in lines if (found := complaint(line))] == []
 
 

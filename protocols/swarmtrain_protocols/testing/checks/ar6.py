@@ -21,6 +21,8 @@ class InputsStay(Invariant):
         node = host.node
         if node.core.ledger.model is None:
             return  # what a site proposes is not the model yet
+        if self.oracle.rebuilt:
+            return  # who held a state before its stage was lost finds out later
         for channel, state in node.plane.states.items():
             known = self.oracle.states.get(channel)
             if known is None or state.round >= len(known):

@@ -328,6 +328,7 @@ def complaints() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.timeout(300)  # the first of them reads the whole repository
 @pytest.mark.parametrize("rule", PYTHON_RULES + TEXT_RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps_the_rule(rule: Rule, complaints: dict[str, list[str]]) -> None:
     assert not complaints[rule.__name__], "\n".join(complaints[rule.__name__])

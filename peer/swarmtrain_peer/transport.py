@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from swarmtrain_peer.bulk import BulkConnection, BulkPool
+from swarmtrain_peer.bulk import BulkPool
 from swarmtrain_peer.bulklinks import BulkLinks, OneMore
+from swarmtrain_peer.bulkuse import BulkUse
 from swarmtrain_peer.caps import Cap
 from swarmtrain_peer.dialler import Dialler
 from swarmtrain_peer.donorshare import SHARE
@@ -28,9 +29,7 @@ from swarmtrain_peer.sockets import address_of, attach, connect, fill_host, list
 from swarmtrain_peer.traffic import traffic
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.bulklink import Header
 from swarmtrain_protocols.core import PeerId
-from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
@@ -121,7 +120,8 @@ class Transport:
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
         told = self._loop.call_soon_threadsafe
         self._pool = self._make_pool(lambda error: told(self._handler.broken, error))
-        self._bulk = BulkLinks(self._loop, self._pool, self._entropy, self)
+        use = BulkUse(self._table, self._handler, self._send_open, self._count)
+        self._bulk = BulkLinks(self._loop, self._pool, self._entropy, use)
         self._fetches = Fetches(
             self._loop, self._pool, self._handler, self._send_for_fetch, self._bulk.need
         )
@@ -129,6 +129,7 @@ class Transport:
         self._serving = Serving(
             self._loop, self._provide, self._send_open, bulk, sent, self._yields
         )
+        use.fetches, use.serving = self._fetches, self._serving
         self._dialler = Dialler(self._loop, self._rng, self._dial_link, self._dial_failed)
         answer = partial(self._make_link, False, None, "")
         self.doorway = Doorway(
@@ -455,43 +456,6 @@ class Transport:
     def link_refused(self, link: Link, event: Closed) -> None:
         """See ``linktable.LinkUser``."""
         self._handler.turned_away(link.address, link.peer, event.code, event.reason)
-
-    # What bulk connections ask ------------------------------------------------------------------
-
-    def wants_bulk(self, peer: PeerId) -> bool:
-        """See ``bulklinks.BulkUsers``."""
-        return self._fetches.wants_bulk(peer) or self._serving.wants_bulk(peer)
-
-    def bulk_up(self, conn: BulkConnection) -> None:
-        """See ``bulklinks.BulkUsers``."""
-        self._serving.bulk_up(conn)
-
-    def bulk_lost(self, conn: BulkConnection, fault: PeerFault | None) -> None:
-        """See ``bulklinks.BulkUsers``."""
-        if fault is not None:
-            self._count(f"fault_{fault.code}")
-            self._handler.peer_fault(conn.peer, fault.code, fault.why)
-        if conn.peer in self._table.links:
-            self._send_open(conn.peer, fetch.BulkClosed(connection=conn.name), b"")
-        self._fetches.bulk_lost(conn, fault is not None)
-        self._serving.bulk_lost(conn)
-
-    def bulk_missed(self, peer: PeerId) -> None:
-        """See ``bulklinks.BulkUsers``."""
-        self._fetches.ask_again(peer)
-
-    def no_bulk(self, peer: PeerId) -> None:
-        """See ``bulklinks.BulkUsers``."""
-        self._fetches.no_bulk(peer)
-        self._serving.no_bulk(peer)
-
-    def begin(self, conn: BulkConnection, header: Header) -> memoryview | None:
-        """Pool thread; see ``bulk.Sink``."""
-        return self._fetches.begin(conn, header)
-
-    def end(self, conn: BulkConnection, header: Header, ok: bool) -> None:
-        """Pool thread; see ``bulk.Sink``."""
-        self._fetches.end(conn, header, ok)
 
 
 async def _no_relay(peer: PeerId) -> socket.socket:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
@@ -30,6 +29,7 @@ from swarmtrain_protocols.noise import (
     NoiseXX,
     Suite,
 )
+from swarmtrain_protocols.outbox import Outbox
 from swarmtrain_protocols.session_events import (
     Closed,
     Faulted,
@@ -52,8 +52,6 @@ _LENGTH = struct.Struct("<H")
 _PLAIN_BYTES_MAX = MESSAGE_BYTES_MAX - TAG_BYTES
 _SESSION_MESSAGES = (Hello, Refused, Ping, Pong, Credit, Goodbye)
 _GRANT_BYTES = limits.CREDIT_WINDOW_BYTES // 4
-_RESERVED_BYTES = limits.CREDIT_WINDOW_BYTES // 4
-"""Credit that chunks on the control link may not use, so that messages never wait for them."""
 
 
 def control_preface(suite: Suite) -> bytes:
@@ -118,14 +116,11 @@ class SessionCore:
         self._events: list[SessionEvent] = []
         self._phase: _Phase = "preface"
         self._strikes = 0
-        self._urgent: deque[bytes] = deque()
-        self._control: deque[bytes] = deque()
-        self._chunks: deque[bytes] = deque()
-        self._queued_bytes = 0
-        self._credit = self._allowed = limits.CREDIT_WINDOW_BYTES
+        self._outbox = Outbox()
+        self._allowed = limits.CREDIT_WINDOW_BYTES
         self._consumed = 0
         self._now = self._begun_at = self._received_at = self._pinged_at = self._progress_at = now
-        self._progress = self._sent_frames = self._nonce = 0
+        self._progress = self._nonce = 0
         self._pings: dict[int, float] = {}
         self._silence, self._frames = Silence(), FrameClock()
         if initiator:
@@ -148,7 +143,7 @@ class SessionCore:
     @property
     def queued_bytes(self) -> int:
         """Bytes of frames that wait to be sent."""
-        return self._queued_bytes
+        return self._outbox.nbytes
 
     def receive_bytes(self, now: float, data: bytes | memoryview) -> None:
         """Take bytes from the connection in any split; bytes after the end are ignored."""
@@ -175,17 +170,14 @@ class SessionCore:
         if not self.is_open:
             raise LocalProtocolError("send before the link is open")
         frame = b"".join(encode_frame(message, payload, limits.FRAME_BYTES_CONTROL_MAX))
-        if self._queued_bytes + len(frame) > limits.SEND_QUEUE_BYTES_MAX:
-            return False
-        self._push(self._chunks if len(payload) else self._control, frame)
-        return True
+        return self._outbox.put(frame, chunk=bool(len(payload)))
 
     def accept(self, now: float) -> None:
         """Let a held initiator in."""
         self._now = now
         if self._phase != "held":
             raise LocalProtocolError("there is nothing to accept")
-        self._push(self._urgent, _frame(self._hello))
+        self._outbox.put_first(_frame(self._hello))
         self._open()
 
     def refuse(self, now: float, code: str, reason: str) -> None:
@@ -194,14 +186,14 @@ class SessionCore:
         if self._tx is None or self.closed:
             self._close(code, reason, by_peer=False)
             return
-        self._push(self._urgent, _frame(Refused(code=code, reason=reason[:256])))
+        self._outbox.put_first(_frame(Refused(code=code, reason=reason[:256])))
         self._close(code, reason, by_peer=False)
 
     def close(self, now: float, code: str, reason: str = "") -> None:
         """Say goodbye after the messages that are queued; chunks are dropped."""
         self._now = now
         if self.is_open:
-            self._push(self._control, _frame(Goodbye(code=code, reason=reason[:256])))
+            self._outbox.put_last(_frame(Goodbye(code=code, reason=reason[:256])))
         self._close(code, reason, by_peer=False)
 
     def lost(self, now: float, reason: str) -> None:
@@ -217,7 +209,7 @@ class SessionCore:
         while len(self._pings) > limits.PINGS_OUTSTANDING_MAX:
             del self._pings[next(iter(self._pings))]
         self._pinged_at = now
-        self._push(self._urgent, _frame(Ping(nonce=self._nonce)))
+        self._outbox.put_first(_frame(Ping(nonce=self._nonce)))
         return self._nonce
 
     def tick(self, now: float) -> None:
@@ -232,8 +224,8 @@ class SessionCore:
         if late_s > ASLEEP_S:  # this side stood still, not the other
             self._received_at, self._progress_at = self._received_at + late_s, now
             self._frames.began_at += late_s
-        if self._sent_frames != self._progress or not self._queued_bytes:
-            self._progress, self._progress_at = self._sent_frames, now
+        if self._outbox.sent_frames != self._progress or not self._outbox.nbytes:
+            self._progress, self._progress_at = self._outbox.sent_frames, now
         if now >= self._received_at + self._silence.bound_s:
             self._close("idle", f"nothing heard for {now - self._received_at:.0f} s", False)
         elif now >= self._frames.deadline():
@@ -258,7 +250,7 @@ class SessionCore:
         Frames are sealed here and not before, so a message overtakes the chunks in the queue.
         """
         if self._tx is not None:
-            frames = self._take_frames(max_bytes)
+            frames = self._outbox.take(max_bytes, everything=self.closed)
             for at in range(0, len(frames), _PLAIN_BYTES_MAX):
                 sealed = self._tx.encrypt(frames[at : at + _PLAIN_BYTES_MAX])
                 self._out += _LENGTH.pack(len(sealed)) + sealed
@@ -269,37 +261,11 @@ class SessionCore:
     def events(self) -> list[SessionEvent]:
         """Return and forget the events so far; taking them grants the other side new credit."""
         if self._consumed >= _GRANT_BYTES and self.is_open:
-            self._push(self._urgent, _frame(Credit(nbytes=self._consumed)))
+            self._outbox.put_first(_frame(Credit(nbytes=self._consumed)))
             self._allowed += self._consumed
             self._consumed = 0
         events, self._events = self._events, []
         return events
-
-    # Sending ----------------------------------------------------------------------------------
-
-    def _push(self, queue: deque[bytes], frame: bytes) -> None:
-        queue.append(frame)
-        self._queued_bytes += len(frame)
-
-    def _take_frames(self, max_bytes: int) -> bytes:
-        taken: list[bytes] = []
-        size = 0
-        while size < max_bytes:
-            if self._urgent:
-                frame = self._urgent.popleft()
-            elif self._control and (len(self._control[0]) <= self._credit or self.closed):
-                frame = self._control.popleft()
-                self._credit -= len(frame)
-            elif self._chunks and len(self._chunks[0]) + _RESERVED_BYTES <= self._credit:
-                frame = self._chunks.popleft()
-                self._credit -= len(frame)
-            else:
-                break
-            taken.append(frame)
-            size += len(frame)
-        self._queued_bytes -= size
-        self._sent_frames += len(taken)
-        return b"".join(taken)
 
     # Handshake --------------------------------------------------------------------------------
 
@@ -343,7 +309,7 @@ class SessionCore:
         self._noise = None
         self._phase = "hello"
         if self.initiator:
-            self._push(self._urgent, _frame(self._hello))
+            self._outbox.put_first(_frame(self._hello))
 
     def _identify(self, payload: bytes, remote_static: bytes) -> None:
         if len(payload) != _IDENTITY_BYTES:
@@ -455,9 +421,9 @@ class SessionCore:
     def _on_session(self, message: Message) -> None:
         match message:
             case Ping(nonce=nonce):
-                if len(self._urgent) >= limits.PINGS_OUTSTANDING_MAX:
+                if self._outbox.urgent_frames >= limits.PINGS_OUTSTANDING_MAX:
                     raise PeerFault("flood", "pings faster than they can be answered")
-                self._push(self._urgent, _frame(Pong(nonce=nonce)))
+                self._outbox.put_first(_frame(Pong(nonce=nonce)))
             case Pong(nonce=nonce):
                 sent_at = self._pings.pop(nonce, None)
                 if sent_at is not None:  # else older than those we remember
@@ -466,8 +432,7 @@ class SessionCore:
                     self.rtt_s = rtt_s if self.rtt_s is None else min(rtt_s, self.rtt_s)
                     self._events.append(Ponged(nonce, rtt_s))
             case Credit(nbytes=nbytes):
-                self._credit += nbytes
-                if self._credit > limits.CREDIT_WINDOW_BYTES:
+                if not self._outbox.granted(nbytes):
                     raise PeerFault("credit", "granted more than was used")
             case Goodbye(code=code, reason=reason) | Refused(code=code, reason=reason):
                 self._close(code, reason, by_peer=True)
@@ -482,7 +447,7 @@ class SessionCore:
     def _fault(self, code: str, why: str) -> None:
         self._events.append(Faulted(code, why))
         if self.is_open:
-            self._push(self._urgent, _frame(Goodbye(code=code[:64], reason=why[:256])))
+            self._outbox.put_first(_frame(Goodbye(code=code[:64], reason=why[:256])))
         self._close(code, why, by_peer=False)
 
     def _close(self, code: str, reason: str, by_peer: bool) -> None:
@@ -490,8 +455,7 @@ class SessionCore:
             return
         opened = self.is_open
         self._phase = "closed"
-        self._queued_bytes -= sum(len(frame) for frame in self._chunks)
-        self._chunks.clear()
+        self._outbox.drop_chunks()
         self._in.clear()
         self._events.append(Closed(code, reason, by_peer, opened))
 

@@ -114,7 +114,7 @@ def test_a_peer_that_sends_rubbish_is_cut_off_named_and_not_let_in_again() -> No
             session = liar.transport.route(victim.id).session  # type: ignore[union-attr]
             for _ in range(limits.STRIKES_MAX):
                 rubbish = b"\x04\x00\x00\x00\x02\x00\xc1\xc1"
-                session._push(session._control, rubbish)
+                session._outbox.put_last(rubbish)
             liar.transport.route(victim.id).wake()  # type: ignore[union-attr]
             gone: tuple[Any, ...] = await victim.until("disconnected", liar.id)
             assert gone[2] == "malformed"

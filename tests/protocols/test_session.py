@@ -436,7 +436,7 @@ def test_a_link_that_cannot_send_ends() -> None:
 
 def _raw_send(core: SessionCore, frame: bytes) -> bytes:
     """Send a frame past all checks, as a hostile peer would."""
-    core._push(core._urgent, frame)
+    core._outbox.put_first(frame)
     return core.data_to_send(10**9)
 
 

@@ -232,7 +232,9 @@ class DhtCore:
         handle = self._handle()
         target = key_id(name)
         finish = partial(self._found, handle, name, only_latest)
-        if not self.searches.start(now, Search(target, finish, key=id_bytes(target), guarded=True)):
+        key, alpha = id_bytes(target), limits.DHT_AGREE
+        search = Search(target, finish, key=key, guarded=True, alpha=alpha)
+        if not self.searches.start(now, search):
             self.emit(DhtFailed(handle, name, "busy"))
         self._settle(now)
         return handle

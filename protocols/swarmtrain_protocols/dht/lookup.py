@@ -157,6 +157,10 @@ class Lookup:
         """True if ``peer`` was asked and is not late yet."""
         return self._states.get(peer) is _State.ASKED
 
+    def awaited(self) -> list[Contact]:
+        """Who was asked, has not answered and is not late yet."""
+        return [self._contacts[peer] for peer in self._asked_by if self.awaits(peer)]
+
     def nearest(self, count: int) -> list[Contact]:
         """The nearest candidates that have not failed, whether they have answered or not."""
         found: dict[PeerId, None] = {}

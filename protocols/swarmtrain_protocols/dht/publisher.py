@@ -130,8 +130,8 @@ class Publisher:
             partial(self._spread, placement),
             guarded=True,
             heard=partial(self._heard, placement),
-            waits=partial(self._about_stored, placement),
         )
+        search.waits = partial(self._about_stored, placement, search)
         if not self._core.searches.start(now, search):
             self._finish(now, _Placement(mine, mine.record, refused="busy"))
 
@@ -141,12 +141,14 @@ class Publisher:
         if near and len(placement.given) < limits.DHT_K:
             self._give(now, placement, search, contact)
 
-    def _about_stored(self, placement: _Placement) -> bool:
-        """True while those that may be the last that the caller waits for have a copy under way."""
-        enough = limits.DHT_STORED_ENOUGH
-        if not placement.publication.handle or placement.replicas >= enough:
+    def _about_stored(self, placement: _Placement, search: Search) -> bool:
+        """True while as many as the caller waits for have a copy, are given one, or will be."""
+        enough, has = limits.DHT_STORED_ENOUGH, placement.replicas
+        if not placement.publication.handle or has >= enough or search.lookup is None:
             return False
-        return placement.replicas + len(placement.prompt) >= enough
+        radius = self._core.density.radius()
+        will = sum(contact.id ^ search.target < radius for contact in search.lookup.awaited())
+        return has + len(placement.prompt) + will >= enough
 
     def _give(self, now: float, placement: _Placement, search: Search, contact: Contact) -> None:
         mine = placement.publication

@@ -58,6 +58,8 @@ class Search:
     """True while nobody else is to be asked; ``Searches.go_on`` says that this may have changed."""
     guarded: bool = False
     gauge: bool = False
+    alpha: int = limits.DHT_ALPHA
+    """How many answers are awaited at a time."""
     found: dict[bytes, SignedRecord] = field(default_factory=dict)
     holdings: Holdings = field(default_factory=dict)
     tokens: dict[PeerId, bytes] = field(default_factory=dict)
@@ -115,7 +117,8 @@ class Searches:
 
     def _begin(self, now: float, search: Search) -> None:
         start = [*self._core.table.closest(search.target, limits.DHT_K), *search.seeds]
-        search.lookup = Lookup(search.target, start, own=self._core.me.peer)
+        own = self._core.me.peer
+        search.lookup = Lookup(search.target, start, own=own, alpha=search.alpha)
         search.give_up_at = now + limits.DHT_LOOKUP_TIMEOUT_S
         self._core.table.looked_up(now, search.target)
         self._active.append(search)

@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=SHORT_MINUTES)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--factor", type=float, default=0.0, help="of deadlines; 0: measured")
+    parser.add_argument("--period-s", type=float, help="seconds from fault to fault")
     parser.add_argument("--trainers", choices=("synthetic", "real"), help="others than usual")
     parser.add_argument("--schedule", type=Path, help="faults from a file instead of the seed")
     parser.add_argument("--print", action="store_true", help="print the schedule, do nothing")
@@ -96,12 +97,14 @@ def main() -> int:
     wanted = list(SCENARIOS.values())
     if given.scenario != "all":
         wanted = [SCENARIOS[given.scenario]]
+    if given.trainers is not None:
+        wanted = [dataclasses.replace(scenario, trainers=given.trainers) for scenario in wanted]
+    if given.period_s is not None:
+        wanted = [dataclasses.replace(scenario, period_s=given.period_s) for scenario in wanted]
     if given.print:
         for scenario in wanted:
             sys.stdout.write(schedule.text(scenario.schedule(60.0 * given.minutes, given.seed)))
         return 0
-    if given.trainers is not None:
-        wanted = [dataclasses.replace(scenario, trainers=given.trainers) for scenario in wanted]
     results = {scenario.name: one(given, scenario) for scenario in wanted}
     if given.output is not None:
         document = {name: found for name, (_, found) in results.items()}

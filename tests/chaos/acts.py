@@ -28,7 +28,7 @@ COPY_EVERY_S = 20.0
 FEWEST = 3
 MOST = 10
 SAVING_S = 5.0
-LEAVES_S = 30.0
+LEAVES_S = 60.0
 
 
 class NotNow(Exception):
@@ -172,7 +172,7 @@ class Acts:
         home.gone = True
         home.ended_by["peer"] = home.ended_by["trainer"] = "leave"
         self._crew.book.write("left", site=home.name)
-        self._after(LEAVES_S, lambda: self._crew.kill(home, "both", by="stop"))
+        self._after(LEAVES_S, lambda: self._crew.kill(home, "both", by="leave"))
         return {"site": home.name}
 
     def _join(self, fault: Fault) -> dict[str, Any]:

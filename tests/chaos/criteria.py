@@ -327,6 +327,8 @@ def no_traceback(h: History) -> Finding:
         if record["by"] == "itself" and record["code"] not in (0, *allowed):
             who = f"{record['site']}'s {record['process']}"
             wrong.append(f"{who} ended by itself with {record['code']}: {record.get('last', '')}")
+        elif record["by"] == "leave" and record["code"] != 0:
+            wrong.append(f"{record['site']}'s {record['process']} left with {record['code']}")
     return Finding("no traceback", not wrong, _shown(wrong) or f"{len(h.outputs)} outputs")
 
 

@@ -262,6 +262,10 @@ def ended_by_itself(s: Script) -> None:
     s.note("exit", 1200.0, site="site-1", process="trainer", by="itself", code=1, last="")
 
 
+def left_badly(s: Script) -> None:
+    s.note("exit", 1200.0, site="site-1", process="peer", by="leave", code=-9, last="")
+
+
 def not_done(s: Script) -> None:
     s.run["planned"] = {"freeze": 5}
 

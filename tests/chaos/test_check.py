@@ -37,6 +37,7 @@ from tests.chaos.script import (
     leaks_descriptors,
     leaves_files,
     leaves_mappings,
+    left_badly,
     long_wait,
     lost_round,
     member_waits,
@@ -86,6 +87,7 @@ BROKEN: list[tuple[Callable[[History], Finding], Callable[[Script], None]]] = [
     (criteria.no_traceback, fatal),
     (criteria.no_traceback, internal_error),
     (criteria.no_traceback, ended_by_itself),
+    (criteria.no_traceback, left_badly),
     (criteria.faults_happened, not_done),
     (criteria.faults_happened, nobody_died),
 ]

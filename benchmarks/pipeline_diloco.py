@@ -43,7 +43,7 @@ from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.outer import outer_step
 from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.pipeline.localsteps import first_phase, steps_before
-from swarmtrain_protocols.rounds.plan import coefficients_of
+from swarmtrain_protocols.rounds.clip import coefficients_of
 from swarmtrain_protocols.schedule import auto_outer
 from swarmtrain_protocols.state import decode_chunks, encode_chunks, reduce_chunks
 

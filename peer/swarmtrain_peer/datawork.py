@@ -53,6 +53,8 @@ class DataWork:
         """Begin what the effect asks for; False if it is none of these."""
         if isinstance(effect, fx.BeginAttempt):
             self._data.begin(effect.opened)
+        elif isinstance(effect, fx.MeasurePart):
+            self._measure(effect)
         elif isinstance(effect, fx.ReducePart):
             self._reduce(effect)
         elif isinstance(effect, fx.StoreResult):
@@ -102,6 +104,14 @@ class DataWork:
     def _key_bytes(self, key: RoundKey) -> int:
         channel = self._driver.node.ledger.channels.get(key.channel)
         return INLINE_BYTES_MAX if channel is None else channel.values * 4
+
+    def _measure(self, effect: fx.MeasurePart) -> None:
+        self._driver.offload(
+            partial(self._data.measure, effect.key, effect.part, effect.index),
+            partial(self._driver.run, self._driver.node.measured, effect),
+            lambda error: None,  # released meanwhile: nobody waits for it
+            nbytes=self._key_bytes(effect.key),
+        )
 
     def _reduce(self, effect: fx.ReducePart) -> None:
         key, part, begin_s = effect.key, effect.part, host.mono_s()

@@ -377,6 +377,14 @@ KINDS: dict[str, Kind] = {
             "A contribution of this site was not admitted; it goes into the next one.",
             ("reason",),
         ),
+        Kind(
+            "contribution_clipped",
+            "warning",
+            "T532",
+            "A member's contribution is louder than the others' and counts in part (spec 15).",
+            ("peer", "norm", "reference", "factor"),
+            limited=True,
+        ),
         # Network
         Kind("peer_connected", "info", "N600", "An encrypted link is up.", ("peer", "address?")),
         Kind(

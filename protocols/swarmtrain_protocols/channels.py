@@ -10,6 +10,7 @@ import msgspec
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds import clip
 
 ZERO_HASH = bytes(32)
 
@@ -64,6 +65,8 @@ class ChannelState(msgspec.Struct):
     """Samples of all committed sets: the progress of the run, each sample once."""
     phase_s: float = 0.0
     """What the newest attempt said of the pace (08 §2.8)."""
+    norms: tuple[float, ...] = ()
+    """By which the last committed sets are to be measured (15), oldest first."""
 
     @property
     def holds_state(self) -> bool:
@@ -146,6 +149,7 @@ class ChannelState(msgspec.Struct):
         )
         for _, samples, _ in self.history[-1].contributors:
             self.samples += samples
+        self.norms = clip.kept_after(opened, chosen, self.norms)
         del self.history[: -self._history_rounds(channels)]
         self.round += 1
         self.attempt = 0
@@ -177,5 +181,6 @@ class ChannelState(msgspec.Struct):
             self.samples *= round_number / self.round
         self.round, self.attempt = round_number, 0
         self.open = self.chosen = None
+        self.norms = ()
         self.start_round, self.start_hash = round_number, root
         self.history = [item for item in self.history if item.round < round_number]

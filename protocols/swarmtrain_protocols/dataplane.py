@@ -22,7 +22,6 @@ from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rules import Rules
-from swarmtrain_protocols.stageopt import square_norm
 from swarmtrain_protocols.state import (
     CanonicalState,
     Layout,
@@ -31,6 +30,7 @@ from swarmtrain_protocols.state import (
     decode_chunks,
     header_chunk,
     reduce_chunk,
+    square_of,
 )
 
 RESULTS_KEPT_PER_CHANNEL = 4
@@ -282,6 +282,18 @@ class DataPlane:
             blob = Blob(chunks, leaves) if leaves is not None else Blob.of(chunks)
             self._put_part(buffers, purpose.part, blob)
 
+    def measure(self, key: RoundKey, part: int, index: int) -> float:
+        """Sum of the squares of contributor ``index``'s part, the same bits at every owner.
+
+        Raises:
+            LocalProtocolError: the attempt, or the contribution, is not here any more.
+        """
+        buffers = self._buffers(key)
+        item, layout = buffers.opened.parts[part], self.layout(buffers.opened.values)
+        chunks = self._source(buffers, part, index)
+        sizes = [layout.nvalues(item.first + offset) for offset in range(item.count)]
+        return square_of(chunks, sizes, get_codec(buffers.opened.scatter_codec), self._run)
+
     def reduce(self, key: RoundKey, part: int, chosen: RoundSet) -> bytes:
         """Sum a part over the logged set in member order, encode once; returns its root.
 
@@ -392,22 +404,10 @@ class DataPlane:
 
     def square_norm(self, root: bytes) -> float:
         """Sum of the squares of a result's values in fp64, the same bits at every holder."""
-        values, codec_name = self._result_codecs[root]
-        chunks, codec = self._blobs[root].chunks, get_codec(codec_name)
+        values, codec = self._result_codecs[root]
         layout = self.layout(values)
-        norms = [0.0] * layout.chunks
-
-        def work(index: int) -> None:
-            decoded = np.empty(layout.nvalues(index), np.float32)
-            codec.decode(chunks[index], decoded)
-            norms[index] = square_norm(decoded)
-
-        for _ in self._run(work, _all(layout)):
-            pass
-        total = 0.0
-        for norm in norms:
-            total += norm
-        return total
+        sizes = [layout.nvalues(index) for index in _all(layout)]
+        return square_of(self._blobs[root].chunks, sizes, get_codec(codec), self._run)
 
     def apply(self, applied: fx.ApplyResult) -> tuple[int, bytes]:
         """Take the step of a committed result; returns (next round, state hash)."""

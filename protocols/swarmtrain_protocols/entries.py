@@ -207,6 +207,8 @@ class RoundSet(msgspec.Struct, frozen=True, tag="set"):
 
     key: RoundKey
     coefficients: Annotated[tuple[Coefficient, ...], Meta(max_length=limits.MEMBERS_MAX)]
+    norms: Annotated[tuple[float, ...], Meta(max_length=limits.MEMBERS_MAX)] = ()
+    """Of the contributions in this order, as their owners measured them (15); none in groups."""
 
 
 class RoundCommitted(msgspec.Struct, frozen=True, tag="committed"):

@@ -18,6 +18,7 @@ from swarmtrain_protocols.channels import ZERO_HASH, ChannelState, Outcome, are_
 from swarmtrain_protocols.errors import PeerFault
 from swarmtrain_protocols.messages.common import RoundKey, Spans
 from swarmtrain_protocols.pipeline import book
+from swarmtrain_protocols.rounds import clip
 from swarmtrain_protocols.shards import DataState
 
 
@@ -147,6 +148,10 @@ class Ledger(msgspec.Struct):
     def stepwise(self, channel: str) -> bool:
         """Whether STEP_CLOSED and STEP_OUTCOME open and decide the rounds of this channel."""
         return self.pipeline.mode == "sync" and channel.startswith("train/")
+
+    def weighs(self, channel: str) -> bool:
+        """Whether contributions to this channel are clipped by their norm (15)."""
+        return channel.startswith("train/") and not self.stepwise(channel)
 
     def _idle_group(self) -> ChannelState | None:
         """The group that was idle for longest."""
@@ -289,6 +294,8 @@ def _set(ledger: Ledger, index: int, body: e.RoundSet) -> bool:
     indices = [item.index for item in body.coefficients]
     in_range = all(i < len(channel.open.contributors) for i in indices)
     if channel.chosen is not None or not indices or not in_range or indices != sorted(set(indices)):
+        return False
+    if not clip.legal_norms(body):
         return False
     channel.chosen = body
     return True

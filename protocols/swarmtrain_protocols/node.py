@@ -189,6 +189,10 @@ class NodeCore(NodeParts):
         self.fetches.finished(now, ticket, reason)
         self._pump(now)
 
+    def measured(self, now: float, effect: fx.MeasurePart, square: float) -> None:
+        self.member.measured(now, effect, square)
+        self._pump(now)
+
     def reduced(self, now: float, key: RoundKey, part: int, root: bytes) -> None:
         self.member.reduced(now, key, part, root)
         self._pump(now)

@@ -28,6 +28,7 @@ from swarmtrain_protocols.codecs.base import (
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.merkle import LEAF_PREFIX, Blob, leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import Channel, Count
+from swarmtrain_protocols.stageopt import square_norm
 
 THETA = "theta"
 MOMENTUM = ("momentum",)
@@ -326,6 +327,29 @@ def decode_chunks(
 
     for _ in run(work, range(layout.chunks)):
         pass
+
+
+def square_of(
+    chunks: Sequence[Buffer], sizes: Sequence[int], codec: Codec, run: Mapper = map
+) -> float:
+    """Sum of the squares of all values of checked chunks of these many, in fp64.
+
+    By chunk as ``square_norm`` (07 §2.3) and then in the order of the chunks: the same bits
+    wherever the same bytes are.
+    """
+    squares = [0.0] * len(sizes)
+
+    def work(index: int) -> None:
+        decoded = np.empty(sizes[index], np.float32)
+        codec.decode(chunks[index], decoded)
+        squares[index] = square_norm(decoded)
+
+    for _ in run(work, range(len(sizes))):
+        pass
+    total = 0.0
+    for square in squares:
+        total += square
+    return total
 
 
 def reduce_chunk(

@@ -45,7 +45,7 @@ def find(suite: str, first: int, stop: int | None = None) -> Finder:
 
 def catalogue() -> tuple[Mutant, ...]:
     """All of them, in the order of their areas."""
-    from tests.mutants import data, log, members, pipelines, rounds, transfer
+    from tests.mutants import clip, data, log, members, pipelines, rounds, transfer
 
-    tables = (rounds, log, transfer, members, pipelines, data)
+    tables = (rounds, clip, log, transfer, members, pipelines, data)
     return tuple(item for table in tables for item in table.MUTANTS)

@@ -128,10 +128,10 @@ _FROM_SPECS = (
         "08 §1.5",
         (
             patch(
-                "rounds.leader:RoundLeader._gather",
-                "values = coefficients_of(samples)",
-                "everybody = sum(c.samples * c.discount for c in phase.opened.contributors)\n"
-                "    values = [v * sum(samples) / everybody for v in coefficients_of(samples)]",
+                "rounds.clip:coefficients",
+                "e.Coefficient(i, value) for",
+                "e.Coefficient(i, value * sum(weights)"
+                " / sum(c.samples * c.discount for c in opened.contributors)) for",
             ),
         ),
         find("rounds", 0, 20),

@@ -93,6 +93,16 @@ def stored_then_lost(seed: int) -> str:
     return run_swarm(seed, cuts).violation
 
 
+def owners_die(seed: int) -> list[Fault]:
+    """Whoever is about to sum a part dies, now and then: deputies have to."""
+    names = [part.name for part in spec_of(seed)[1][1:]]
+    return [
+        Fault(at_s, "aim-crash", name, "do:ReducePart", 3.0)
+        for at_s in (7.0, 11.0, 15.0, 19.0)
+        for name in names
+    ]
+
+
 def holder_lost(seed: int) -> str:
     """The first holder of a result is lost for good before any other has stored it."""
     return run_swarm(seed, first_holder_lost(seed)).violation
@@ -210,6 +220,7 @@ def _turns(seed: int) -> None:
 SUITES: dict[str, Run] = {
     "rounds": rounds,
     "rounds: stored, then lost": stored_then_lost,
+    "rounds: owners die": lambda seed: run_swarm(seed, owners_die(seed)).violation,
     "rounds: holder lost": holder_lost,
     "rounds: sometimes": sometimes,
     "small": lambda seed: run_small(seed).violation,

@@ -8,6 +8,7 @@ from typing import Any
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, PeerId
 from swarmtrain_protocols.messages import rounds as m
+from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.leader import RoundLeader
 from swarmtrain_protocols.rounds.policy import RoundPolicy
@@ -23,6 +24,13 @@ from tests.protocols.rounds_kit import (
 
 TIMEOUT_S = 8.0
 POLICY = RoundPolicy("fp32", "fp32", grace_s=1.0, round_timeout_s=TIMEOUT_S, chunk_values=CHUNK)
+
+
+def held(
+    key: RoundKey, part: int, contributors: tuple[int, ...], refused: tuple[int, ...] = ()
+) -> m.PartsHeld:
+    """What an owner reports where all contributions are of one length."""
+    return m.PartsHeld(key, part, contributors, refused, (1.0,) * len(contributors))
 
 
 class Chair:
@@ -90,7 +98,7 @@ class Chair:
     def deliver_all(self, now: float, opened: e.RoundOpened) -> None:
         everybody = tuple(range(len(opened.contributors)))
         for index, part in enumerate(opened.parts):
-            self.say(now, part.owner, m.PartsHeld(opened.key, index, everybody))
+            self.say(now, part.owner, held(opened.key, index, everybody))
 
     def choose(self, opened: e.RoundOpened) -> None:
         self.deliver_all(1.1, opened)

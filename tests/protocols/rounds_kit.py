@@ -299,6 +299,9 @@ class Net:
             self._fetch(peer, effect)
         elif isinstance(effect, fx.BeginAttempt):
             data.begin(effect.opened)
+        elif isinstance(effect, fx.MeasurePart):
+            square = data.measure(effect.key, effect.part, effect.index)
+            node.measured(self.now, effect, square)
         elif isinstance(effect, fx.ReducePart):
             try:
                 root = data.reduce(effect.key, effect.part, effect.chosen)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.rounds.policy import RoundPolicy
-from tests.protocols.leader_kit import Chair, hash_of
+from tests.protocols.leader_kit import Chair, hash_of, held
 from tests.protocols.rounds_kit import CHUNK, TRAIN, A, B, C, D
 
 PHASE_S = 20.0
@@ -150,7 +149,7 @@ def test_what_was_returned_adds_displacement_and_samples_but_no_weight() -> None
 def deliver(found: Chair, now: float, opened: e.RoundOpened, *who: bytes) -> None:
     indices = tuple(i for i, c in enumerate(opened.contributors) if c.member in who)
     for number, part in enumerate(opened.parts):
-        found.say(now, part.owner, m.PartsHeld(opened.key, number, indices))
+        found.say(now, part.owner, held(opened.key, number, indices))
 
 
 @pytest.mark.parametrize(

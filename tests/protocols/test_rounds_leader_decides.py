@@ -12,7 +12,7 @@ from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.loss import DATA_LOSS_S
-from tests.protocols.leader_kit import POLICY, TIMEOUT_S, Chair
+from tests.protocols.leader_kit import POLICY, TIMEOUT_S, Chair, held
 from tests.protocols.rounds_kit import (
     GROUP,
     IDS,
@@ -40,9 +40,9 @@ def test_the_set_is_who_delivered_to_all_owners_with_fp32_shares() -> None:
     (opened,) = chair.commit(1.0)
     assert isinstance(opened, e.RoundOpened)
     owners = [p.owner for p in opened.parts]
-    chair.say(2.0, owners[0], m.PartsHeld(opened.key, 0, (0, 1, 2)))
-    chair.say(2.0, owners[1], m.PartsHeld(opened.key, 1, (0, 2)))
-    chair.say(2.0, owners[2], m.PartsHeld(opened.key, 2, (0, 1, 2)))
+    chair.say(2.0, owners[0], held(opened.key, 0, (0, 1, 2)))
+    chair.say(2.0, owners[1], held(opened.key, 1, (0, 2)))
+    chair.say(2.0, owners[2], held(opened.key, 2, (0, 1, 2)))
     assert chair.proposed == []  # B is still expected
     chair.leader.step(1.0 + TIMEOUT_S)
     (chosen,) = chair.commit(1.0 + TIMEOUT_S)
@@ -60,7 +60,7 @@ def test_a_contributor_that_is_gone_or_refused_is_not_waited_for() -> None:
     chair.gone(1.5, D)
     for index, part in enumerate(opened.parts):
         owner = part.owner if part.owner != D else part.deputy
-        chair.say(1.6, owner, m.PartsHeld(opened.key, index, rest, (bad,)))
+        chair.say(1.6, owner, held(opened.key, index, rest, (bad,)))
     (chosen,) = chair.proposed
     assert isinstance(chosen, e.RoundSet)
     assert tuple(c.index for c in chosen.coefficients) == rest
@@ -70,7 +70,7 @@ def test_a_contributor_that_lost_its_bytes_says_so() -> None:
     chair = Chair(A, B, C)
     opened = chair.open(A, B, C)
     for index, part in enumerate(opened.parts):
-        chair.say(1.2, part.owner, m.PartsHeld(opened.key, index, (0, 1)))
+        chair.say(1.2, part.owner, held(opened.key, index, (0, 1)))
     assert chair.proposed == []
     chair.say(1.3, C, m.Withdraw(0, TRAIN, opened.contributors[2].root))
     (chosen,) = chair.proposed
@@ -83,7 +83,7 @@ def test_an_attempt_whose_contributors_have_all_lost_their_bytes_is_aborted_at_o
     chair = Chair(A, B)
     opened = chair.open(A, B)
     for index, part in enumerate(opened.parts):
-        chair.say(1.2, part.owner, m.PartsHeld(opened.key, index, ()))
+        chair.say(1.2, part.owner, held(opened.key, index, ()))
     for item in opened.contributors:
         assert chair.proposed == []
         chair.say(1.3, item.member, m.Withdraw(0, TRAIN, item.root))
@@ -121,10 +121,10 @@ def test_a_lost_owner_is_replaced_by_its_deputy_and_all_are_told() -> None:
     assert sent(chair.take(), m.TakeOver) == []  # once
     # What the lost owner has said does not count any more, what its deputy says does.
     rest = tuple(i for i, c in enumerate(opened.contributors) if c.member != C)
-    chair.say(1.7, C, m.PartsHeld(opened.key, index, (0, 1, 2)))
+    chair.say(1.7, C, held(opened.key, index, (0, 1, 2)))
     for number, part in enumerate(opened.parts):
         computes = part.owner if number != index else deputy
-        chair.say(1.8, computes, m.PartsHeld(opened.key, number, rest))
+        chair.say(1.8, computes, held(opened.key, number, rest))
     (chosen,) = chair.proposed
     assert isinstance(chosen, e.RoundSet)
 
@@ -258,7 +258,7 @@ def test_an_owner_that_dies_with_the_only_copy_of_its_contribution_ends_the_atte
             chair.hold(1.5, holder, opened)  # B: the result is out already, others get it there
         chair.gone(2.0, C)
         deputy = chair.leader._phases[TRAIN].deputies[part]
-        chair.say(2.1, deputy, m.PartsHeld(opened.key, part, (0, 1)))
+        chair.say(2.1, deputy, held(opened.key, part, (0, 1)))
         chair.leader.step(2.1 + POLICY.lost_grace_s - 0.01)
         assert chair.proposed == []
         chair.leader.step(2.1 + POLICY.lost_grace_s)
@@ -335,7 +335,7 @@ def test_messages_of_other_attempts_change_nothing() -> None:
     ):
         for peer in (A, B):
             for part in range(len(opened.parts)):
-                chair.say(1.2, peer, m.PartsHeld(wrong, part, (0, 1)))
+                chair.say(1.2, peer, held(wrong, part, (0, 1)))
             chair.say(1.2, peer, m.Holding(wrong, hash_of("result"), True))
     assert chair.proposed == []
 
@@ -347,10 +347,10 @@ def test_only_owners_say_who_has_delivered() -> None:
     opened = chair.open(A, B, C)
     chair.take()
     for stranger in (D, IDS[6]):
-        chair.say(1.2, stranger, m.PartsHeld(opened.key, 0, (0, 1, 2), (0, 1, 2)))
+        chair.say(1.2, stranger, held(opened.key, 0, (0, 1, 2), (0, 1, 2)))
         told = chair.take()
         assert (ignored(told), faults(told)) == ([("not_an_owner", stranger)], [])
-    chair.say(1.2, A, m.PartsHeld(opened.key, 99, (0,)))
+    chair.say(1.2, A, held(opened.key, 99, (0,)))
     assert faults(chair.take()) == [("bad_part", A)]
     assert chair.proposed == []
     phase = chair.leader._phases[TRAIN]
@@ -365,13 +365,13 @@ def test_a_deputy_of_a_former_leader_is_not_accused_and_is_heard_when_it_is_this
     chair.leader.activate(1.4, True)
     chair.take()
     part = next(i for i, p in enumerate(opened.parts) if C not in (p.owner, p.deputy))
-    chair.say(1.5, C, m.PartsHeld(opened.key, part, (0, 1, 2)))
+    chair.say(1.5, C, held(opened.key, part, (0, 1, 2)))
     told = chair.take()
     assert (ignored(told), faults(told)) == ([("not_an_owner", C)], [])
     phase = chair.leader._phases[TRAIN]
     assert phase.held == {}
     phase.deputies[part] = C
-    chair.say(1.6, C, m.PartsHeld(opened.key, part, (0, 1, 2)))
+    chair.say(1.6, C, held(opened.key, part, (0, 1, 2)))
     assert phase.held == {part: {C: (0, 1, 2)}}
     assert ignored(chair.take()) == []
 
@@ -382,7 +382,7 @@ def test_absurd_indices_are_neither_kept_nor_counted() -> None:
     owner = opened.parts[0].owner
     for base in range(100):
         many = tuple(range(10**6 * base + 2, 10**6 * base + 1000))
-        chair.say(1.2, owner, m.PartsHeld(opened.key, 0, many, many))
+        chair.say(1.2, owner, held(opened.key, 0, many, many))
     assert chair.leader._phases[TRAIN].refused == {}
     chair.deliver_all(1.3, opened)
     (chosen,) = chair.proposed

@@ -489,19 +489,3 @@ def test_a_new_link_to_an_owner_asks_for_what_it_may_have_said_on_the_old_one() 
     seat.logged(1.5, whole(opened))
     seat.member.connected(PeerId(B))
     assert sent(seat.take(), m.RoundQuery) == [(B, m.RoundQuery(opened.key))]
-
-
-def test_owners_report_to_the_leader_what_arrives() -> None:
-    seat = Seat(A)
-    effects = seat.logged(1.0, seat.opening())
-    (first,) = sent(effects, m.PartsHeld)
-    assert first[0] == LEADER
-    for fetch in of_kind(effects, Fetch):
-        seat.fetches.finished(1.1, fetch.ticket, None)
-    seat.member.leader = None
-    seat.member.flush_reports()
-    assert seat.take() == []
-    seat.member.leader = PeerId(B)
-    seat.member.announce(1.2)
-    ((to, report),) = sent(seat.take(), m.PartsHeld)
-    assert (to, len(report.contributors)) == (B, 2)  # its own died with an earlier life

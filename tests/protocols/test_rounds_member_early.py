@@ -23,8 +23,9 @@ from tests.protocols.rounds_kit import (
     key,
     of_kind,
     opening,
+    sent,
 )
-from tests.protocols.test_rounds_member import Seat, decided
+from tests.protocols.test_rounds_member import LEADER, Seat, decided
 
 
 def test_a_result_that_is_announced_before_the_attempt_begins_here_is_kept() -> None:
@@ -72,3 +73,22 @@ def test_what_was_begun_from_a_state_that_was_rewound_is_returned() -> None:
     seat.offer(base_round=0)
     seat.member.state_is(TRAIN, 0)
     assert decided(seat.take()) == [] and seat.member.undecided(TRAIN) is not None
+
+
+def test_owners_report_to_the_leader_what_arrives() -> None:
+    seat = Seat(A)
+    effects = seat.logged(1.0, seat.opening())
+    (first,) = sent(effects, m.PartsHeld)
+    assert first[0] == LEADER
+    for fetch in of_kind(effects, Fetch):
+        seat.fetches.finished(1.1, fetch.ticket, None)
+    seat.member.leader = None
+    for asked in of_kind(seat.take(), fx.MeasurePart):
+        seat.member.measured(1.1, asked, 2.0)
+    seat.member.flush_reports()
+    assert seat.take() == []
+    seat.member.leader = PeerId(B)
+    seat.member.announce(1.2)
+    ((to, report),) = sent(seat.take(), m.PartsHeld)
+    assert (to, len(report.contributors)) == (B, 2)  # its own died with an earlier life
+    assert report.squares == (2.0, 2.0)

@@ -18,7 +18,7 @@ from swarmtrain_protocols.rounds.owners import SILENT_ALONE_S, SILENT_S_MIN, TIM
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 from swarmtrain_protocols.suspension import is_suspended
 from swarmtrain_protocols.testing.keyring import FakeKeyring
-from tests.protocols.leader_kit import Chair
+from tests.protocols.leader_kit import Chair, held
 from tests.protocols.rounds_kit import (
     CHUNK,
     GROUP,
@@ -56,7 +56,7 @@ def deliver(chair: Chair, opened: e.RoundOpened, *but: bytes, now: float = 1.1) 
     everybody = tuple(range(len(opened.contributors)))
     for index, part in enumerate(opened.parts):
         if part.owner not in but:
-            chair.say(now, part.owner, m.PartsHeld(opened.key, index, everybody))
+            chair.say(now, part.owner, held(opened.key, index, everybody))
 
 
 def suspensions(bodies: list[e.EntryBody]) -> list[tuple[bytes, str]]:
@@ -78,7 +78,7 @@ def test_an_owner_that_says_nothing_is_replaced_when_others_have_long_spoken() -
     assert told == {(i, opened.parts[i].deputy) for i in owned(opened, C)}
     assert suspensions(chair.commit(6.1)) == [(C, f"silent as an owner in {opened.key}")]
     for part, deputy in sorted(told):
-        chair.say(6.2, deputy, m.PartsHeld(opened.key, part, (0, 1, 2)))
+        chair.say(6.2, deputy, held(opened.key, part, (0, 1, 2)))
     (chosen,) = chair.commit(6.2)
     assert isinstance(chosen, e.RoundSet), "the attempt itself goes on"
 
@@ -105,7 +105,7 @@ def test_an_owner_that_lacks_what_others_have_is_replaced() -> None:
     opened = chair.open(A, B, C)
     deliver(chair, opened, C)
     for index in owned(opened, C):
-        chair.say(1.1, C, m.PartsHeld(opened.key, index, (2,)))
+        chair.say(1.1, C, held(opened.key, index, (2,)))
     chair.leader.step(1.0 + SILENT_ALONE_S - 0.01)
     assert chair.proposed == []
     chair.leader.step(1.0 + SILENT_ALONE_S)
@@ -116,7 +116,7 @@ def test_a_contributor_that_is_slow_is_not_its_owners_fault() -> None:
     chair = chair_of(A, B, C)
     opened = chair.open(A, B, C)
     for index, part in enumerate(opened.parts):  # nobody has what C should send
-        chair.say(1.1, part.owner, m.PartsHeld(opened.key, index, (0, 1)))
+        chair.say(1.1, part.owner, held(opened.key, index, (0, 1)))
     chair.leader.step(39.0)
     assert chair.proposed == [] and chair.leader.deadline() == pytest.approx(41.0, abs=0.01)
 
@@ -239,6 +239,7 @@ def test_the_only_owner_whose_own_values_are_not_numbers_costs_one_attempt_and_i
     index = next(i for i in range(4) if net[i] is not chief)
     only_owner(monkeypatch, index)
     monkeypatch.setattr(dataplane, "check_finite", lambda x: None)
+    monkeypatch.setattr(dataplane, "square_of", lambda *args: 4.0)  # or it would notice itself
     nan = np.full(VALUES, np.nan, np.float32)
     for i in range(4):
         net.contribute(i, nan if i == index else full(1.0))
@@ -253,6 +254,25 @@ def test_the_only_owner_whose_own_values_are_not_numbers_costs_one_attempt_and_i
     net.run(8.0)
     assert channel.round >= 1 and channel.aborted == 1
     assert IDS[index] not in {member for member, _, _ in channel.history[-1].contributors}
+
+
+def test_an_owner_whose_own_values_are_not_numbers_does_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It measures them like all others', and what cannot be measured is refused."""
+    net = Net(4)
+    net.model()
+    chief = net.leader()
+    index = next(i for i in range(4) if net[i] is not chief)
+    only_owner(monkeypatch, index)
+    monkeypatch.setattr(dataplane, "check_finite", lambda x: None)
+    nan = np.full(VALUES, np.nan, np.float32)
+    for i in range(4):
+        net.contribute(i, nan if i == index else full(1.0))
+    net.run(8.0)
+    channel = chief.node.ledger.channels[TRAIN]
+    assert (channel.round, channel.aborted) == (1, 0)
+    assert IDS[index] not in {member for member, _, _ in channel.history[0].contributors}
 
 
 def test_a_silent_owner_costs_seconds_once() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.entries import Part
-from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
+from swarmtrain_protocols.rounds.clip import coefficients_of
+from swarmtrain_protocols.rounds.plan import plan_parts
 from tests.protocols.rounds_kit import A, B, C, D
 
 

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from swarmtrain_protocols.identity import Ed25519Keyring
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
-from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
+from swarmtrain_protocols.rounds.clip import coefficients_of
+from swarmtrain_protocols.rounds.plan import plan_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS: dict[str, Any] = json.loads((ROOT / "protocols" / "vectors" / "rounds.json").read_text())

@@ -69,13 +69,15 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
 class PartsHeld(msgspec.Struct, frozen=True, tag="held"):
     """Which contributors (indices) have delivered all of ``part``; owner -> leader.
 
-    ``refused``: those whose bytes match their root and are no valid contribution.
+    ``refused``: those whose bytes match their root and are no valid contribution. ``squares``: of
+    each of ``contributors`` the sum of the squares of its decoded part, where norms count (15).
     """
 
     key: RoundKey
     part: Count
     contributors: Annotated[tuple[Count, ...], Meta(max_length=limits.MEMBERS_MAX)]
     refused: Annotated[tuple[Count, ...], Meta(max_length=limits.MEMBERS_MAX)] = ()
+    squares: Annotated[tuple[float, ...], Meta(max_length=limits.MEMBERS_MAX)] = ()
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag="takeover"):

@@ -59,11 +59,15 @@ class Attempt:
     rng: random.Random
     fetches: Fetches
     out: list[Effect]
+    weighs: bool = False
+    """What this node sums is measured first (15)."""
     own_lost: bool = False
     """This node is listed with a contribution of an earlier life, whose bytes died with it."""
     chosen: RoundSet | None = None
     assigned: list[int] = field(default_factory=list)
     have: dict[int, list[int]] = field(default_factory=dict)
+    squares: dict[tuple[int, int], float] = field(default_factory=dict)
+    """By part and contributor, where it was measured."""
     reducing: list[int] = field(default_factory=list)
     in_place: dict[int, bytes] = field(default_factory=dict)
     results: dict[int, m.PartResult] = field(default_factory=dict)
@@ -116,10 +120,30 @@ class Attempt:
         for index, item in enumerate(self.opened.contributors):
             if item.member == self.me:
                 if not self.own_lost:
-                    self.have[part].append(index)
+                    self._arrived(part, index)
             else:
                 purpose = fx.ContributionPart(self.key, part, index)
                 self.wanted.append(_Wanted(purpose, [PeerId(item.member)]))
+        self.held_changed.append(part)
+        self.step(now)
+
+    def _arrived(self, part: int, index: int) -> None:
+        """The bytes of a contribution are here: it is held once it is measured."""
+        if self.weighs:
+            self.out.append(fx.MeasurePart(self.key, part, index))
+            return
+        self.have[part].append(index)
+        self.held_changed.append(part)
+
+    def measured(self, now: float, part: int, index: int, square: float) -> None:
+        """The sum of the squares of a contribution's part, from the data plane."""
+        if index in self.have[part]:
+            return
+        if not 0.0 <= square < math.inf:  # the own one: what others send was checked before
+            self.refused.append(index)
+        else:
+            self.squares[part, index] = square
+            self.have[part].append(index)
         self.held_changed.append(part)
         self.step(now)
 
@@ -208,8 +232,7 @@ class Attempt:
             self.wanted.remove(want)
             purpose = want.purpose
             if isinstance(purpose, fx.ContributionPart):
-                self.have[purpose.part].append(purpose.index)
-                self.held_changed.append(purpose.part)
+                self._arrived(purpose.part, purpose.index)
             else:
                 self.in_place[purpose.part] = self.results[purpose.part].root
             self.step(now)
@@ -356,8 +379,9 @@ class Attempt:
             self.out.append(Send(leader, m.Complaint(self.key, tuple(lacks), told)))
         for part in parts:
             refused = tuple(sorted(set(self.refused)))
-            held = m.PartsHeld(self.key, part, tuple(sorted(self.have[part])), refused)
-            self.out.append(Send(leader, held))
+            here = tuple(sorted(self.have[part]))
+            squares = tuple(self.squares[part, i] for i in here) if self.weighs else ()
+            self.out.append(Send(leader, m.PartsHeld(self.key, part, here, refused, squares)))
         own = self.own_index
         if everything and self.own_lost and own is not None:
             root = self.opened.contributors[own].root

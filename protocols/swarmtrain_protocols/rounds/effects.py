@@ -30,6 +30,18 @@ class ReducePart:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasurePart:
+    """Sum the squares of contributor ``index``'s ``part``, decoded; the bytes are here.
+
+    Answer ``measured(now, effect, square)``.
+    """
+
+    key: RoundKey
+    part: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreResult:
     """All parts are in place: hash them as one blob and, for state channels, write them to disk.
 

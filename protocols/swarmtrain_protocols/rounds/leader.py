@@ -17,6 +17,7 @@ from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
+from swarmtrain_protocols.rounds import clip
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.lobby import Lobbies, Lobby, Newest
 from swarmtrain_protocols.rounds.loss import LossWatch
@@ -24,7 +25,7 @@ from swarmtrain_protocols.rounds.owners import Owners
 from swarmtrain_protocols.rounds.pace import OverlapChoice
 from swarmtrain_protocols.rounds.phases import Decider, Phase
 from swarmtrain_protocols.rounds.pinning import NO_MAJORITY, Pins
-from swarmtrain_protocols.rounds.plan import coefficients_of, plan_parts
+from swarmtrain_protocols.rounds.plan import plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 from swarmtrain_protocols.rounds.unlike import discount_of, lateness
 from swarmtrain_protocols.schedule import mode_at
@@ -189,6 +190,7 @@ class RoundLeader:
             if channel.open is not None and phase is None:
                 lobby, opened = self._lobbies.room(name), channel.open
                 phase = Phase(opened.key, opened, now, now + self._timeout(channel))
+                phase.weighs = self.ledger.weighs(name)
                 turn = lobby.turns.plan(opened, lobby.rates, self._hidden(opened.key.round))
                 phase.patient, phase.hopeless = turn
                 self._phases[name] = phase
@@ -394,15 +396,15 @@ class RoundLeader:
         minimum = max(minimum, 1)
         possible = len(phase.opened.contributors) - len(phase.refused)  # those taken back: never
         listed = [phase.opened.contributors[i] for i in delivered]
-        samples = [item.samples * item.discount for item in listed]
+        weight = sum(item.samples * item.discount for item in listed)
         if len(delivered) < minimum <= possible and now < phase.deadline:
             return
-        if len(delivered) < minimum or not sum(samples) > 0:
+        if len(delivered) < minimum or not weight > 0:
             self._abort(now, phase, "contributions did not arrive")
             return
-        values = coefficients_of(samples)
-        coefficients = tuple(e.Coefficient(i, v) for i, v in zip(delivered, values, strict=True))
-        if self._propose(now, e.RoundSet(phase.key, coefficients)):
+        norms, kept = phase.norms(delivered), self.ledger.channels[phase.key.channel].norms
+        coefficients = clip.coefficients(phase.opened, delivered, norms, kept)
+        if self._propose(now, e.RoundSet(phase.key, coefficients, tuple(norms))):
             phase.proposed = "set"
             phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])
 

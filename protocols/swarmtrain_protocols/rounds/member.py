@@ -15,6 +15,7 @@ from swarmtrain_protocols.ledger import ChannelState, Ledger, Outcome
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.rounds import clip
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import Attempt, Closing
 from swarmtrain_protocols.rounds.fetches import Fetches
@@ -193,6 +194,9 @@ class RoundMember:
             for item in body.stages:
                 key = RoundKey(body.generation, stage_channel(item.stage), body.step, body.attempt)
                 self._bind(key, item.contributors)
+        elif isinstance(body, e.RoundSet):
+            channel = self.ledger.channels[body.key.channel]
+            self._out += [Emit(notice) for notice in clip.notices(channel, body)]
         elif isinstance(body, e.RoundCommitted | e.RoundAborted):
             self._decide_offer(body.key)
         elif isinstance(body, e.StepOutcome | e.StageLost):
@@ -252,17 +256,10 @@ class RoundMember:
         people += [p.owner for p in opened.parts] + [p.deputy for p in opened.parts]
         if self._me not in people:
             return None
-        attempt = Attempt(
-            opened.key,
-            opened,
-            self._me,
-            self.ledger.run,
-            self._keyring,
-            self._rng,
-            self._fetches,
-            self._out,
-        )
+        here = self._keyring, self._rng, self._fetches, self._out
+        attempt = Attempt(opened.key, opened, self._me, self.ledger.run, *here)
         self._attempts[channel.name] = attempt
+        attempt.weighs = self.ledger.weighs(channel.name)
         offer = self._offers.get(channel.name)
         index = attempt.own_index
         own = None if index is None else opened.contributors[index]
@@ -375,9 +372,12 @@ class RoundMember:
 
     # -- answers of the data plane ---------------------------------------------------------
 
+    def measured(self, now: float, effect: fx.MeasurePart, square: float) -> None:
+        if (attempt := self._find(effect.key)) is not None:
+            attempt.measured(now, effect.part, effect.index, square)
+
     def reduced(self, now: float, key: RoundKey, part: int, root: bytes) -> None:
-        attempt = self._find(key)
-        if attempt is not None:
+        if (attempt := self._find(key)) is not None:
             attempt.reduced(now, part, root)
 
     def stored(

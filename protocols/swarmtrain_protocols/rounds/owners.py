@@ -17,6 +17,7 @@ from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
+from swarmtrain_protocols.rounds.clip import legal_squares
 from swarmtrain_protocols.rounds.phases import Phase
 from swarmtrain_protocols.suspension import is_suspended
 
@@ -66,6 +67,11 @@ class Owners:
         if peer not in (part.owner, part.deputy, phase.deputies.get(said.part)):
             return "not_an_owner"
         total = len(phase.opened.contributors)
+        if phase.weighs and not legal_squares(said.squares, len(said.contributors)):
+            return "malformed"  # no report: whoever goes on like this is silent
+        if phase.weighs:
+            sums = dict(zip(said.contributors, said.squares, strict=True))
+            phase.squares.setdefault(said.part, {})[peer] = sums
         phase.held.setdefault(said.part, {})[peer] = said.contributors
         phase.refused.update(dict.fromkeys(i for i in said.refused if i < total))
         phase.first_said.setdefault(peer, now)

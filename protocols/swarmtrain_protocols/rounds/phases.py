@@ -9,6 +9,7 @@ from typing import Protocol
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
+from swarmtrain_protocols.rounds.clip import norm_of
 from swarmtrain_protocols.rounds.unlike import closing_grace_s, half_of
 
 
@@ -61,6 +62,18 @@ class Phase:
     """It is the turn of slow links: the set waits for them."""
     hopeless: tuple[int, ...] = ()
     """Contributions that are in if they arrive, and not waited for."""
+    weighs: bool = False
+    """Norms count here (15): what an owner holds is reported with its sums of squares."""
+    squares: dict[int, dict[bytes, dict[int, float]]] = field(default_factory=dict)
+    """By part and who computes it: the sum of squares of each contributor's part."""
+
+    def norms(self, indices: list[int]) -> list[float]:
+        """Of contributions that every part's computer has; empty where norms do not count."""
+        if not self.weighs:
+            return []
+        computers = [self.deputies.get(i, part.owner) for i, part in enumerate(self.opened.parts)]
+        said = [self.squares[i][computer] for i, computer in enumerate(computers)]
+        return [norm_of([of_part[index] for of_part in said]) for index in indices]
 
     def note_half(self, now: float, delivered: int, wanted: int, hidden: bool) -> None:
         """Half of the contributions are where they are summed: the others have this long left."""

@@ -1,8 +1,7 @@
-"""Part tables and coefficients: pure functions that fix the bytes of a round."""
+"""Part tables: pure functions that fix who sums what in a round."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 
 from swarmtrain_protocols import limits
@@ -78,18 +77,3 @@ def _after(people: Sequence[bytes], one: bytes) -> list[bytes]:
     """``people`` in order, beginning behind ``one``."""
     at = people.index(one) + 1 if one in people else 0
     return [*people[at:], *people[:at]]
-
-
-def coefficients_of(samples: Sequence[float]) -> list[float]:
-    """Weights by samples: c_i = fp32(samples_i / sum), the sum taken in fp64 in member order."""
-    total = 0.0
-    for item in samples:
-        total += item
-    assert total > 0
-    return [fp32(item / total) for item in samples]
-
-
-def fp32(value: float) -> float:
-    """The nearest fp32 value of a binary64 one, ties to even (IEEE 754)."""
-    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
-    return rounded

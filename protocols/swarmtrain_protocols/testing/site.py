@@ -72,6 +72,8 @@ class SitePart:
     holds_state: bool = True
     votes: bool = True
     reachable: bool = True
+    loud: float = 1.0
+    """Factor on what its trainer hands over."""
 
 
 class Site:
@@ -277,7 +279,8 @@ class Site:
             return
         if not core.catchup.in_step(channel):
             return
-        values = self._numbers.normal(0.0, 0.01, state.theta.size).astype(np.float32)
+        spread = 0.01 * self.part.loud
+        values = self._numbers.normal(0.0, spread, state.theta.size).astype(np.float32)
         samples = float(1 + self._luck.integer(64))
         codec = core.policy.scatter_codec
         self._offer(now, channel, values, codec, samples, state.round, 0)
@@ -348,6 +351,8 @@ class Site:
             self.plane.drop(effect.root)
         elif isinstance(effect, fx.DropState):
             self._drop_state(effect.channel)
+        elif isinstance(effect, fx.MeasurePart):
+            return [self._later(lambda at: self._measure(at, effect))]
         elif isinstance(effect, fx.ReducePart):
             return [self._later(lambda at: self._reduce(at, effect))]
         elif isinstance(effect, fx.StoreResult):
@@ -373,6 +378,14 @@ class Site:
 
     def _later(self, call: Callable[[float], None]) -> Completion:
         return self._luck.between(*self.spec.work_s), call
+
+    def _measure(self, now: float, effect: fx.MeasurePart) -> None:
+        try:
+            square = self.plane.measure(effect.key, effect.part, effect.index)
+        except LocalProtocolError:
+            self.truth.seen["measure-after-release"] += 1
+            return
+        self.core.measured(now, effect, square)
 
     def _reduce(self, now: float, effect: fx.ReducePart) -> None:
         try:

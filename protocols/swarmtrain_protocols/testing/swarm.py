@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -106,6 +106,9 @@ def spec_of(seed: int) -> tuple[SwarmSpec, tuple[SitePart, ...]]:
         parts[-1] = SitePart(names[-1], trains=False, holds_state=luck.chance(0.5))
     if count > 3 and luck.chance(0.3):  # behind NAT
         parts[-2] = SitePart(names[-2], reachable=False, votes=luck.chance(0.5))
+    shout = Stream(seed, "loud")
+    if shout.chance(0.3):
+        parts[0] = replace(parts[0], loud=shout.between(3.0, 100.0))
     # The order of these draws stays: seeds that once found a defect are replayed for ever.
     times = {"round_timeout_s": pick(4.0, 8.0), "grace_s": pick(1.0, 3.0)}
     layout = (("train/0/0", 40), ("train/0/1", 21)) if luck.chance(0.3) else (("train/0/0", 40),)

@@ -1,7 +1,8 @@
 """AR4: recorded weights are not negative, finite, capped, and sum to their divisor.
 
 A coefficient is the contribution's share of the samples in the set, less the discount of one that
-is late or holds several phases (08 §2.8); its trainer is told that very number.
+is late or holds several phases (08 §2.8) and what clipping takes (15); its trainer is told that
+very number.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ class WeightsAreRight(Invariant):
     def chosen(self, world: World, body: e.RoundSet) -> None:
         weights = [self._weight(world, body.key, item.index) for item in body.coefficients]
         total = math.fsum(weights)
-        for item, weight in zip(body.coefficients, weights, strict=True):
-            if not (0.0 <= item.value <= 1.0) or abs(item.value - weight / total) > TOLERANCE:
+        factors = self.oracle.factors.get(body.key, [1.0] * len(weights))
+        for item, weight, factor in zip(body.coefficients, weights, factors, strict=True):
+            right = factor * weight / total
+            if not (0.0 <= item.value <= 1.0) or abs(item.value - right) > TOLERANCE:
                 world.violation("AR4", f"coefficients of {body.key}: {body.coefficients}")
 
     def _weight(self, world: World, key: RoundKey, index: int) -> float:

@@ -96,6 +96,8 @@ class Oracle(LogIsOne):
         self.keys: dict[tuple[str, int], RoundKey] = {}
         self.states: dict[str, list[Reference]] = {}
         self.counted: dict[bytes, RoundKey] = {}
+        self.factors: dict[RoundKey, list[float]] = {}
+        """By which contributions of a set are clipped, from ``clip``."""
         self.aborted = 0
         self.served: dict[bytes, int] = {}
         """Contributions to state channels that were counted, by member."""

@@ -10,6 +10,7 @@ from swarmtrain_protocols.testing.checks.ar4 import WeightsAreRight
 from swarmtrain_protocols.testing.checks.ar6 import InputsStay
 from swarmtrain_protocols.testing.checks.ar7 import DoubtEnds
 from swarmtrain_protocols.testing.checks.changes import ChangesComeBefore
+from swarmtrain_protocols.testing.checks.clip import LoudAreClipped
 from swarmtrain_protocols.testing.checks.gf1 import OneAttempt
 from swarmtrain_protocols.testing.checks.gf2 import PlansFit
 from swarmtrain_protocols.testing.checks.honest import NobodyIsAccused
@@ -23,15 +24,8 @@ from swarmtrain_protocols.testing.truth import Truth
 
 INVARIANTS = (
     *(OneAttempt, PlansFit, OneOutcome, SumsAreRight, CountedOnce, SetsAreDelivered),
-    *(
-        WeightsAreRight,
-        InputsStay,
-        DoubtEnds,
-        StatesAreEqual,
-        NothingIsLost,
-        JoinersAreReady,
-        BasesAreTrue,
-    ),
+    *(LoudAreClipped, WeightsAreRight, InputsStay, DoubtEnds, StatesAreEqual, NothingIsLost),
+    *(JoinersAreReady, BasesAreTrue),
     *(ChangesComeBefore, NobodyIsAccused, ViewsAreTrue),
 )
 

@@ -87,8 +87,8 @@ _FROM_SPECS = (
                 "return False",
             ),
         ),
-        WORKERS,
-        find("pipelines", 0, 40),
+        find("pipelines: workers die", 5, 8),
+        find("units: sums", 0),
     ),
     _spec(
         "a new leader deals nothing while leases of the old one may be alive",
@@ -100,7 +100,7 @@ _FROM_SPECS = (
                 "return now",
             ),
         ),
-        find("pipelines", 0, 40),
+        find("pipelines", 0, 8),
         find("units: leases", 0),
     ),
     _spec(
@@ -113,7 +113,7 @@ _FROM_SPECS = (
                 "if True]",
             ),
         ),
-        find("pipelines", 0, 60),
+        find("pipelines", 0, 8),
         find("units: steps", 0),
     ),
     _spec(
@@ -162,8 +162,8 @@ _FROM_SPECS = (
                 "return False",
             ),
         ),
-        find("pipelines", 0, 40),
         find("pipelines: workers die", 5, 8),
+        find("units: steps", 0),
     ),
 )
 

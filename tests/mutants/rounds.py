@@ -68,8 +68,8 @@ _FROM_SPECS = (
             patch("ledger:_opened", "channel.open is not None or ", ""),
             patch("channels:ChannelState.begin", "assert self.open is None", "pass"),
         ),
-        find("small: leader as it writes", 0, 24),
-        find("rounds", 0, 60),
+        find("small: leader as it writes", 0, 12),
+        find("units: ledger", 0),
     ),
     _spec(
         "an attempt is decided once",
@@ -82,8 +82,8 @@ _FROM_SPECS = (
                 "channel.open is None or channel.chosen is None",
             ),
         ),
-        find("small: leader as it writes", 0, 24),
-        find("rounds", 0, 60),
+        find("small: leader as it writes", 0, 12),
+        find("units: ledger", 0),
     ),
     _spec(
         "the set has only what every part's computer has",
@@ -97,7 +97,8 @@ _FROM_SPECS = (
                 "common |= set(held)",
             ),
         ),
-        find("rounds", 0, 40),
+        find("rounds", 0, 12),
+        find("units: leader", 0),
     ),
     _spec(
         "a part is summed when all of the set is here",
@@ -121,7 +122,8 @@ _FROM_SPECS = (
         "an owner claims its own contribution only if it still has the bytes",
         "08 §2.3.3",
         (patch("rounds.attempt:Attempt.assign", "if not self.own_lost:", "if True:"),),
-        find("rounds", 0, 40),
+        find("rounds", 0, 12),
+        find("units: attempt", 0),
     ),
     _spec(
         "coefficients are shares of the set, not of all that were listed",
@@ -184,7 +186,8 @@ _FROM_SPECS = (
         "an owner that is lost is replaced",
         "08 §2.2.8",
         (patch("rounds.owners:Owners._replace", "if current in able:", "if True:"),),
-        find("rounds: sometimes", 0, 1),
+        find("rounds: sometimes", 0),
+        find("units: owners", 0),
     ),
     _spec(
         "every phase of an attempt has a deadline",
@@ -208,7 +211,8 @@ _FROM_SPECS = (
                 "known = None",
             ),
         ),
-        find("rounds", 0, 40),
+        find("small", 0, 24),
+        find("units: leader", 0),
     ),
     _spec(
         "the residual of an aborted contribution is the one before it",
@@ -300,8 +304,8 @@ _FROM_CODE = (
             "< minimum <= possible and now",
             "< minimum and now",
         ),
-        find("rounds: sometimes", 0, 1),
-        find("rounds", 0, 20),
+        find("rounds", 0, 12),
+        find("units: leader", 0),
     ),
     _code(
         "what was counted is not offered again",

@@ -257,7 +257,12 @@ SUITES: dict[str, Run] = {
     "units: overlap": units("test_overlap.py"),
     "units: catch-up": units("test_rounds_catchup.py"),
     "units: download": units("test_rounds_download.py"),
-    "units: log": units("test_log_entrylog.py"),
+    "units: ledger": units("test_ledger.py", "test_channels.py", "test_leadership.py"),
+    "units: attempt": units("test_rounds_attempt.py"),
+    "units: sums": units("pipeline/test_sums.py", "pipeline/test_worker.py"),
+    "units: log": units(
+        *(f"test_log_{name}.py" for name in ("entrylog", "acceptor", "leader", "state"))
+    ),
     "units: view": units("test_log_view.py"),
     "units: access": units("test_access.py"),
     "units: owners": units("test_suspension.py", "test_rounds_owners.py"),

@@ -6,6 +6,7 @@ read (``from_spec``); the others take out a check that stands in the code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.mutants.patching import Patch
@@ -41,6 +42,21 @@ AREAS = ("rounds", "log", "transfer", "membership", "pipelines", "data")
 def find(suite: str, first: int, stop: int | None = None) -> Finder:
     """One seed, or those from ``first`` to before ``stop``."""
     return Finder(suite, range(first, first + 1 if stop is None else stop))
+
+
+def maker(area: str, from_spec: bool, *default: Finder) -> Callable[..., Mutant]:
+    """``make(name, source, patch or patches, *finders)`` of a mutant of that area.
+
+    ``default``: who looks for it if no finder is named.
+    """
+
+    def make(
+        name: str, source: str, patches: Patch | tuple[Patch, ...], *finders: Finder
+    ) -> Mutant:
+        listed = (patches,) if isinstance(patches, Patch) else patches
+        return Mutant(name, area, source, from_spec, listed, finders or default)
+
+    return make
 
 
 def catalogue() -> tuple[Mutant, ...]:

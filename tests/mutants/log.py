@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import Finder, Mutant, find
-from tests.mutants.patching import Patch, patch
+from tests.mutants.catalogue import find, maker
+from tests.mutants.patching import patch
 
-
-def _code(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    return Mutant(name, "log", source, False, patches, finders)
-
-
-def _spec(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    return Mutant(name, "log", source, True, patches, finders)
-
+_code = maker("log", False)
+_spec = maker("log", True)
 
 _FROM_SPECS = (
     _spec(

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import Finder, Mutant, find
-from tests.mutants.patching import Patch, patch
+from tests.mutants.catalogue import find, maker
+from tests.mutants.patching import patch
 
 WORKERS = find("pipelines: workers die", 5, 25)
 LOST = find("pipelines: stage lost", 5, 9)
 LATE = find("pipelines: late messages", 5, 9)
 
-
-def _code(name: str, source: str, item: Patch, *finders: Finder) -> Mutant:
-    return Mutant(name, "pipelines", source, False, (item,), finders or (WORKERS,))
-
-
-def _spec(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    return Mutant(name, "pipelines", source, True, patches, finders or (WORKERS,))
-
-
-def _also(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    """A sentence of a specification whose code was read before."""
-    return Mutant(name, "pipelines", source, False, patches, finders)
-
+_code = maker("pipelines", False, WORKERS)
+_spec = maker("pipelines", True, WORKERS)
+_also = maker("pipelines", False, WORKERS)
+"""A sentence of a specification whose code was read before."""
 
 _FROM_SPECS = (
     _spec(

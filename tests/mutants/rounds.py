@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import Finder, Mutant, find
-from tests.mutants.patching import Patch, patch
+from tests.mutants.catalogue import find, maker
+from tests.mutants.patching import patch
 
-
-def _code(name: str, source: str, item: Patch, *finders: Finder) -> Mutant:
-    return Mutant(name, "rounds", source, False, (item,), finders)
-
-
-def _spec(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    return Mutant(name, "rounds", source, True, patches, finders)
-
-
-def _also(name: str, source: str, patches: tuple[Patch, ...], *finders: Finder) -> Mutant:
-    """A sentence of a specification whose code was read before."""
-    return Mutant(name, "rounds", source, False, patches, finders)
-
+_code = maker("rounds", False)
+_spec = maker("rounds", True)
+_also = maker("rounds", False)
+"""A sentence of a specification whose code was read before."""
 
 _FROM_SPECS = (
     _spec(

@@ -66,8 +66,8 @@ def changed(item: Patch) -> tuple[Any, str, Any, Any]:
 
 
 def _places(original: object) -> Iterator[tuple[Any, Any]]:
-    """(container, key) wherever modules of the cores hold a function, also in their tables."""
-    for name in [n for n in sys.modules if n.startswith(PACKAGE)]:
+    """(container, key) wherever cores and tests hold a function, also in tables of modules."""
+    for name in [n for n in sys.modules if n.startswith((PACKAGE, "tests."))]:
         space = vars(sys.modules[name])
         for key, value in list(space.items()):
             if value is original:
@@ -81,17 +81,17 @@ def planted(*patches: Patch) -> Iterator[None]:
     """Within this block the bug is there, in every module that has imported the function."""
     undo: list[Callable[[], None]] = []
 
-    def put(container: Any, key: Any, value: Any) -> None:
-        before = container[key]
-        undo.append(lambda: container.__setitem__(key, before))
-        container[key] = value
+    def exchange(old: Any, new: Any) -> None:
+        for container, key in list(_places(old)):
+            container[key] = new
 
     try:
         for item in patches:
             owner, name, found, made = changed(item)
             if isinstance(owner, types.ModuleType):
-                for container, key in list(_places(found)):
-                    put(container, key, made)
+                # Looked for again at the end: a test that is imported meanwhile has it, too.
+                undo.append(lambda m=made, f=found: exchange(m, f))  # type: ignore[misc]
+                exchange(found, made)
             else:
                 undo.append(lambda o=owner, n=name, f=found: setattr(o, n, f))  # type: ignore[misc]
                 setattr(owner, name, made)

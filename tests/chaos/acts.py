@@ -114,7 +114,8 @@ class Acts:
         if wanted == "any":
             return self._luck.choice(alive[1:] if alive[0].number == 0 else alive)
         found = crew.homes[wanted % len(crew.homes)]
-        return found if found in alive else self._luck.choice(alive)
+        others = [home for home in alive if not self._founder_idle(home)]
+        return found if found in alive else self._luck.choice(others)
 
     def _again(self, home: Home, what: str, after_s: float) -> None:
         due_s = time.monotonic() + after_s

@@ -46,7 +46,9 @@ class Attack:
         host, port = address.rsplit(":", 1)
         try:
             async with asyncio.timeout(5.0):
-                reader, writer = await asyncio.open_connection(host, int(port))
+                reader, writer = await asyncio.open_connection(
+                    host, int(port), local_addr=self._source(host)
+                )
         except (OSError, TimeoutError):
             self.done["refused"] += 1
             return
@@ -62,6 +64,12 @@ class Attack:
             self.done["cut off"] += 1
         finally:
             writer.close()
+
+    def _source(self, host: str) -> tuple[str, int] | None:
+        """Hosts of its own: on loopback of Linux any of 127/8, so that no honest one is meant."""
+        if sys.platform != "linux" or not host.startswith("127."):
+            return None
+        return f"127.9.{self._luck.randrange(4)}.{self._luck.randint(1, 8)}", 0
 
     async def _talk(
         self, kind: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

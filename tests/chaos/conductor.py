@@ -302,6 +302,7 @@ class Conductor:
             "trainers": scenario.trainers,
             "ground": self.crew.ground.name,
             "sites": {home.name: home.seat.id for home in self.crew.homes},
+            "idle": ["site-0"] if scenario.seeded else [],
             "planned": dict(Counter(fault["kind"] for fault in order.schedule)),
             "schedule": list(order.schedule),
             "criteria": list(scenario.criteria) if not order.until_samples else [],

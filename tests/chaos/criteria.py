@@ -172,6 +172,8 @@ def no_member_waits(h: History) -> Finding:
     up = meet(meet(majority_up(h), _run_spans(h)), free)
     worst, who = (0.0, 0.0), ""
     for site, spans in there(h).items():
+        if site in h.run.get("idle", ()):
+            continue  # it keeps the log and no state
         moments = [r["mono_s"] for r in h.sites.get(site, ()) if r["name"] == "state_applied"]
         found = longest(moments, meet(spans, up))
         if found > worst:

@@ -129,6 +129,19 @@ def test_first_ranges_are_short_and_grow_with_the_measured_rate() -> None:
     assert max(x.count for x in scene.flying) == RANGE_CHUNKS_MAX
 
 
+def test_the_header_of_a_state_says_nothing_of_a_rate() -> None:
+    """It comes after one round trip, however slow its donor is."""
+    scene = Scene(17)
+    scene.begin(0.0, A, B, C)
+    (header,) = [x for x in scene.flying if x.first == 0]
+    scene.answer(0.4, header)
+    assert header.count == 1 and scene.book.rate(header.peer) is None
+    assert [x.count for x in scene.of(header.peer)] == [1] * RANGES_PER_DONOR
+    end = scene.play(0.4, {A: 0.3e6, B: 0.3e6, C: 0.3e6})
+    assert scene.dropped() == []
+    assert end < 1.25 * 16 * CHUNK_BYTES / 0.9e6 + 2 * CHUNK_BYTES / 0.3e6
+
+
 def test_what_is_here_already_is_not_asked_for() -> None:
     have = (0, 1, 2, 7, 39)
     scene = Scene(40, have)

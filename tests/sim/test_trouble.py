@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +16,13 @@ from swarmtrain_protocols.messages.session import Ping
 from swarmtrain_protocols.testing.clock import HostClock
 from swarmtrain_protocols.testing.disk import Disk
 from swarmtrain_protocols.testing.draws import Stream
-from swarmtrain_protocols.testing.faults import FLAP_S, SLOW_EVENT_S, Fault
+from swarmtrain_protocols.testing.faults import FLAP_S, KINDS, SLOW_EVENT_S, Fault
+from swarmtrain_protocols.testing.small import run_small
+from swarmtrain_protocols.testing.swarm import AIMS
 from swarmtrain_protocols.testing.world import NetworkModel, World
 from tests.sim.toy import CALM, ToyNode, acked, toy_world
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def say(world: World, nonce: int) -> None:
@@ -224,6 +232,35 @@ def test_a_clock_that_jumps_fires_timers_at_once_and_a_slow_one_late() -> None:
         fired = len(node.calls)
         world.run(30.0, lambda node=node, fired=fired: len(node.calls) > fired)
         assert least < world.now < most, (fault, world.now)
+
+
+def everything(seed: int) -> str:
+    """The trace of a small swarm that meets every kind of fault, and some aimed at roles."""
+    values = {"wall": "3600.0", "drift": "1.25", "cut": "c", "cut1": "c"}
+    kinds = [kind for kind in KINDS if kind != "vanish"]
+    faults = [
+        Fault(2.0 + 0.2 * number, kind, "ab"[number % 2], values.get(kind, ""), 0.4)
+        for number, kind in enumerate(kinds)
+    ]
+    faults += [Fault(3.0, "aim-pause", role, what, 0.5) for role, what in AIMS]
+    outcome = run_small(seed, faults)
+    assert outcome.violation == "", outcome.text
+    assert sum(outcome.seen[f"fault:{kind}"] for kind in kinds) >= len(kinds) - 6, outcome.seen
+    return outcome.trace
+
+
+def test_every_kind_replays_under_any_hash_seed() -> None:
+    code = "from tests.sim.test_trouble import everything; print([everything(s) for s in (1, 2)])"
+    path = os.pathsep.join(str(ROOT / name) for name in (".", "peer", "protocols"))
+    outputs = []
+    for hash_seed in ("0", "1", "777"):
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(outputs[0]) > 2 * 64
 
 
 def test_healing_ends_all_of_it() -> None:

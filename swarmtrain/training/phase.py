@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarmtrain.training.flat import Flat
+from swarmtrain.training.phaserules import Rules
 from swarmtrain.training.port import Document, Notify, Port, Session
 from swarmtrain.training.tempo import Tempo
 from swarmtrain_peer.shm import Decision, HandoverInfo
 from swarmtrain_protocols.changes import InnerStep
-from swarmtrain_protocols.errors import ConfigError, Diverged, LocalProtocolError
-from swarmtrain_protocols.overlap import MODES, Mode, Overlay
+from swarmtrain_protocols.errors import Diverged, LocalProtocolError
+from swarmtrain_protocols.overlap import Mode, Overlay
 from swarmtrain_protocols.schedule import OuterStep
 from swarmtrain_protocols.shards import LeaseBook
 
@@ -37,54 +38,6 @@ PASSES_MAX = 256
 """Momentum that decayed this often is nothing; more need not be counted."""
 NON_FINITE_MAX = 3
 """Phases in a row that end in NaN or infinity before training counts as diverged."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The run keys that shape a phase; ``wait_s_max`` bounds one wait in seconds.
-
-    ``mode``, ``lr`` and ``beta`` are those of the round in which this trainer attached; with each θ
-    the peer process says those of its round.
-    """
-
-    mode: Mode
-    lr: float
-    beta: float
-    inner_steps: int
-    extra_steps_max: int
-    delay: int
-    mix: float
-    max_base_age: int
-    wait_s_max: float
-
-    @classmethod
-    def from_run(cls, run: Document, wait_s_max: float) -> Rules:
-        """From the run keys of ``Attached.run``, in which nothing is ``auto`` any more.
-
-        Raises:
-            ConfigError: keys that were not resolved or do not go together.
-        """
-        mode = run["overlap"]
-        if mode not in MODES or run.get("outer_lr") is None or run.get("outer_momentum") is None:
-            raise ConfigError("run keys", "overlap and the outer step are not resolved")
-        if run.get("delay", 0) and mode != "off":
-            raise ConfigError(
-                f"run key overlap = {mode}",
-                "delay has a meaning only with overlap off",
-                "set overlap = off or delay = 0",
-            )
-        steps = int(run["inner_steps"])
-        return cls(
-            cast(Mode, mode),
-            float(run["outer_lr"]),
-            float(run["outer_momentum"]),
-            steps,
-            int(steps * float(run.get("max_extra_steps_factor", 2.0))),
-            int(run.get("delay", 0)),
-            float(run.get("mix", 0.5)),
-            int(run.get("max_base_age_rounds", 2)),
-            wait_s_max,
-        )
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from swarmtrain.training.dealing import Dealer, by_turns, dealt
 from swarmtrain.training.flat import Flat
 from swarmtrain.training.mailbox import Callback, Mailbox
-from swarmtrain.training.phase import Phase, Rules, first_boundary
+from swarmtrain.training.phase import Phase, first_boundary
+from swarmtrain.training.phaserules import Rules
 from swarmtrain.training.port import Control, Document, Port, Session
 from swarmtrain.training.tempo import Progress, Tempo
 from swarmtrain.training.view import SwarmState, read_theta, samples_in

@@ -1,0 +1,1 @@
+"""Models of the specifications, small enough to look at every state. Not derived from the code."""

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from swarmtrain_protocols.testing.checks.base import SOMETIMES_SHARE
@@ -86,23 +87,26 @@ def tell(report: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def night(kind: str, schedules: int, workers: int, seed: int) -> bool:
-    """All schedules of one kind; True if nothing is wrong."""
+def night(kind: str, schedules: int, workers: int, seed: int) -> dict[str, Any]:
+    """All schedules of one kind, printed; what came of them, ``good`` if nothing is wrong."""
     flags = ("--shrink", "--kind", kind, "--schedules", str(schedules), "--seed", str(seed))
     report = added(shards("swarmtrain_protocols.testing.nightly", workers, *flags))
     tell(report)
-    return not report["violations"] and not rare(report)
+    return {**report, "good": not report["violations"] and not rare(report)}
 
 
-def hunt(workers: int, *flags: str) -> bool:
-    """All planted bugs; True if enough are found."""
+def hunt(workers: int, *flags: str) -> dict[str, Any]:
+    """All planted bugs; ``good`` if enough are found."""
     found = shards("tests.mutants", workers, *flags)
     total = sum(item["total"] for item in found)
     survivors = [name for item in found for name in item["survivors"]]
     for name in survivors:
         sys.stdout.write(f"  survivor: {name}\n")
-    sys.stdout.write(f"mutants: killed={total - len(survivors)}/{total}\n")
-    return total - len(survivors) >= BAR * total
+    units = sum(item["units"] for item in found)
+    killed = total - len(survivors)
+    sys.stdout.write(f"mutants: killed={killed}/{total} by unit tests alone={units}\n")
+    figures = {"total": total, "killed": killed, "units": units, "survivors": survivors}
+    return {"kind": "mutants", **figures, "good": killed >= BAR * total}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,15 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes beside each other")
     parser.add_argument("--kind", choices=sorted(KINDS), action="append", help="only these")
     parser.add_argument("--no-mutants", action="store_true", help="schedules only")
+    parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     given = parser.parse_args(argv)
-    good = []
+    parts = []
     for kind, share in SHARES.items():
         if not given.kind or kind in given.kind:
             count = max(1, round(given.schedules * share))
-            good.append(night(kind, count, given.workers, given.seed))
+            parts.append(night(kind, count, given.workers, given.seed))
     if not given.no_mutants:
-        good.append(hunt(given.workers))
-    return 0 if all(good) else 1
+        parts.append(hunt(given.workers))
+    if given.output is not None:
+        given.output.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(part["good"] for part in parts) else 1
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ _FROM_SPECS = (
             patch(
                 "log.acceptor:Acceptor.on_append",
                 "s.save()\n",
-                "",
+                "pass\n",
                 "self._reply(peer, ok=True, index=matched)",
                 "self._reply(peer, ok=True, index=matched)\n        s.save()",
             ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,20 +49,29 @@ def test_a_night_fails_for_a_violation_a_rare_point_or_too_many_survivors(
     violations: int,
     survivors: int,
     status: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def shards(module: str, workers: int, *flags: str) -> list[dict[str, Any]]:
         if module == "tests.mutants":
             names = [f"log: number {n}" for n in range(survivors)]
-            return [{"total": 60, "survivors": names}, {"total": 40, "survivors": []}]
+            return [
+                {"total": 60, "units": 3, "survivors": names},
+                {"total": 40, "units": 2, "survivors": []},
+            ]
         return [report("rounds", fired // 2, violations=violations), report("rounds", fired // 2)]
 
     monkeypatch.setattr(nightly, "shards", shards)
-    assert nightly.main(["--kind", "rounds", "--schedules", "400"]) == status
+    file = tmp_path / "night.json"
+    flags = ["--kind", "rounds", "--schedules", "400", "--output", str(file)]
+    assert nightly.main(flags) == status
+    written = json.loads(file.read_text())
+    assert [part["kind"] for part in written] == ["rounds", "mutants"]
+    assert all(part["good"] for part in written) == (status == 0)
     printed = capsys.readouterr().out
     assert f"rounds: schedules=400 violations={violations}" in printed
-    assert f"mutants: killed={100 - survivors}/100" in printed
+    assert f"mutants: killed={100 - survivors}/100 by unit tests alone=5" in printed
     assert "survivor: log: number 0" in printed and "fault:crash" in printed
 
 

@@ -10,9 +10,9 @@ from swarmtrain_protocols.testing.model.__main__ import check, line
 from swarmtrain_protocols.testing.model.configs import LARGE, MEDIUM, MUTANTS, SMALL
 from swarmtrain_protocols.testing.model.consensus import GUARDS as LOG_GUARDS
 from swarmtrain_protocols.testing.model.decision import GUARDS as ROUND_GUARDS
-from swarmtrain_protocols.testing.model.decision import need
 from swarmtrain_protocols.testing.model.explore import Model, Step, explore
 from swarmtrain_protocols.testing.model.once import GUARDS as ONCE_GUARDS
+from swarmtrain_protocols.testing.model.table import need
 
 QUICK = (
     *("log: majority", "log: newest", "round: holders", "round: durable", "round: certified"),

@@ -67,6 +67,7 @@ class World:
         self.transfers = transfers.Transfers(self)
         self.trouble = Trouble(self)
         self.healed = False
+        self.events_max = EVENTS_MAX
         self._heap: list[tuple[float, int, Host | None, int, Callable[..., None], Any]] = []
         self._sequence = 0
 
@@ -121,8 +122,8 @@ class World:
                 if host.held_until > time_s:
                     self.at(host.held_until, host, call, *args)
                     continue
-            if self.trace.events > EVENTS_MAX:
-                self.violation("events", f"more than {EVENTS_MAX} events")
+            if self.trace.events > self.events_max:
+                self.violation("events", f"more than {self.events_max} events")
             call(*args)
             if host is not None:
                 host.worked()

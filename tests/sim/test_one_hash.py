@@ -68,7 +68,7 @@ def dumped_mean(swarm: Swarm, number: int) -> bytes:
     return mean.tobytes()
 
 
-@pytest.mark.parametrize("seed", FP32[:3])
+@pytest.mark.parametrize("seed", FP32[:2])
 def test_paused_between_two_owners_and_resumed_after_an_election(seed: int) -> None:
     """A member has heard one owner; the leader dies; when it goes on, another term has begun."""
     parts = [SitePart(name) for name in "abcd"]
@@ -92,7 +92,7 @@ def test_paused_between_two_owners_and_resumed_after_an_election(seed: int) -> N
         assert data == dumped_mean(swarm, number)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_flipped_bit_is_named_and_mended_in_the_next_round(seed: int) -> None:
     """By the member itself, and by nobody else, though it may be the first at the next round."""
     name = "abc"[seed % 3]

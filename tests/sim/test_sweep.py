@@ -39,11 +39,12 @@ def test_moments_are_those_of_the_clean_run() -> None:
 def test_one_fault_at_moments_all_over_the_run_breaks_nothing() -> None:
     told: list[str] = []
     planned = singles(run_small, SEED, ("crash", "power"), "@actor", 1.5)
-    swept = sweep(run_small, SEED, planned, stride=251, offset=17, tell=told.append)
+    swept = sweep(run_small, SEED, planned, stride=503, offset=17, tell=told.append)
     assert swept.violations == [], told
-    assert swept.moments > 1000 and swept.runs >= 6
+    assert swept.moments > 1000 and swept.runs >= 3
 
 
+@pytest.mark.slow
 def test_two_faults_around_votes_break_nothing() -> None:
     told: list[str] = []
     planned = pairs(run_small, SEED, LEADER_LOST, VOTES[:1], ("power",), 1.0, 3.0)

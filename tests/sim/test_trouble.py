@@ -250,7 +250,7 @@ def everything(seed: int) -> str:
 
 
 def test_every_kind_replays_under_any_hash_seed() -> None:
-    code = "from tests.sim.test_trouble import everything; print([everything(s) for s in (1, 2)])"
+    code = "from tests.sim.test_trouble import everything; print(everything(1))"
     path = os.pathsep.join(str(ROOT / name) for name in (".", "peer", "protocols"))
     outputs = []
     for hash_seed in ("0", "1", "777"):
@@ -260,7 +260,7 @@ def test_every_kind_replays_under_any_hash_seed() -> None:
         )
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] == outputs[2]
-    assert len(outputs[0]) > 2 * 64
+    assert len(outputs[0]) > 64
 
 
 def test_healing_ends_all_of_it() -> None:

@@ -86,6 +86,7 @@ class DataWork:
             )
         elif isinstance(effect, fx.ReleaseAttempt):
             self._data.release_attempt(effect.key)
+            self._driver.allotment.release(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             self._data.drop(effect.root)
         elif isinstance(effect, fx.DropState):

@@ -18,6 +18,7 @@ from typing import Any
 
 from swarmtrain_peer import host
 from swarmtrain_peer.alarm import DiskAlarm
+from swarmtrain_peer.allotment import Allotment
 from swarmtrain_peer.datawork import INLINE_BYTES_MAX, DataWork
 from swarmtrain_peer.handler import Guest, Stages
 from swarmtrain_peer.journal import Journal
@@ -105,6 +106,7 @@ class Driver:
         self._persisting = False
         self._pumping = False
         self._asked: dict[int, _Asked] = {}
+        self.allotment = Allotment()
         self._closed = False
         transport.on_leaves(self.leaves_known)
         self.guest: Guest | None = None
@@ -274,6 +276,9 @@ class Driver:
             if isinstance(effect.purpose, fx.SnapshotLeaves):
                 self._fetch_hashes(effect, total)
                 return
+            if not self._fits(effect):
+                self._loop.call_soon(self.fetch_failed, effect.ticket, "no_room")
+                return
             places = self.data.destinations(effect.purpose, effect.first, effect.count)
         except LocalProtocolError:
             # The attempt was released meanwhile; the core no longer waits for the answer.
@@ -287,6 +292,13 @@ class Driver:
             self.offload(partial(incoming.missing, *span), ask)
         else:
             self._ask(effect, total, places, span)
+
+    def _fits(self, effect: Fetch) -> bool:
+        """Whether there is room for what others have chosen the size of."""
+        nbytes = self.data.guest_nbytes(effect.purpose, self.node.me)
+        if not nbytes or not isinstance(effect.purpose, fx.ContributionPart):
+            return True
+        return self.allotment.reserve(effect.purpose, effect.peer, nbytes)
 
     def _ask(
         self, effect: Fetch, total: int, places: list[memoryview], span: tuple[int, int]

@@ -415,7 +415,7 @@ KINDS: dict[str, Kind] = {
             "message_ignored",
             "info",
             "N611",
-            "A message counted for nothing: its sender knows less, or more, of the log.",
+            "A message counted for nothing: older or newer than the log, or there is no room.",
             ("peer", "reason"),
             limited=True,
         ),

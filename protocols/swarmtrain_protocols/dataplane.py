@@ -239,13 +239,21 @@ class DataPlane:
             raise LocalProtocolError("no such attempt", str(key))
         return buffers
 
+    def guest_nbytes(self, purpose: object, me: bytes) -> int:
+        """Memory that a fetch takes whose size others chose: for a group ``me`` has not called."""
+        if not isinstance(purpose, fx.ContributionPart) or purpose.key.channel.startswith("train/"):
+            return 0
+        opened = self._buffers(purpose.key).opened
+        mine = any(item.member == me for item in opened.contributors)
+        return 0 if mine else sum(self._part_sizes(opened, purpose.part, scatter=True))
+
     def _part_memory(self, opened: RoundOpened, part: int, *, scatter: bool) -> list[memoryview]:
+        return chunk_buffers(self._part_sizes(opened, part, scatter=scatter))
+
+    def _part_sizes(self, opened: RoundOpened, part: int, *, scatter: bool) -> list[int]:
         codec = get_codec(opened.scatter_codec if scatter else opened.gather_codec)
-        layout = self.layout(opened.values)
-        item = opened.parts[part]
-        return chunk_buffers(
-            [layout.encoded_nbytes(i, codec) for i in range(item.first, item.first + item.count)]
-        )
+        layout, item = self.layout(opened.values), opened.parts[part]
+        return [layout.encoded_nbytes(i, codec) for i in range(item.first, item.first + item.count)]
 
     def _encoded_sizes(self, values: int, codec_name: str) -> list[int]:
         layout, codec = self.layout(values), get_codec(codec_name)

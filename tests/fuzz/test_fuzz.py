@@ -11,6 +11,7 @@ import pytest
 
 from swarmtrain_protocols import messages
 from swarmtrain_protocols.errors import PeerFault
+from tests.fuzz.__main__ import add_up, log_line
 from tests.fuzz.engine import CORPUS, Engine, Report, Target
 from tests.fuzz.mutate import mutate_bytes, splice_json, splice_msgpack, splice_text
 from tests.fuzz.schema import SchemaSplice
@@ -98,6 +99,16 @@ def test_inputs_are_a_function_of_target_and_seed() -> None:
         return seen
 
     assert inputs_of(5) == inputs_of(5) != inputs_of(6)
+
+
+def test_a_log_of_several_runs_is_added_up_and_no_seed_counts_twice() -> None:
+    report = _fuzzed(Target("planted", _crashes, (ValueError,), [SEED], splice_msgpack), 50)
+    lines = [log_line(report, seed) for seed in (1, 2)]
+    found = add_up(lines)
+    assert found["inputs"] == 2 * report.inputs == found["by_target"]["planted"]["inputs"]
+    assert found["unexpected"] == 2 * len(report.findings) and found["targets"] == 1
+    with pytest.raises(ValueError, match="twice"):
+        add_up([*lines, lines[0]])
 
 
 def test_every_kind_of_change_happens() -> None:

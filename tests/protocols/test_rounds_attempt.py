@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -349,3 +350,15 @@ def test_bytes_that_do_not_match_their_root_are_the_providers_fault() -> None:
     seat.fetches.finished(1.0, asked.ticket, "corrupt")
     assert faults(seat.take()) == [("corrupt_chunk", B)]
     assert seat.held() == [(0, (0,))]
+
+
+def test_a_contribution_that_there_is_no_room_for_is_refused_and_nobody_is_blamed() -> None:
+    seat = Seat(A)
+    asked = of_kind(seat.take(), Fetch)
+    seat.fetches.finished(0.1, asked[0].ticket, "no_room")
+    effects = seat.take()
+    assert faults(effects) == []
+    seat.attempt.reports(LEADER, everything=False)
+    ((_, report),) = sent(seat.take(), m.PartsHeld)
+    assert (report.contributors, report.refused) == ((0,), (1,))
+    assert seat.attempt.deadline() == math.inf  # it is not asked for again

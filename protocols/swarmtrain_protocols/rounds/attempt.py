@@ -241,6 +241,14 @@ class Attempt:
             self.out.append(
                 Emit(fx.Notice("peer_fault", {"peer": peer.hex(), "fault": "corrupt_chunk"}))
             )
+        if reason == "no_room" and isinstance(want.purpose, fx.ContributionPart):
+            # Longer than this node has memory for: the set is made without it, nobody is blamed.
+            self.wanted.remove(want)
+            self.refused.append(want.purpose.index)
+            self.held_changed.append(want.purpose.part)
+            fields: dict[str, object] = {"peer": peer.hex(), "reason": "no_room"}
+            self.out.append(Emit(fx.Notice("message_ignored", fields)))
+            return
         if reason == "invalid" and isinstance(want.purpose, fx.ContributionPart):
             # The bytes are what was announced, and not a valid contribution: nobody can use them.
             self.wanted.remove(want)

@@ -159,7 +159,7 @@ _FROM_SPECS = (
         find("data", 69),
         find("unlike", 69),
         find("rounds", 69),
-        find("rounds", 0, 40),
+        find("units: lobby", 0),
     ),
     _spec(
         "who is not in the set hears that it is excluded",

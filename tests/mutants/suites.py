@@ -152,6 +152,20 @@ def log_power_cut(seed: int) -> str:
     return run_log(seed, POWER_CUT)[2]
 
 
+def signer_dies(seed: int) -> str:
+    """The leader has one other steward left, which loses power as it writes an entry.
+
+    The leader is cut off as it commits that entry: the other two must not have forgotten it.
+    """
+    at_s = 7.0 + 0.13 * seed
+    faults = [
+        Fault(6.0, "cut", "a", "b", 8.0),
+        Fault(at_s, "aim-power", "c", "persist", 1.0),
+        Fault(at_s, "aim-cut", "a", "emit:Committed", 6.0),
+    ]
+    return run_log(seed, faults)[2]
+
+
 def chaos(crew: int, recovers: bool = False) -> Run:
     """Random orders of deaths, cuts and changes of the steward set, without a network."""
     return judged(lambda seed: Chaos(seed, crew=crew, recovers=recovers).run())
@@ -227,6 +241,7 @@ SUITES: dict[str, Run] = {
     "small: leader as it writes": leader_writes,
     "log": log,
     "log: power cut": log_power_cut,
+    "log: signer dies": signer_dies,
     "log: chaos of 3": chaos(3),
     "log: chaos of 5": chaos(5),
     "log: chaos of 7": chaos(7),
@@ -253,6 +268,7 @@ SUITES: dict[str, Run] = {
     "members: gone for good": judged(lambda seed: _members(seed, "vanish")),
     "members: away for long": judged(lambda seed: _members(seed, "isolate")),
     "units: leader": units("test_rounds_leader.py", "test_rounds_leader_decides.py"),
+    "units: lobby": units("test_rounds_lobby.py"),
     "units: residual": units("test_codecs_feedback.py"),
     "units: overlap": units("test_overlap.py"),
     "units: catch-up": units("test_rounds_catchup.py"),

@@ -39,6 +39,7 @@ _FROM_SPECS = (
                 "self._reply(peer, ok=True, index=matched)\n        s.save()",
             ),
         ),
+        find("log: signer dies", 6, 30),
         find("log: power cut", 0, 4),
         find("log", 0, 60),
         find("log: chaos of 3", 0, 200),

@@ -340,6 +340,15 @@ def _ids(cases: list[tuple[Rule, str, str]]) -> list[str]:
     return [f"{rule.__name__}-{number}" for number, (rule, _, _) in enumerate(cases)]
 
 
+def test_the_rules_look_at_all_of_the_code() -> None:
+    """Or they would be kept by nothing at all."""
+    looked = [path for path, _ in modules()]
+    for module in ("swarmtrain_protocols.node", "swarmtrain_peer.driver", "swarmtrain.cli.main"):
+        assert module.replace(".", "/") + ".py" in looked
+    for package in PACKAGES:
+        assert sum(path.startswith(package + "/") for path in looked) > 40, package
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_code_keeps_the_rule(rule: Rule) -> None:
     complaints = [complaint for path, tree in modules() for complaint in rule(path, tree)]

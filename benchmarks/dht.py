@@ -8,8 +8,8 @@ if a bar is missed: median get 5 ms, median store 10 ms, every key found after t
 A store returns when five nodes hold the record; the other copies follow, so the next call is made
 when whoever made the last one waits for no answer any more. `stores_in_a_row` do not wait: they pay
 for each other's copies. `cpu_ms` is the processor
-time of all processes for one call, their idle time subtracted; unlike the other figures it does not
-depend on what else the machine does. `load` is how busy the machine was with other things.
+time of all processes for one call, their idle time subtracted; others that empty the caches make it
+longer too (by half, at a load of 16). `load` is how busy the machine was with other things.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ PIPELINE_SOMETIMES = (
     *("fault:crash", "fault:pause", "fault:cut", "fault:cut1", "fault:isolate", "fault:split"),
     *("fault:slow", "fault:lossy", "fault:duplicate", "fault:slowdisk"),
     *("fault:aim-crash", "fault:aim-cut", "fault:aim-pause", "trainer:killed"),
+    *("fault:power", "fault:sleep", "fault:flap", "fault:slownode", "fault:reorder", "fault:tail"),
+    *("fault:noisy", "fault:wall", "fault:drift", "fault:jump", "fault:diskfull"),
     *("net:lost", "net:reset", "net:doubled", "net:dial-failed", "net:lost-in-cut"),
     *("step:committed", "step:aborted", "step:partial", "pipeline:undo", "send:reopen"),
     *("event:HopDone:timeout", "event:HopDone:closing", "event:HopDone:not_ready"),

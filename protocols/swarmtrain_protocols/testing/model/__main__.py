@@ -2,8 +2,8 @@
 
 Prints states, transitions and depth of each configuration, then what happens when a guard of the
 specification is taken away: the shortest way to the violation. Exit status 1 if a configuration has
-a violation, or if a guard can be missing unnoticed. ``--small`` takes seconds, ``--large`` (also
-with more members, faults and elections) an hour; ``--traces`` prints the ways.
+a violation, or if a guard can be missing unnoticed. ``--small`` takes seconds; ``--large``, with
+more members, faults and elections, hours and gigabytes; ``--traces`` prints the ways.
 """
 
 from __future__ import annotations

@@ -30,32 +30,33 @@ _SMALL: Configs = (
     Count("1 member, 3 contributions", members=1, cards=3, breaks=0),
     Count("1 member, a link breaks", members=1, cards=2, breaks=1),
 )
-_MEDIUM: Configs = (
+_MEDIUM: tuple[Log | Round | Count, ...] = (
     Log("3 stewards, 2 terms, a crash", terms=2, entries=2),
     Log("longer logs", terms=2, entries=3),
-    Log("3 stewards, 3 terms", terms=3, entries=3, crashes=0),
     Round("3 members, a crash", moves=0, attempts=1),
     Round("the same, no deadline helps", moves=0, attempts=1, patient=True),
-    Round("3 members, one vanishes", crashes=0, vanishing=1, moves=0, attempts=1),
-    Round("3 members, another leader", crashes=0, attempts=1),
-    Round("2 parts, no faults", crashes=0, moves=0, attempts=1, parts=2),
     Round("2 attempts behind, no faults", crashes=0, moves=0),
-    Count("2 members, 2 attempts", cards=2, attempts=2, breaks=0),
 )
-_LARGE: Configs = (
-    Log("3 stewards, 3 terms, a crash", terms=3, entries=3),
+_LARGE: tuple[Log | Round | Count, ...] = (
+    Log("3 stewards, 3 terms", terms=3, entries=3, crashes=0),
+    Round("2 members, another leader", members=2, holders=3, crashes=0, attempts=1),
+    Round("3 members, one vanishes", crashes=0, vanishing=1, moves=0, attempts=1),
+    Round("2 parts, no faults", crashes=0, moves=0, attempts=1, parts=2),
+    Count("2 members, 2 attempts", cards=2, attempts=2, breaks=0),
+    Round("3 members, another leader", crashes=0, attempts=1),
     Round("3 members, two crashes", crashes=2, moves=0, attempts=1),
-    Round("a crash and another leader", attempts=1),
     Round("not synced at first, a crash", moves=0, attempts=1, volatile=True),
     Round("4 members, no faults", members=4, holders=15, crashes=0, moves=0, attempts=1),
     Round("4 members, 2 hold, a crash", members=4, holders=3, moves=0, attempts=1),
+    Round("a crash and another leader", attempts=1),
+    Log("3 stewards, 3 terms, a crash", terms=3, entries=3),
 )
 SMALL = tuple(map(model_of, _SMALL))
 """Seconds, all together."""
 MEDIUM = tuple(map(model_of, _MEDIUM))
 """Minutes."""
 LARGE = tuple(map(model_of, _LARGE))
-"""An hour and some gigabytes."""
+"""Not all of them have been run to their end: millions of states each, gigabytes."""
 
 _TERMS = {name: Log(name, terms=2, entries=2, without=(name,)) for name in consensus.GUARDS}
 _CARDS = {name: Count(name, members=1, breaks=0, without=(name,)) for name in once.GUARDS}

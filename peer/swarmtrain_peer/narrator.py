@@ -17,6 +17,7 @@ class Narrator:
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
+        self._closed: e.StepClosed | None = None
 
     def tell(self, node: NodeCore, event: object) -> None:
         """Log ``event`` with the names of the catalogue."""
@@ -131,6 +132,7 @@ class Narrator:
             peer, stages = body.member.hex(), list(body.stages)
             emit("stage_assigned", peer=peer, stages=stages, reason=body.reason)
         elif isinstance(body, e.StepClosed):
+            self._closed = body
             contributors = {c.member for item in body.stages for c in item.contributors}
             emit(
                 "step_closed",
@@ -141,14 +143,17 @@ class Narrator:
                 contributors=len(contributors),
             )
         elif isinstance(body, e.StepOutcome) and body.stages:
-            state = node.ledger.pipeline
+            # Whoever replays its log is told of many steps at once: the ledger is behind the last.
+            closed, state = self._closed, node.ledger.pipeline
+            mine = closed is not None and (closed.step, closed.attempt) == (body.step, body.attempt)
+            step = closed if closed is not None and mine else state
             emit(
                 "step_committed",
                 generation=body.generation,
                 step=body.step,
                 attempt=body.attempt,
-                micro_batches=state.micro_batches,
-                loss=state.loss if state.loss >= 0 else None,
+                micro_batches=step.micro_batches,
+                loss=step.loss if step.loss >= 0 else None,
                 scale=body.scale,
             )
         elif isinstance(body, e.StepOutcome):

@@ -82,10 +82,16 @@ class Attack:
         elif kind == "noise":
             writer.write(self._luck.randbytes(self._luck.randint(1, 65536)))
         if kind == "drips":
-            while not reader.at_eof():
-                writer.write(b"\x00")
-                await writer.drain()
-                await asyncio.wait({asyncio.ensure_future(reader.read(1))}, timeout=1.0)
+            ending = asyncio.ensure_future(reader.read(1))
+            try:
+                while not ending.done():
+                    writer.write(b"\x00")
+                    await writer.drain()
+                    await asyncio.wait({ending}, timeout=1.0)
+                await ending
+            finally:
+                ending.cancel()
+                await asyncio.gather(ending, return_exceptions=True)
         else:
             while await reader.read(4096):
                 continue

@@ -57,6 +57,17 @@ def test_the_life_of_a_stage(tmp_path: Path) -> None:
     assert found[5]["choice"] == "snapshot" and found[5]["losses"] == [2.0, 3.0]
 
 
+def test_a_log_that_is_replayed_tells_of_each_step_its_own_loss(tmp_path: Path) -> None:
+    """The ledger is behind the last entry when the first one is told."""
+    outcome = (e.StageOutcome(0, ROOT, 4.0, (KEY,)),)
+    bodies: list[Any] = []
+    for step, loss in enumerate((5.5, 5.25, -1.0)):
+        bodies.append(e.StepClosed(0, step, 0, ROOT, 6 + step, loss, "fp32", "fp32", ()))
+        bodies.append(e.StepOutcome(0, step, 0, outcome, 1.0, ""))
+    found = [r for r in told(tmp_path, *bodies) if r["name"] == "step_committed"]
+    assert [(r["micro_batches"], r["loss"]) for r in found] == [(6, 5.5), (7, 5.25), (8, None)]
+
+
 def test_the_dht_tells_of_crowds_and_of_those_found_back(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl", "me")
     node: Any = SimpleNamespace(ledger=Ledger())

@@ -36,12 +36,12 @@ _MEDIUM: tuple[Log | Round | Count, ...] = (
     Round("3 members, a crash", moves=0, attempts=1),
     Round("the same, no deadline helps", moves=0, attempts=1, patient=True),
     Round("2 attempts behind, no faults", crashes=0, moves=0),
-)
-_LARGE: tuple[Log | Round | Count, ...] = (
-    Log("3 stewards, 3 terms", terms=3, entries=3, crashes=0),
     Round("2 members, another leader", members=2, holders=3, crashes=0, attempts=1),
     Round("3 members, one vanishes", crashes=0, vanishing=1, moves=0, attempts=1),
     Round("2 parts, no faults", crashes=0, moves=0, attempts=1, parts=2),
+)
+_LARGE: tuple[Log | Round | Count, ...] = (
+    Log("3 stewards, 3 terms", terms=3, entries=3, crashes=0),
     Count("2 members, 2 attempts", cards=2, attempts=2, breaks=0),
     Round("3 members, another leader", crashes=0, attempts=1),
     Round("3 members, two crashes", crashes=2, moves=0, attempts=1),

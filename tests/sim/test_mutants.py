@@ -20,7 +20,6 @@ QUICK = {
     "an aborted attempt is over: the next one has another number": ("rounds", 0),
     "coefficients are shares of the set, not of all that were listed": ("rounds", 0),
     "a deputy applies the clip factor too": ("rounds: owners die", 14),
-    "an announcement that an attempt has listed is not taken again": ("rounds", 525),
     "a joiner counts only when it is in step": ("rounds", 0),
     "every member decodes the same result, the owner included": ("rounds", 0),
     "entries are durable before they count": ("log: power cut", 0),

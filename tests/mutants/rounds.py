@@ -139,8 +139,8 @@ _FROM_SPECS = (
                 "return False",
             ),
         ),
-        find("rounds", 525),
         find("rounds", 0, 40),
+        find("units: lobby", 0),
     ),
     _spec(
         "what was said before its maker was listed anew counts for nothing, whatever its root",

@@ -23,7 +23,7 @@ from swarmtrain_peer.corpusfile import (
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import CheckpointError, DataUnavailable, DiskFull
 from swarmtrain_protocols.merkle import Blob, leaf_hash, merkle_root
-from tests.peer.test_store_crashes import Crash, FaultyDisk
+from tests.crash_points import Crash, Ending, FaultyDisk
 
 MIB = 1 << 20
 
@@ -164,9 +164,9 @@ def test_a_crash_at_any_call_leaves_no_file_or_the_whole(tmp_path: Path) -> None
     wanted = hash_corpus(text)
     crashes = 0
     for at in range(1, 200):
-        for lose in (False, True):
-            site = tmp_path / f"site-{at}-{lose}"
-            disk = FaultyDisk(at, Crash, lose)
+        for number, ending in enumerate((None, Ending(0.0, undo=True), Ending(0.5, undo=False))):
+            site = tmp_path / f"site-{at}-{number}"
+            disk = FaultyDisk(at, Crash, ending)
             try:
                 build_corpus(text, site, fs=disk)
             except Crash:

@@ -51,7 +51,6 @@ class LocalRoundsAreRight(RoundsAreRight):
     def __init__(self, truth: LocalTruth, toy: Toy, spec: PipelineSpec) -> None:
         super().__init__(truth, spec.manifest.keys, spec.chunk_values)
         self.toy = toy
-        self.rebuilt: dict[str, int] = {}
         self.early = 0
         """Contributions of the first round that came before a whole phase: they are staggered."""
 
@@ -86,6 +85,8 @@ class LocalRoundsAreRight(RoundsAreRight):
         channel, name = stage_channel(body.stage), body.candidates[body.choice]
         world.seen["recovered:" + name] += 1
         self.rebuilt[channel] = body.step
+        for item in self.invariants:
+            item.recovered(world, channel)
         if name != KEPT:
             theta = self.truth.candidates[channel, body.root]
             made = self._reference(channel, body.step, theta, np.zeros_like(theta))

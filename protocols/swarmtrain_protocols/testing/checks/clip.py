@@ -88,6 +88,9 @@ class LoudAreClipped(Invariant):
         for channel in body.channels:
             self.kept.pop(channel, None)
 
+    def recovered(self, world: World, channel: str) -> None:
+        self.kept.pop(channel, None)
+
     def emitted(self, world: World, host: Host, event: object) -> None:
         if not isinstance(event, fx.Notice) or event.name != "contribution_clipped":
             return

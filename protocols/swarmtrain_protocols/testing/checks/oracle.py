@@ -65,6 +65,9 @@ class Invariant(Checker):
     def rewound(self, world: World, body: e.Rewound) -> None:
         """The run goes back."""
 
+    def recovered(self, world: World, channel: str) -> None:
+        """The state of a channel was lost and made anew."""
+
     def changed(self, world: World, body: e.ConfigChanged) -> None:
         """A run key changes in flight."""
 

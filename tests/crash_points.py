@@ -115,6 +115,10 @@ class FaultyDisk(FileSystem):
             backup = target.parent.parent / f"{target.name}.backup"
             shutil.copy(target, backup)
         super().rename(source, target)
+        self.unsynced.discard(target)
+        if source in self.unsynced:  # the name is new, the bytes still are not on the disk
+            self.unsynced.remove(source)
+            self.unsynced.add(target)
         self.renamed.append((source, target, backup))
 
     def sync_folder(self, path: Path) -> None:

@@ -102,6 +102,15 @@ class Ledger(msgspec.Struct):
             return True
         return self.pipeline.follows(member, channel)
 
+    def orphaned(self, channel: str) -> bool:
+        """Whether ``channel`` is that of a stage that is lost, or that nobody serves."""
+        lost = self.pipeline.lost()
+        return any(
+            channel == book.stage_channel(stage)
+            and (stage in lost or not self.pipeline.serving(stage))
+            for stage in range(len(self.pipeline.stages))
+        )
+
     def plain_ranges(self, channel: str) -> tuple[tuple[int, int], ...]:
         """Values of a channel that do not decay, by the model of the run."""
         layout = self.model.layout if self.model is not None else ()

@@ -46,14 +46,19 @@ def test_two_of_three_are_enough_at_once() -> None:
     )
 
 
-def test_a_holder_that_is_gone_is_waited_for_and_not_for_ever() -> None:
-    """B held the result, and died: its word may be missing for a moment, or for good."""
+def test_a_holder_that_is_linked_is_waited_for_and_not_for_ever() -> None:
+    """B held the result and is about to apply it, or hangs."""
     pins = Pins(after_a_round(A, B).ledger)
-    assert pins.standing(5.0, TRAIN, 1, {A: at(1)}, (A,)) is None
+    assert pins.standing(5.0, TRAIN, 1, {A: at(1)}, (A, B)) is None
     assert pins.deadline(5.0) == 5.0 + HASH_PATIENCE_S
-    assert pins.standing(4.9 + HASH_PATIENCE_S, TRAIN, 1, {A: at(1)}, (A,)) is None
-    assert pins.standing(5.0 + HASH_PATIENCE_S, TRAIN, 1, {A: at(1)}, (A,)) == ((A,), RIGHT)
+    assert pins.standing(4.9 + HASH_PATIENCE_S, TRAIN, 1, {A: at(1)}, (A, B)) is None
+    assert pins.standing(5.0 + HASH_PATIENCE_S, TRAIN, 1, {A: at(1)}, (A, B)) == ((A,), RIGHT)
     assert pins.deadline(5.0 + HASH_PATIENCE_S) == math.inf
+
+
+def test_nobody_waits_for_a_holder_that_is_gone() -> None:
+    pins = Pins(after_a_round(A, B).ledger)
+    assert pins.standing(5.0, TRAIN, 1, {A: at(1)}, (A,)) == ((A,), RIGHT)
 
 
 def test_a_newcomer_that_is_far_behind_holds_up_nobody() -> None:

@@ -112,9 +112,12 @@ def test_who_dies_takes_its_own_local_steps_and_no_others() -> None:
 
 def test_a_member_that_is_killed_costs_the_others_nothing() -> None:
     swarm = calm(4)
+    swarm.world.run(8.0)
+    before = {name: set(site.seen) for name in "abcef" if (site := swarm.site(name))}
     outcome = run_built(swarm, 4, [Fault(9.0, "crash", "d", "", 5.0)])
     assert not outcome.violation, outcome.text
-    assert all(kept(swarm, name) for name in "abcef") or outcome.seen["decided:excluded"]
+    left = [name for name in "abcef" if not kept(swarm, name, before[name])]
+    assert not left or outcome.seen["decided:excluded"], left
 
 
 def test_a_stage_that_nobody_holds_comes_back_and_the_others_keep_theirs() -> None:

@@ -145,9 +145,10 @@ class CatchUp:
         """The stage is others' now.
 
         A state that nobody is beyond stays: after a restart of everybody the log lags behind the
-        disk, and this may be the only copy.
+        disk, and this may be the only copy. So does that of an orphaned stage.
         """
-        if track.busy or (track.state_hash is not None and track.round >= channel.round):
+        newest = track.state_hash is not None and track.round >= channel.round
+        if track.busy or newest or self.ledger.orphaned(track.channel):
             return
         self._abandon(track)
         del self.tracks[track.channel]

@@ -56,7 +56,7 @@ class Pins:
         state_hash, holders = max(votes.items(), key=lambda item: (len(item[1]), item[0]))
         heard = sum(len(group) for group in votes.values())
         late = now >= self._since[name][1] + HASH_PATIENCE_S
-        coming = 0 if late else self._outstanding(name, number, reports, votes)
+        coming = 0 if late else self._outstanding(name, number, reports, votes, present)
         if 2 * len(holders) > heard + coming:
             return tuple(holders), state_hash
         self._split[name] = not coming
@@ -81,14 +81,18 @@ class Pins:
         number: int,
         reports: Mapping[bytes, StateReport],
         votes: Mapping[bytes, Sequence[bytes]],
+        present: Sequence[bytes],
     ) -> int:
-        """How many more are applying the last result at this moment, as far as is known."""
+        """How many more are applying the last result at this moment, as far as is known.
+
+        Nobody waits for who is gone: a stage of two members stood for seconds when one died.
+        """
         done = self._ledger.channels[name].outcome(number - 1)
         held_by = () if done is None else done.held_by
         voted = [member for group in votes.values() for member in group]
         count = 0
-        for member, site in self._ledger.members.items():
-            report = reports.get(member)
+        for member in present:
+            site, report = self._ledger.members[member], reports.get(member)
             before = report is not None and report.ready and report.round == number - 1
             follows = site.holds_state and self._ledger.follows(member, name)
             if follows and member not in voted and (before or member in held_by):

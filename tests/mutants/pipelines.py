@@ -226,7 +226,7 @@ _FROM_CODE = (
             "(lease.driver is None or lease.until <= now)",
             "lease.driver is None",
         ),
-        find("pipelines: drivers die", 5, 7),
+        find("pipelines: driver gone", 5, 9),
     ),
     _code(
         "what nobody has any more is sent again",

@@ -328,8 +328,8 @@ _FROM_CODE = (
     ),
     _code(
         "the declared discount is applied",
-        "rounds/leader.py",
-        patch("rounds.leader:RoundLeader._gather", "item.samples * item.discount", "item.samples"),
+        "rounds/clip.py",
+        patch("rounds.clip:coefficients", "item.samples * item.discount", "item.samples"),
         find("unlike", 0, 6),
     ),
     _code(
@@ -374,7 +374,7 @@ _FROM_CODE = (
             "lobby.half_ready + grace_s",
             "lobby.half_ready + 100 * grace_s",
         ),
-        find("unlike: stubborn", 0),
+        find("unlike: stubborn", 0, 2),
     ),
     _code(
         "slow links have their turn",

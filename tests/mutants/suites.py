@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ import pytest
 from swarmtrain_protocols.errors import CheckpointError, PeerFault
 from swarmtrain_protocols.testing.faults import Fault, generate
 from swarmtrain_protocols.testing.local_swarm import run_built as run_local_built
+from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_audit import DRIVER_STATES, WORKER_PHASES, run_audit
-from swarmtrain_protocols.testing.pipeline_swarm import run_pipeline
+from swarmtrain_protocols.testing.pipeline_site import PipelinePart
+from swarmtrain_protocols.testing.pipeline_swarm import build as build_pipeline
+from swarmtrain_protocols.testing.pipeline_swarm import make_spec, run_built, run_pipeline
 from swarmtrain_protocols.testing.relayed import run_nat
 from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
 from swarmtrain_protocols.testing.small import run_small
 from swarmtrain_protocols.testing.swarm import build, run_swarm, spec_of
+from swarmtrain_protocols.testing.toystage import Toy
 from swarmtrain_protocols.testing.unlike_swarm import run_unlike
 from swarmtrain_protocols.testing.world import Violation
 from tests.protocols import shards_kit
@@ -190,6 +195,18 @@ def drivers_die(seed: int) -> str:
     return audit.outcome.violation
 
 
+def driver_gone(seed: int) -> str:
+    """One of two drivers is gone for good with all that it was leased; no step may lack anything.
+
+    The seed says what it was about to do.
+    """
+    about = ("do:NeedTokens", "send:hop?", "send:hop?#3")[seed % 3]
+    spec = replace(make_spec(seed, Toy(seed, 2, 12), close_fraction=1.0), room=2)
+    parts = [PipelinePart(name, drives=name in "ab") for name in "abcde"]
+    swarm = build_pipeline(seed, spec, parts, model=NetworkModel())
+    return run_built(swarm, seed, [Fault(8.0, "aim-vanish", "b", about)]).violation
+
+
 def _stage_lost(seed: int) -> None:
     loss = Loss(seed)
     loss.kill(*loss.serving(2))
@@ -227,6 +244,10 @@ def _members(seed: int, fault: str) -> None:
 # --- members that differ -------------------------------------------------------------------------
 
 
+def _stubborn(seed: int) -> None:
+    test_unlike.test_a_member_that_does_not_adapt_is_not_waited_for(*test_unlike.STUBBORN[seed])
+
+
 def _turns(seed: int) -> None:
     test_unlike.test_slow_members_do_not_set_the_pace_and_their_samples_count("off", 0.75, 0.8)
 
@@ -249,6 +270,7 @@ SUITES: dict[str, Run] = {
     "pipelines": pipelines,
     "pipelines: workers die": workers_die,
     "pipelines: drivers die": drivers_die,
+    "pipelines: driver gone": driver_gone,
     "pipelines: stage lost": judged(_stage_lost),
     "pipelines: calm": judged(_stage_calm),
     "pipelines: late messages": judged(test_stage_loss.late_messages),
@@ -261,7 +283,7 @@ SUITES: dict[str, Run] = {
     "unlike: two phases": calls(
         test_unlike.test_a_link_that_would_take_two_phases_does_not_hold_the_others_up
     ),
-    "unlike: stubborn": calls(test_unlike.test_a_member_that_does_not_adapt_is_not_waited_for),
+    "unlike: stubborn": judged(_stubborn),
     "data": lambda seed: run_data_swarm(seed).violation,
     "data: shards alone": judged(lambda seed: shards_kit.play(seed, calm=seed % 2 == 1)),
     "members: behind NAT": lambda seed: run_nat(seed).violation,
@@ -297,3 +319,12 @@ SUITES: dict[str, Run] = {
     "dht: ground": dht.ground,
 }
 """By the name that the catalogue uses."""
+
+YARDSTICKS: dict[str, Callable[[], object]] = {
+    "unlike: turns": lambda: test_unlike.among_like_members("off"),
+    "unlike: two phases": lambda: test_unlike.among_like_members("eager"),
+    "unlike: stubborn": lambda: [
+        test_unlike.among_like_members(m) for m, _ in test_unlike.STUBBORN
+    ],
+}
+"""What a suite compares with; it is remembered, and measured before a bug is planted."""

@@ -45,12 +45,16 @@ def test_slow_members_do_not_set_the_pace_and_their_samples_count(
         assert gained[name] >= least * slower * before[name], (name, gained, before)
 
 
-def test_a_member_that_does_not_adapt_is_not_waited_for() -> None:
+STUBBORN = (("eager", 0.85), ("off", 0.8))
+
+
+@pytest.mark.parametrize(("overlap", "bar"), STUBBORN)
+def test_a_member_that_does_not_adapt_is_not_waited_for(overlap: str, bar: float) -> None:
     """It does twenty steps in five phases, however fast the others are."""
     stubborn = (*ALIKE[:3], UnlikePart("d", slowness=5.0, adapts=False))
-    alike, _ = among_like_members("eager")
-    rounds, _ = rounds_in(1, "eager", SECONDS, stubborn)
-    assert rounds >= 0.85 * alike
+    alike, _ = among_like_members(overlap)
+    rounds, _ = rounds_in(1, overlap, SECONDS, stubborn)
+    assert rounds >= bar * alike
 
 
 def test_a_link_that_would_take_two_phases_does_not_hold_the_others_up() -> None:

@@ -7,7 +7,7 @@ once. One process; ``make sim-nightly`` (``tests/nightly.py``) runs shards of al
 other and adds them up. ``--kind`` says what is simulated: rounds, pipelines, pipelines that step
 by themselves (local) or lose whole stages (losses), dealt data, members that differ (unlike), three
 sites (small). ``--schedule FILE`` runs the schedule of a file (``schedules``; ``-``: standard
-input) and no other.
+input) and no other. ``--traces`` also tells the hash of what happened in each schedule.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def lose_stages(seed: int, schedule: Sequence[Fault] | None = None) -> Outcome:
         return outcome
     outcome.seen, outcome.committed = swarm.world.seen, len(swarm.steps.committed)
     outcome.aborted, outcome.simulated_s = swarm.steps.aborted, swarm.world.now
+    outcome.trace = swarm.world.trace.digest()
     return outcome
 
 
@@ -136,6 +137,8 @@ class Report:
     recovery_s_max: float = 0.0
     failures: list[Outcome] = field(default_factory=list)
     seen: list[dict[str, int]] = field(default_factory=list)
+    traces: dict[int, str] = field(default_factory=dict)
+    """By seed."""
 
     def add(self, outcome: Outcome) -> None:
         self.schedules += 1
@@ -144,6 +147,7 @@ class Report:
         self.simulated_s += outcome.simulated_s
         self.recovery_s_max = max(self.recovery_s_max, outcome.recovery_s)
         self.seen.append(dict.fromkeys(sorted(n for n in outcome.seen if outcome.seen[n] > 0), 1))
+        self.traces[outcome.seed] = outcome.trace
         if outcome.violation:
             self.failures.append(outcome)
 
@@ -156,8 +160,11 @@ class Report:
             total.update(names)
         return sorted(total.items())
 
-    def as_json(self, kind: str) -> str:
-        """One line for whoever adds up shards: figures, and in how many schedules a point fired."""
+    def as_json(self, kind: str, *, traces: bool = False) -> str:
+        """One line for whoever adds up shards: figures, and in how many schedules a point fired.
+
+        ``traces``: also the hash of each schedule's trace, by its seed.
+        """
         figures: dict[str, object] = {
             "kind": kind,
             "schedules": self.schedules,
@@ -168,6 +175,7 @@ class Report:
             "recovery_s_max": self.recovery_s_max,
             "fired": dict(self.counters()),
             "sometimes": list(self.sometimes),
+            **({"traces": self.traces} if traces else {}),
         }
         return json.dumps(figures)
 
@@ -236,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shrink", action="store_true", help="shrink what fails")
     parser.add_argument("--kind", choices=sorted(KINDS), default="rounds")
     parser.add_argument("--json", action="store_true", help="figures as JSON; the rest to stderr")
+    parser.add_argument("--traces", action="store_true", help="hashes of what happened")
     parser.add_argument("--schedule", metavar="FILE", help="run this one; - for standard input")
     given = parser.parse_args(argv)
     index, count = (int(part) for part in given.shard.split("/"))
@@ -254,10 +263,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, sometimes = KINDS[given.kind]
     report = run_many(seeds, tell, shrunk=given.shrink, run=run, sometimes=sometimes)
     if given.json:
-        sys.stdout.write(report.as_json(given.kind) + "\n")
+        sys.stdout.write(report.as_json(given.kind, traces=given.traces) + "\n")
         return 1 if report.failures else 0
     for name, fired in report.counters():
         tell(f"{fired:7} {name}")
+    if given.traces:
+        for seed, digest in report.traces.items():
+            tell(f"trace of {given.kind} {seed}: {digest}")
     rare = report.missing()
     for line in rare:
         tell(f"too rare: {line}")

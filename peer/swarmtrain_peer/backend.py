@@ -412,7 +412,7 @@ class Backend:
 
     async def _metrics(self, args: Document, connection: ControlConnection) -> Document:
         last = int(args.get("last") or 256)
-        return {"members": self._desk.figures.rows[-last:]}
+        return {"members": self._desk.figures.rows(last)}
 
     async def _scalars(self, args: Document, connection: ControlConnection) -> Document:
         """Figures of the user's own; the newest of each name, shown in ``status``."""

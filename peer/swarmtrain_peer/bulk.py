@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from swarmtrain_peer import host
+from swarmtrain_peer.buffers import Buffers
 from swarmtrain_peer.caps import Cap, Queue
 from swarmtrain_peer.donorshare import FRAME_BYTES, SHARE, DonorShare, unsent_bytes
 from swarmtrain_peer.linkrate import LinkRate
@@ -122,19 +123,16 @@ class BulkConnection:
         self._held_by: Queue = pool.up_queue
         self._in_line = False
         """It waits for one of the queues."""
-        self._reading = False
-        self._writing = False
+        self._reading = self._writing = False
         self._write_wanted = False
-        self._read_held = False
-        self._write_held = False
-        self._dead = False
-        self._finished = False
+        self._read_held = self._write_held = False
+        self._dead = self._finished = False
         self._fault: PeerFault | None = None
         self._head = bytearray(bulklink.HEADER_BYTES)
-        self._body = bytearray(limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
+        self._body: memoryview | None = None
         self._header: Header | None = None
         self._got = 0
-        self._out = bytearray(bulklink.HEADER_BYTES + limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
+        self._out: memoryview | None = None
         self._out_at = 0
         self._out_end = 0
         sock.setblocking(False)
@@ -226,11 +224,13 @@ class BulkConnection:
     def _receive(self) -> bool:
         budget = _TURN_BYTES
         self._read_held = False
-        body = memoryview(self._body)
         head = memoryview(self._head)
         while budget > 0 and not self._dead:
             header = self._header
-            view = head if header is None else body[: header.nbytes + TAG_BYTES]
+            view = head
+            if header is not None:
+                self._body = self._body or self._pool.buffers.lend()
+                view = self._body[: header.nbytes + TAG_BYTES]
             allowed = self._pool.down.take(len(view) - self._got)
             if not allowed:
                 self._read_held = True
@@ -255,6 +255,8 @@ class BulkConnection:
             else:
                 self._header = None
                 self._open(header, view)
+                self._pool.buffers.back(self._body)
+                self._body = None
         return True
 
     def _open(self, header: Header, sealed: memoryview) -> None:
@@ -306,9 +308,11 @@ class BulkConnection:
         """True if the socket should be armed again."""
         budget = _TURN_BYTES
         self._write_held = False
-        out = memoryview(self._out)
         while budget > 0 and not self._dead:
+            out = self._out = self._out or self._pool.buffers.lend()
             if self._out_at == self._out_end and not self._fill(out):
+                self._pool.buffers.back(out)
+                self._out = None
                 self.rate.idle()
                 return False
             # What stands before a round's chunk has to get out of its way.
@@ -383,6 +387,8 @@ class BulkConnection:
             self._finished = True
         self._pool.forget(self)
         self._pool.share.forget(self)
+        self._pool.buffers.back(self._body)
+        self._pool.buffers.back(self._out)
         self._sock.close()
         os.close(self.write_fd)
         self._sink.closed(self, self._fault)
@@ -410,6 +416,7 @@ class BulkPool:
         self.share = DonorShare(donor_share, caps_bytes_per_s[0])
         self.up_queue, self.down_queue = Queue(self.up, broken), Queue(self.down, broken)
         self.share_queue = Queue(self.share, broken)
+        self.buffers = Buffers(bulklink.HEADER_BYTES + limits.FRAME_BYTES_BULK_MAX + TAG_BYTES)
         self._poller = poller or make_poller()
         self._connections: dict[int, BulkConnection] = {}
         self._tasks: deque[Callable[[], None]] = deque()

@@ -145,15 +145,16 @@ class EventLog:
         self._mono_s = mono_s
         self._wall_s = wall_s
         self._lock = threading.RLock()
-        self._ring: deque[Record] = deque(maxlen=limits.EVENT_RING_MAX)
+        # As lines: a record as a dictionary takes three times the memory.
+        self._ring: deque[tuple[int, str, bytes]] = deque(maxlen=limits.EVENT_RING_MAX)
         self._subscribers: list[Callable[[Record], None]] = []
         self._limit = RateLimit()
         self.file_errors = 0
         self._unwritten = 0
         damaged: list[Path] = []
-        for record in read_events(path, damaged.append):
-            self._ring.append(record)
-        self._seq = int(self._ring[-1]["seq"]) if self._ring else 0
+        for record in deque(read_events(path, damaged.append), limits.EVENT_RING_MAX):
+            self._keep(record, msgspec.json.encode(record) + b"\n")
+        self._seq = self._ring[-1][0] if self._ring else 0
         _drop_torn_line(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         self._nbytes = self._file.tell()
@@ -221,11 +222,13 @@ class EventLog:
         """Records in memory with ``seq > since_seq``, oldest first, at most the ``last`` newest."""
         with self._lock:
             found = [
-                record
-                for record in self._ring
-                if record["seq"] > since_seq and (name is None or record["name"] == name)
+                line
+                for seq, kind, line in self._ring
+                if seq > since_seq and (name is None or kind == name)
             ]
-        return found if last is None else found[len(found) - min(last, len(found)) :]
+        if last is not None:
+            found = found[len(found) - min(last, len(found)) :]
+        return [msgspec.json.decode(line, type=Record) for line in found]
 
     def close(self) -> None:
         """Close the file. Safe to call twice; a later ``emit`` goes to memory only."""
@@ -254,12 +257,15 @@ class EventLog:
             record[field] = clean_value(value)
         return record
 
+    def _keep(self, record: Record, line: bytes) -> None:
+        self._ring.append((int(record["seq"]), sys.intern(str(record.get("name"))), line))
+
     def _append(self, record: Record) -> None:
         line = msgspec.json.encode(record) + b"\n"
         if len(line) > limits.EVENT_RECORD_BYTES_MAX:
             raise LocalProtocolError(f"event {record['name']} is too long", f"{len(line)} bytes")
         self._seq = record["seq"]
-        self._ring.append(record)
+        self._keep(record, line)
         if self._file.closed:
             self.file_errors += 1
             return
@@ -277,8 +283,8 @@ class EventLog:
 
     def _lines_of(self, count: int) -> Iterator[bytes]:
         """The records before the newest that found no space, as far as they are in memory."""
-        for record in list(self._ring)[-count - 1 : -1]:
-            yield msgspec.json.encode(record) + b"\n"
+        for _, _, line in list(self._ring)[-count - 1 : -1]:
+            yield line
 
     def _write(self, line: bytes) -> None:
         """All of ``line`` or nothing: half a record must not stand before the next."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -91,10 +92,17 @@ class FinalBody(msgspec.Struct, tag="final", tag_field="kind"):
 
 
 _decoder = msgspec.msgpack.Decoder(RoundBody | LossBody | HistoryBody | FinalBody | StagesBody)
+_rounds = msgspec.msgpack.Decoder(RoundBody)
+
+
+def _document(member: bytes, mono_s: float, data: bytes) -> Document:
+    """Figures of a member as they are shown."""
+    row: Document = msgspec.to_builtins(_rounds.decode(data))
+    return {**row, "id": member.hex(), "mono_s": mono_s}
 
 
 class Figures:
-    """One per peer process. ``rows`` are figures by member and attempt, oldest first."""
+    """One per peer process."""
 
     def __init__(self, runtime: PeerRuntime) -> None:
         self._runtime = runtime
@@ -104,7 +112,8 @@ class Figures:
         self._decided: dict[str, RoundKey] = {}
         self._timers: dict[RoundKey, asyncio.TimerHandle] = {}
         self.on_stages: Callable[[bytes, StagesBody], None] = lambda member, body: None
-        self.rows: list[Document] = []
+        # As they came: a row as a document takes eight times the memory.
+        self._rows: deque[tuple[bytes, float, bytes]] = deque(maxlen=ROWS_KEPT)
         runtime.metrics_listeners.append(self._on_metrics)
         runtime.listeners.append(self._on_core_event)
         runtime.link_listeners.append(self._on_link)
@@ -152,8 +161,9 @@ class Figures:
         figures = traffic | given | clocked
         self._runtime.events.emit("round_figures", key, **figures)
         body = RoundBody(key.channel, outcome, key.round, key.attempt, **figures)
-        self._keep(self._runtime.node.me, body)
-        self._runtime.send_metrics(msgspec.msgpack.encode(body))
+        data = msgspec.msgpack.encode(body)
+        self._keep(self._runtime.node.me, data)
+        self._runtime.send_metrics(data)
 
     def _on_core_event(self, event: object) -> None:
         if isinstance(event, LedgerChanged):
@@ -196,20 +206,22 @@ class Figures:
         """(channel, round, attempt) to the bytes that all members together are known to have sent
         for it."""
         out: dict[tuple[str, int, int], int] = {}
-        for row in self.rows:
-            at = row["channel"], row["round"], row["attempt"]
-            out[at] = out.get(at, 0) + int(row.get("bytes_up", 0))
+        for _, _, data in self._rows:
+            row = _rounds.decode(data)
+            at = row.channel, row.round, row.attempt
+            out[at] = out.get(at, 0) + row.bytes_up
         return out
 
     def last_of(self, member: bytes) -> Document:
         """The newest figures of a member; empty if it told none."""
-        name = member.hex()
-        return next((row for row in reversed(self.rows) if row["id"] == name), {})
+        return next((_document(*row) for row in reversed(self._rows) if row[0] == member), {})
 
-    def _keep(self, member: bytes, body: RoundBody) -> None:
-        row = msgspec.to_builtins(body)
-        self.rows.append({**row, "id": member.hex(), "mono_s": host.mono_s()})
-        del self.rows[:-ROWS_KEPT]
+    def rows(self, last: int = ROWS_KEPT) -> list[Document]:
+        """Figures by member and attempt, the ``last`` newest, oldest first."""
+        return [_document(*row) for row in list(self._rows)[-last:]]
+
+    def _keep(self, member: bytes, data: bytes) -> None:
+        self._rows.append((member, host.mono_s(), data))
 
     def _on_metrics(self, peer: PeerId, data: bytes) -> None:
         try:
@@ -218,7 +230,7 @@ class Figures:
             self._runtime.peer_fault(peer, "bad_metrics", str(error))
             return
         if isinstance(body, RoundBody):
-            self._keep(peer, body)
+            self._keep(peer, msgspec.msgpack.encode(body))
         elif isinstance(body, LossBody):
             self._heard_loss(body.round, body.loss, peer)
         elif isinstance(body, HistoryBody):

@@ -62,6 +62,7 @@ class NodeCore(NodeParts):
         self.log.connected(now, peer)
         self.dht.connected(now, peer, addresses)
         self.member.connected(peer)
+        self.leader.connected(peer)
         self.joiner.linked(now)
         self.pipeline.connected(now, peer)
         if peer == self.leadership.leader:

@@ -129,6 +129,20 @@ def test_a_lost_owner_is_replaced_by_its_deputy_and_all_are_told() -> None:
     assert isinstance(chosen, e.RoundSet)
 
 
+def test_who_has_a_new_link_is_told_again_who_took_over() -> None:
+    chair = Chair(A, B, C)
+    opened = chair.open(A, B, C)
+    (index,) = [i for i, p in enumerate(opened.parts) if p.owner == C]
+    chair.gone(1.5, C)
+    chair.take()
+    deputy = opened.parts[index].deputy
+    chair.leader.connected(PeerId(B))
+    told = [(to, x.part, x.deputy) for to, x in sent(chair.take(), m.TakeOver)]
+    assert told == [(B, index, deputy)]
+    chair.leader.connected(PeerId(IDS[6]))
+    assert sent(chair.take(), m.TakeOver) == []  # it is not in the round
+
+
 def test_an_owner_lost_while_the_set_is_being_logged_is_replaced_at_once_after_it() -> None:
     chair = Chair(A, B, C)
     opened = chair.open(A, B, C)

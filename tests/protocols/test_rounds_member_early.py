@@ -7,7 +7,7 @@ from swarmtrain_protocols.core import Fetch, PeerId
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
-from swarmtrain_protocols.rounds.member import EARLY_RESULTS_MAX
+from swarmtrain_protocols.rounds.member import EARLY_MAX
 from tests.protocols.rounds_kit import (
     GROUP,
     IDS,
@@ -52,10 +52,36 @@ def test_early_results_are_bounded_and_of_what_is_ahead() -> None:
     seat.member.receive(0.0, PeerId(A), late)
     seat.member.receive(0.0, PeerId(D), m.PartResult(key(5), 0, hash_of("x"), A, bytes(64)))
     assert not seat.member._early, "what is over, and what strangers say"
-    for number in range(2 * EARLY_RESULTS_MAX):
+    for number in range(2 * EARLY_MAX):
         ahead = m.PartResult(key(2 + number), 0, hash_of("x"), A, bytes(64))
         seat.member.receive(0.0, PeerId(A), ahead)
-    assert len(seat.member._early) == EARLY_RESULTS_MAX
+    assert len(seat.member._early) == EARLY_MAX
+
+
+def test_a_takeover_that_comes_before_the_log_tells_who_leads_is_heard_then() -> None:
+    """A new leader speaks as soon as it is one; its first entry may reach the deputy later."""
+    seat = Seat()
+    opened = seat.opening()
+    seat.logged(1.0, opened)
+    seat.member.receive(1.1, PeerId(B), m.TakeOver(opened.key, 0, C))
+    seat.member.receive(1.1, IDS[6], m.TakeOver(opened.key, 0, C))
+    assert of_kind(seat.take(), Fetch) == []
+    seat.member.leader = PeerId(B)
+    seat.member.announce(1.2)
+    effects = seat.take()
+    assert [x.peer for x in of_kind(effects, Fetch)] == [A, B]
+    assert [(to, x.part) for to, x in sent(effects, m.PartsHeld)] == [(B, 0)]
+    assert not seat.member._early, "heard once, and strangers never"
+
+
+def test_a_takeover_that_comes_before_its_attempt_is_heard_when_it_begins() -> None:
+    seat = Seat()
+    body = opening(seat.log.ledger, [A, B, C], owners=(A, B))
+    seat.member.leader = PeerId(B)
+    seat.member.receive(0.0, PeerId(B), m.TakeOver(body.key, 0, C))
+    assert seat.take() == []
+    effects = seat.logged(0.1, body)
+    assert [x.peer for x in of_kind(effects, Fetch)] == [A, B]
 
 
 def test_what_was_begun_from_a_state_that_was_rewound_is_returned() -> None:

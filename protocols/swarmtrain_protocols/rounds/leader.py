@@ -161,6 +161,11 @@ class RoundLeader:
         phase = self._phases.get(key.channel)
         return phase if phase is not None and phase.key == key else None
 
+    def connected(self, peer: PeerId) -> None:
+        """A link to ``peer`` is up: what it was told of open attempts may be lost."""
+        for phase in self._phases.values():
+            self._owners.tell_again(phase, peer)
+
     def disconnected(self, now: float, peer: PeerId) -> None:
         for key in [k for k in self._newest if k[1] == peer]:
             del self._newest[key]  # nothing that was under way on that link comes any more

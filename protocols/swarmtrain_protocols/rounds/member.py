@@ -27,7 +27,7 @@ NO_NEWS_S = 1.5
 """Whoever knows of a part says so at once; a node that was away finds that nobody remembers."""
 QUERY_INTERVAL_S = 0.5
 RECENT_ATTEMPTS_MAX = 16
-EARLY_RESULTS_MAX = 2 * limits.PARTS_MAX
+EARLY_MAX = 2 * limits.PARTS_MAX
 ANNOUNCE_AGAIN_S = 10.0
 """What waits this long is announced again: a round trip of a link that is five seconds away."""
 
@@ -57,7 +57,7 @@ class RoundMember:
         self._attempts: dict[str, Attempt] = {}
         self._closing: list[Closing] = []
         self._recent: dict[RoundKey, list[m.PartResult]] = {}
-        self._early: deque[tuple[PeerId, m.PartResult]] = deque(maxlen=EARLY_RESULTS_MAX)
+        self._early: deque[tuple[PeerId, m.PartResult | m.TakeOver]] = deque(maxlen=EARLY_MAX)
         self.pace = Pace()
         self.in_place: dict[tuple[str, int], bytes] = {}
         """Results that are in place and committed, by (channel, round): food for the catch-up."""
@@ -118,27 +118,9 @@ class RoundMember:
     def _send_ready(self, offer: Offer) -> None:
         if self.leader is None or offer.pledged:
             return
-        self._out.append(
-            Send(
-                self.leader,
-                m.Ready(
-                    self.ledger.generation,
-                    offer.channel,
-                    offer.root,
-                    offer.values,
-                    offer.codec,
-                    offer.samples,
-                    offer.base_round,
-                    offer.expect,
-                    max(0, self.ledger.index),
-                    offer.phase_s,
-                    self.pace.exchange_s(offer.channel),
-                    offer.claims,
-                    *self.pace.bytes_per_s,
-                    offer.age,
-                ),
-            )
-        )
+        seen = max(0, self.ledger.index)
+        announced = offer.ready(self.ledger.generation, seen, self.pace)
+        self._out.append(Send(self.leader, announced))
 
     def announce(self, now: float) -> None:
         """A new leader, or a new link to it: repeat everything it needs to go on."""
@@ -147,6 +129,7 @@ class RoundMember:
                 self._send_ready(offer)
         if self.leader is not None:
             for attempt in self._attempts.values():
+                self._hear_early(now, attempt)
                 attempt.reports(self.leader, everything=True)
 
     def announcement_due(self, now: float) -> bool:
@@ -245,6 +228,7 @@ class RoundMember:
                 attempt = self._begin(now, channel)
             if attempt is not None and channel.chosen is not None and attempt.chosen is None:
                 attempt.choose(now, channel.chosen)
+            if attempt is not None:
                 self._hear_early(now, attempt)
             self._expire_offer(channel)
         self.flush_reports()
@@ -418,16 +402,12 @@ class RoundMember:
     # -- messages --------------------------------------------------------------------------
 
     def receive(self, now: float, peer: PeerId, message: object) -> None:
-        if isinstance(message, m.PartResult):
+        if isinstance(message, m.PartResult | m.TakeOver):
             attempt = self._find(message.key)
-            if attempt is not None:
-                attempt.part_result(now, peer, message)
-            elif peer in self.ledger.members and self._is_ahead(message.key):
+            heard = self._heard(now, attempt, peer, message)
+            early = attempt is not None or self._is_ahead(message.key)
+            if not heard and early and peer in self.ledger.members:
                 self._early.append((peer, message))
-        elif isinstance(message, m.TakeOver):
-            attempt = self._find(message.key)
-            if attempt is not None and peer == self.leader:
-                attempt.take_over(now, message.part, PeerId(message.deputy))
         elif isinstance(message, m.RoundQuery):
             attempt = self._find(message.key)
             if attempt is not None:
@@ -435,6 +415,20 @@ class RoundMember:
             for result in self._recent.get(message.key, []):
                 self._out.append(Send(peer, result))
         self.flush_reports()
+
+    def _heard(
+        self, now: float, attempt: Attempt | None, peer: PeerId, said: m.PartResult | m.TakeOver
+    ) -> bool:
+        """Act on what is said of an attempt; False: the log here has not got that far."""
+        if attempt is None:
+            return False
+        if isinstance(said, m.PartResult):
+            attempt.part_result(now, peer, said)
+        elif peer == self.leader:
+            attempt.take_over(now, said.part, PeerId(said.deputy))
+        else:
+            return False
+        return True
 
     def _is_ahead(self, key: RoundKey) -> bool:
         """The log here has not got that far: in a step an owner may be done before others begin."""
@@ -444,10 +438,9 @@ class RoundMember:
         return (key.round, key.attempt) >= (channel.round, channel.attempt)
 
     def _hear_early(self, now: float, attempt: Attempt) -> None:
-        mine = [item for item in self._early if item[1].key == attempt.key]
-        for item in mine:
-            self._early.remove(item)
-            attempt.part_result(now, *item)
+        for item in [item for item in self._early if item[1].key == attempt.key]:
+            if self._heard(now, attempt, *item):
+                self._early.remove(item)
 
     def flush_reports(self) -> None:
         """Report to the leader what attempts have got since the last call."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from swarmtrain_protocols.messages.common import RoundKey, Spans
+from swarmtrain_protocols.messages.rounds import Ready
+from swarmtrain_protocols.rounds.pace import Pace
 
 
 @dataclass(slots=True)
@@ -33,3 +35,22 @@ class Offer:
     """How many of the phases in it were handed over before, and returned."""
     pledged: bool = False
     """For a step of a pipeline, whose leader hears of it elsewhere (11): it is never announced."""
+
+    def ready(self, generation: int, seen: int, pace: Pace) -> Ready:
+        """Its announcement by a member that has applied the log up to index ``seen``."""
+        return Ready(
+            generation,
+            self.channel,
+            self.root,
+            self.values,
+            self.codec,
+            self.samples,
+            self.base_round,
+            self.expect,
+            seen,
+            self.phase_s,
+            pace.exchange_s(self.channel),
+            self.claims,
+            *pace.bytes_per_s,
+            self.age,
+        )

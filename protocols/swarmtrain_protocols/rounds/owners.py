@@ -223,12 +223,17 @@ class Owners:
             self._appoint(now, phase, index, choices[0], "silent" if current in present else "lost")
         return ""
 
+    def tell_again(self, phase: Phase, peer: PeerId) -> None:
+        """Who has a new link may not have heard who took over."""
+        for index, deputy in sorted(phase.deputies.items()):
+            if peer == deputy or peer in self._receivers(phase):
+                self._out.append(Send(peer, m.TakeOver(phase.key, index, deputy)))
+
     def _appoint(self, now: float, phase: Phase, index: int, deputy: bytes, how: str) -> None:
         phase.deputies[index] = deputy
         phase.appointed[index] = now
-        message = m.TakeOver(phase.key, index, deputy)
         for peer in sorted({*self._receivers(phase), deputy}):
-            self._out.append(Send(PeerId(peer), message))
+            self._out.append(Send(PeerId(peer), m.TakeOver(phase.key, index, deputy)))
         why = f"the owner of part {index} of {phase.key} is {how}"
         fields: dict[str, object] = {"what": "deputy", "why": why, "using": deputy.hex()}
         self._out.append(Emit(fx.Notice("fallback", fields)))

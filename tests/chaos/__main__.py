@@ -3,7 +3,8 @@
 Runs a scenario (``--list`` shows them) and has its histories judged by ``tests.chaos.check``, a
 program of its own. ``all`` runs every one in turn. C1 runs a second time, undisturbed, to compare
 losses at equal committed samples. The exit code is 1 if a criterion is violated; ``--keep`` says
-where the histories stay, and without it they stay only if something is wrong.
+where the histories stay, and without it they stay only if something is wrong. Ctrl-C (or SIGTERM)
+ends what runs early and has it judged by what there is; a second one ends everything at once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +34,17 @@ CLEAN_TIMES = 3.0
 """The undisturbed run may take this many times as long; it trains without pauses."""
 
 
+ENOUGH = threading.Event()
+
+
+def interrupted(number: int, frame: object) -> None:
+    """The first time: settle and judge. The second time: end."""
+    if ENOUGH.is_set():
+        raise KeyboardInterrupt
+    tell("interrupted: what there is will be judged; once more ends it at once")
+    ENOUGH.set()
+
+
 def tell(line: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
     sys.stderr.flush()
@@ -42,7 +56,7 @@ def orders(given: argparse.Namespace, scenario: Scenario) -> Order:
     if given.schedule is not None:
         planned = schedule.read(given.schedule)
     factor = given.factor or calibrate()
-    return Order(scenario, seconds, given.seed, factor, planned)
+    return Order(scenario, seconds, given.seed, factor, planned, enough=ENOUGH)
 
 
 def play(order: Order, folder: Path) -> int:
@@ -50,12 +64,13 @@ def play(order: Order, folder: Path) -> int:
     scenario = order.scenario
     tell(f"{scenario.name}: {scenario.title}; deadlines times {order.factor}")
     samples = Conductor(order, folder, tell).run()
-    if "loss" in scenario.criteria and samples:
+    if "loss" in scenario.criteria and samples and not ENOUGH.is_set():
         tell(f"the same undisturbed, up to {samples:.0f} samples")
         seconds = CLEAN_TIMES * order.seconds + 120.0
-        clean = Order(scenario, seconds, order.seed, order.factor, (), samples)
+        clean = Order(scenario, seconds, order.seed, order.factor, (), samples, ENOUGH)
         Conductor(clean, folder / "clean", tell).run()
-    return subprocess.run([sys.executable, "-m", "tests.chaos.check", str(folder)]).returncode
+    command = [sys.executable, "-m", "tests.chaos.check", str(folder)]
+    return subprocess.run(command, process_group=0).returncode  # Ctrl-C does not reach it
 
 
 def one(given: argparse.Namespace, scenario: Scenario) -> tuple[int, object]:
@@ -105,10 +120,15 @@ def main() -> int:
         for scenario in wanted:
             sys.stdout.write(schedule.text(scenario.schedule(60.0 * given.minutes, given.seed)))
         return 0
-    results = {scenario.name: one(given, scenario) for scenario in wanted}
-    if given.output is not None:
-        document = {name: found for name, (_, found) in results.items()}
-        given.output.write_text(json.dumps(document, indent=1) + "\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
+    results: dict[str, tuple[int, object]] = {}
+    for scenario in wanted:
+        if not ENOUGH.is_set():
+            results[scenario.name] = one(given, scenario)
+        if given.output is not None:
+            document = {name: found for name, (_, found) in results.items()}
+            given.output.write_text(json.dumps(document, indent=1) + "\n")
     return max(code for code, _ in results.values())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from pathlib import Path
 from tests.chaos.criteria import COMMON
 from tests.chaos.history import Finding, History, Record
 from tests.chaos.special import SPECIAL
+
+FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\":;|]+/)+")
+"""Where a run took place is nobody's affair: of paths the last part is kept."""
 
 
 def judge(h: History) -> list[Finding]:
@@ -27,14 +31,18 @@ def judge(h: History) -> list[Finding]:
 
 def result(h: History, findings: Sequence[Finding]) -> Record:
     """What is kept of a run."""
-    kept = ("scenario", "minutes", "seed", "factor", "machine", "peers", "trainers", "ground")
+    kept = ("scenario", "minutes", "played_minutes", "interrupted", "seed", "factor", "machine")
+    kept += ("load", "peers", "trainers", "ground")
     commits = sorted(h.commits().values())
     return {
         **{name: h.run[name] for name in kept if name in h.run},
         "ok": all(one.ok is not False for one in findings),
         "faults": dict(sorted(_tally(h).items())),
         "rounds": len(commits),
-        "criteria": {one.name: {"ok": one.ok, "said": one.said, **one.figures} for one in findings},
+        "criteria": {
+            one.name: {"ok": one.ok, "said": FOLDERS.sub("", one.said), **one.figures}
+            for one in findings
+        },
     }
 
 

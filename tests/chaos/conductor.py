@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from tests.chaos.schedule import Fault
 TURN_S = 0.05
 SAMPLE_S = 5.0
 LIST_S = 3.0
+TELL_S = 60.0
+CALM_SHARE = 0.02
+"""Of a long run, at least: what the rate in the trouble is compared with."""
 PROBE_S = 0.25
 OPEN_S = 240.0
 SETTLE_S = 120.0
@@ -60,7 +63,10 @@ def calibrate() -> float:
 
 @dataclass(frozen=True)
 class Order:
-    """One run of a scenario. ``until_samples``: end when so many are committed (undisturbed)."""
+    """One run of a scenario. ``until_samples``: end when so many are committed (undisturbed).
+
+    ``enough``: once it is set, the run settles, ends and is judged by what there is.
+    """
 
     scenario: Scenario
     seconds: float
@@ -68,6 +74,7 @@ class Order:
     factor: float
     schedule: Sequence[Fault]
     until_samples: float = 0.0
+    enough: threading.Event = field(default_factory=threading.Event)
 
 
 class Conductor:
@@ -81,6 +88,7 @@ class Conductor:
         self._sampled_s = self._listed_s = 0.0
         self._stop = threading.Event()
         self._wrong = ""
+        self._ending = False
 
     def run(self) -> float:
         """Everything. Returns the samples that were committed."""
@@ -114,6 +122,7 @@ class Conductor:
                 for name in ("calm_from_s", "faults_from_s", "faults_until_s", "settled_s"):
                     self._marks.setdefault(name, time.monotonic())
                 self._mark("ended_s")
+                self._ending = True
                 self.acts.heal()
                 self.acts.strikes()
                 self.crew.close(END_S * self.order.factor)
@@ -160,6 +169,8 @@ class Conductor:
             found = done()
             if found:
                 return found
+            if self.order.enough.is_set() and not self._ending:
+                raise StandsStill(f"{what}: interrupted")
             if time.monotonic() > deadline_s:
                 raise StandsStill(f"{what}: not within {timeout_s:.0f} s")
 
@@ -202,8 +213,9 @@ class Conductor:
         self._mark("calm_from_s")
         if self.order.until_samples:
             return
-        until_s = time.monotonic() + self.order.scenario.calm_s
-        self._until(lambda: time.monotonic() > until_s, 2 * self.order.scenario.calm_s, "the calm")
+        calm_s = max(self.order.scenario.calm_s, CALM_SHARE * self.order.seconds)
+        until_s = time.monotonic() + calm_s
+        self._until(lambda: time.monotonic() > until_s, 2 * calm_s, "the calm")
         self.crew.list_rounds()
 
     def _trouble(self) -> None:
@@ -211,7 +223,7 @@ class Conductor:
         began, left = time.monotonic(), list(self.order.schedule)
         wanted = self.order.until_samples
         told_s = began
-        while time.monotonic() < began + self.order.seconds:
+        while time.monotonic() < began + self.order.seconds and not self.order.enough.is_set():
             while left and time.monotonic() >= began + left[0]["at_s"]:
                 fault = left.pop(0)
                 self._tell(f"{time.monotonic() - began:6.1f} s, round {self._progress()}: {fault}")
@@ -219,12 +231,20 @@ class Conductor:
             self._turn()
             if wanted and self.book.samples >= wanted:
                 break
-            if wanted and time.monotonic() > told_s + 30.0:
+            if time.monotonic() > told_s + TELL_S:
                 told_s = time.monotonic()
-                self._tell(f"undisturbed: {self.book.samples:.0f} of {wanted:.0f} samples")
+                self._tell(self._stand((told_s - began) / 60.0, wanted))
+
+    def _stand(self, minutes: float, wanted: float) -> str:
+        """How far it is, in a line."""
+        up, largest = len(self.crew.alive()), self.crew.own_bytes_max / 2**20
+        samples = f"{self.book.samples:.0f}" + (f" of {wanted:.0f}" if wanted else "")
+        said = f"{minutes:.0f} min: round {self._progress()}, {samples} samples, {up} peers up"
+        return f"{said}, the largest with {largest:.0f} MB of its own"
 
     def _settle(self) -> None:
         """Nothing is wrong any more: everybody is to apply a round that was not there before."""
+        self._ending = True
         self.acts.heal()
         for home in self.crew.homes:
             self.crew.freeze(home, False)
@@ -291,9 +311,14 @@ class Conductor:
 
     def _document(self) -> dict[str, Any]:
         order, scenario = self.order, self.order.scenario
+        played_s = self._marks["faults_until_s"] - self._marks["faults_from_s"]
+        cut_short = order.enough.is_set()
+        due = [f for f in order.schedule if not cut_short or f["at_s"] <= played_s]
         return {
             "scenario": scenario.name,
             "minutes": round(order.seconds / 60.0, 2),
+            "played_minutes": round(played_s / 60.0, 2),
+            "interrupted": cut_short,
             "seed": order.seed,
             "factor": order.factor,
             "machine": f"{os.cpu_count()} cores {platform.machine()}",
@@ -303,7 +328,7 @@ class Conductor:
             "ground": self.crew.ground.name,
             "sites": {home.name: home.seat.id for home in self.crew.homes},
             "idle": ["site-0"] if scenario.seeded else [],
-            "planned": dict(Counter(fault["kind"] for fault in order.schedule)),
+            "planned": dict(Counter(fault["kind"] for fault in due)),
             "schedule": list(order.schedule),
             "criteria": list(scenario.criteria) if not order.until_samples else [],
             "bars": {

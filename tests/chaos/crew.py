@@ -101,6 +101,8 @@ class Crew:
         self.homes: list[Home] = []
         self._retired: list[Synthetic] = []
         self.training = True
+        self.own_bytes_max = 0
+        """Of the largest peer process when they were last looked at."""
 
     # Members
 
@@ -269,6 +271,7 @@ class Crew:
 
     def sample(self) -> None:
         """Memory and descriptors of every peer process."""
+        self.own_bytes_max = 0
         for home in self.homes:
             if home.peer is not None:
                 with contextlib.suppress(psutil.Error):
@@ -276,6 +279,7 @@ class Crew:
                     memory = process.memory_info()
                     # Pages of mapped files go when the machine needs them; the rest is its own.
                     own = memory.rss - getattr(memory, "shared", 0)
+                    self.own_bytes_max = max(self.own_bytes_max, own)
                     seen = {"rss_bytes": memory.rss, "own_bytes": own, "fds": process.num_fds()}
                     self.book.write("sample", site=home.name, pid=home.peer.pid, **seen)
 

@@ -116,7 +116,8 @@ def cut(luck: random.Random, number: int, sites: int) -> Fault:
     kind = number % 4
     small = sites // 2 if kind == 0 else (3 * sites) // 8
     sides = [sorted(names[:small]), sorted(names[small:])]
-    fault: Fault = {"kind": "cut", "sides": sides, "for_s": round(luck.uniform(15.0, 25.0), 2)}
+    # The end of one must not fall into the next, which begins half a period later at the least.
+    fault: Fault = {"kind": "cut", "sides": sides, "for_s": round(luck.uniform(14.0, 20.0), 2)}
     if kind == 2:
         fault["one_way"] = True
     if kind == 3:

@@ -390,6 +390,15 @@ def test_the_program_reads_files_and_says_what_is_wrong(
     assert kept["ok"] is False and kept["criteria"]["one hash"]["divergent"] == 1
 
 
+def test_where_a_run_took_place_is_not_kept() -> None:
+    script = Script()
+    why = "cannot write /tmp/st-x/site-3/runs/75aa/log: train/0/0, 4/3"
+    script.note("exit", 1200.0, site="site-1", process="peer", by="itself", code=1, last=why)
+    found = result(script.history(), judge(script.history()))
+    said = found["criteria"]["no traceback"]["said"]
+    assert said.endswith("cannot write log: train/0/0, 4/3")
+
+
 def test_the_checker_knows_nothing_of_the_program() -> None:
     code = "import sys, tests.chaos.check; print([m for m in sys.modules if 'swarmtrain' in m])"
     command = [sys.executable, "-c", code]

@@ -392,7 +392,7 @@ def test_the_program_reads_files_and_says_what_is_wrong(
 
 def test_where_a_run_took_place_is_not_kept() -> None:
     script = Script()
-    why = "cannot write /tmp/st-x/site-3/runs/75aa/log: train/0/0, 4/3"
+    why = "cannot write /srv/st-x/site-3/runs/75aa/log: train/0/0, 4/3"
     script.note("exit", 1200.0, site="site-1", process="peer", by="itself", code=1, last=why)
     found = result(script.history(), judge(script.history()))
     said = found["criteria"]["no traceback"]["said"]

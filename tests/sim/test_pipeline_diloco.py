@@ -6,13 +6,13 @@ Checkers: ``testing/local_swarm.py`` and those of all rounds. ``run_local(seed)`
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from swarmtrain_protocols.pipeline.book import stage_channel
+from swarmtrain_protocols.pipeline.hops import stage_of
 from swarmtrain_protocols.testing.faults import Fault
 from swarmtrain_protocols.testing.local_site import LocalSite
 from swarmtrain_protocols.testing.local_swarm import (
@@ -73,10 +73,10 @@ def test_in_calm_weather_exchanges_are_spread_and_nobody_is_excluded() -> None:
     assert driver is not None and driver.core.pipeline.driver.not_sticky == 0
 
 
-def kept(swarm: LocalSwarm, name: str, before: Set[tuple[int, int]] = frozenset()) -> bool:
+def kept(swarm: LocalSwarm, name: str) -> bool:
     """Everything that a member has accumulated is in a contribution or on its way into one.
 
-    ``before``: what may also have been left behind, when a round was committed without the member.
+    Only a round that was committed without the member takes local steps along (11 §2.8, rule 6).
     """
     site = swarm.site(name)
     assert site is not None
@@ -85,7 +85,15 @@ def kept(swarm: LocalSwarm, name: str, before: Set[tuple[int, int]] = frozenset(
     }
     made |= {pair for mine in site.trained.values() for pair in mine.pairs}
     made |= {pair for pairs in site.sums.values() for pair in pairs}
-    return made <= set(site.seen) and set(site.seen) - made <= before
+    left = {stage_of(hop, swarm.spec.toy.stages) for hop, _ in set(site.seen) - made}
+    return made <= set(site.seen) and all(went_on_without(swarm, site, s) for s in left)
+
+
+def went_on_without(swarm: LocalSwarm, site: LocalSite, stage: int) -> bool:
+    """A round of this stage was committed without a contribution of this site."""
+    history = site.core.ledger.channels[stage_channel(stage)].history
+    sets = [{member for member, *_ in item.contributors} for item in history]
+    return any(site.ctx.peer not in members for members in sets)
 
 
 def test_who_dies_takes_its_own_local_steps_and_no_others() -> None:
@@ -93,7 +101,6 @@ def test_who_dies_takes_its_own_local_steps_and_no_others() -> None:
     swarm = calm(2)
     world = swarm.world
     world.run(8.0)
-    before = {name: set(site.seen) for name in "abdf" if (site := swarm.site(name))}
     lost = 0
     for name in "ce":
         victim = swarm.site(name)
@@ -105,19 +112,16 @@ def test_who_dies_takes_its_own_local_steps_and_no_others() -> None:
     assert not outcome.violation, outcome.text
     assert lost > 0 and outcome.seen["trainer:killed"] == 2
     assert outcome.seen["decided:excluded"] == 0
-    assert all(kept(swarm, name, before[name]) for name in "abdf")
+    assert all(kept(swarm, name) for name in "abdf")
     for stage in range(4):
         assert swarm.committed()[stage_channel(stage)] >= 3
 
 
 def test_a_member_that_is_killed_costs_the_others_nothing() -> None:
     swarm = calm(4)
-    swarm.world.run(8.0)
-    before = {name: set(site.seen) for name in "abcef" if (site := swarm.site(name))}
     outcome = run_built(swarm, 4, [Fault(9.0, "crash", "d", "", 5.0)])
     assert not outcome.violation, outcome.text
-    left = [name for name in "abcef" if not kept(swarm, name, before[name])]
-    assert not left or outcome.seen["decided:excluded"], left
+    assert all(kept(swarm, name) for name in "abcef")
 
 
 def test_a_stage_that_nobody_holds_comes_back_and_the_others_keep_theirs() -> None:

@@ -78,7 +78,7 @@ _FROM_SPECS = (
                 "return False",
             ),
         ),
-        find("pipelines: workers die", 5, 8),
+        find("pipelines: closed late", 1, 9),
         find("units: sums", 0),
     ),
     _spec(

@@ -322,8 +322,8 @@ _FROM_CODE = (
     ),
     _code(
         "how many phases are in a contribution is said",
-        "rounds/member.py",
-        patch("rounds.member:RoundMember._send_ready", "offer.age,", "0,"),
+        "rounds/offer.py",
+        patch("rounds.offer:Offer.ready", "self.age,", "0,"),
         find("unlike", 0, 6),
     ),
     _code(

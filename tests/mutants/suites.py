@@ -207,6 +207,16 @@ def driver_gone(seed: int) -> str:
     return run_built(swarm, seed, [Fault(8.0, "aim-vanish", "b", about)]).violation
 
 
+def closed_late(seed: int) -> str:
+    """Slow workers, and steps that close without stragglers while backwards are under way."""
+    timeout_s = (0.75, 1.0, 1.25)[seed % 3]
+    spec = make_spec(seed, Toy(seed, 2, 8), close_fraction=0.5, round_timeout_s=timeout_s)
+    spec = replace(spec, work_s=(0.01, 0.3), hop_s=(0.005, 0.1), lost=0.1, doubled=0.1, room=4)
+    parts = [PipelinePart(n, drives=n in "ab", slower=6.0 if n in "cd" else 1.0) for n in "abcdef"]
+    swarm = build_pipeline(seed, spec, parts, model=NetworkModel())
+    return run_built(swarm, seed, []).violation
+
+
 def _stage_lost(seed: int) -> None:
     loss = Loss(seed)
     loss.kill(*loss.serving(2))
@@ -271,6 +281,7 @@ SUITES: dict[str, Run] = {
     "pipelines: workers die": workers_die,
     "pipelines: drivers die": drivers_die,
     "pipelines: driver gone": driver_gone,
+    "pipelines: closed late": closed_late,
     "pipelines: stage lost": judged(_stage_lost),
     "pipelines: calm": judged(_stage_calm),
     "pipelines: late messages": judged(test_stage_loss.late_messages),

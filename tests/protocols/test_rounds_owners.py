@@ -137,6 +137,21 @@ def test_no_result_in_time_is_what_most_receivers_say() -> None:
     assert {x.deputy for _, x in sent(chair.take(), m.TakeOver)} == {opened.parts[index].deputy}
 
 
+def test_receivers_that_are_gone_are_not_asked_whether_they_lack_a_result() -> None:
+    chair = chair_of(A, B, C, D)
+    opened = chair.open(A, B, C, D)
+    deliver(chair, opened)
+    chair.commit(1.1)
+    (index, *_) = owned(opened, C)
+    by = 1.1 + SILENT_S_MIN
+    chair.say(2.0, A, m.Complaint(opened.key, (index,)))
+    chair.gone(2.5, B)
+    chair.leader.step(by)
+    assert suspensions(chair.proposed) == [], "one of two says so"
+    chair.gone(by, D)
+    assert suspensions(chair.proposed) == [(C, f"no result as an owner in {opened.key}")]
+
+
 # --- lies ----------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ class Owners:
             phase.chosen_at = min(phase.chosen_at, now)
         if phase.proposed:
             return ""
-        for suspect in self.silent(now, phase, chosen):
+        for suspect in self.silent(now, phase, chosen, present):
             phase.silenced[suspect.member] = None
             self._suspend(now, ledger, suspect)
         liar = self.liar(phase)
@@ -140,9 +140,11 @@ class Owners:
                 return Suspect(signer, f"part {part} of {phase.key} is no legal result")
         return None
 
-    def silent(self, now: float, phase: Phase, chosen: bool) -> list[Suspect]:
+    def silent(
+        self, now: float, phase: Phase, chosen: bool, present: list[bytes]
+    ) -> list[Suspect]:
         """Owners with a link that do not do their part, as measured by the others."""
-        found = self._no_result(now, phase) if chosen else self._no_report(now, phase)
+        found = self._no_result(now, phase, present) if chosen else self._no_report(now, phase)
         mine = [s for s in found if s.member != self._me and s.member not in phase.silenced]
         return list({s.member: s for s in mine}.values())
 
@@ -173,8 +175,9 @@ class Owners:
             full_by = since + max(SILENT_ALONE_S, _patience(took))
         return first_by, full_by
 
-    def _no_result(self, now: float, phase: Phase) -> list[Suspect]:
-        receivers = [k for k in self._receivers(phase) if k not in phase.holding]
+    def _no_result(self, now: float, phase: Phase, present: list[bytes]) -> list[Suspect]:
+        everybody = self._receivers(phase)  # who is gone cannot complain
+        receivers = [k for k in everybody if k in present and k not in phase.holding]
         suspects = []
         for index, part in enumerate(phase.opened.parts):
             owner = phase.deputies.get(index, part.owner)

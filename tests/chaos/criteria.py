@@ -29,8 +29,8 @@ LOSS_RATIO = 1.02
 LOSSES_SMOOTHED = 5
 MEMORY_MB_PER_MIN = 1.0
 WARM_S = 300.0
-"""What is kept of the newest 64 rounds and 1024 figures fills up meanwhile. 4096 events take longer,
-and 2 MB."""
+"""What is kept of the newest 64 rounds and 1024 figures fills up meanwhile. 4096 events take
+longer, and 2 MB."""
 WATCHED_MIN = 5.0
 """Minutes of peers beyond their warm-up below which a slope says nothing."""
 AGED_S = (45.0, 75.0)

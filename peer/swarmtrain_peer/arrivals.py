@@ -58,6 +58,10 @@ class Arrivals:
         self._runtime.time.disconnected(peer)
         self._pass("disconnected", peer, code, reason)
 
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        if self._begun:
+            self._runtime.driver.answered(peer, rtt_s)
+
     def message(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, mm.ManifestReply):
             self.enquiry.heard(message)

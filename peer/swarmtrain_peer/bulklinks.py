@@ -149,6 +149,11 @@ class BulkLinks:
             counts[conn.peer] = (sent + conn.sent_bytes, received + conn.received_bytes)
         return counts
 
+    def received_bytes(self, peer: PeerId) -> int:
+        """On the bulk connections to ``peer`` that there are at the moment."""
+        pair = self._pairs.get(peer)
+        return sum(conn.received_bytes for conn in pair.connections) if pair else 0
+
     # Making connections -----------------------------------------------------------------------
 
     def _make_room(self) -> bool:

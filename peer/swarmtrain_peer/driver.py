@@ -37,6 +37,7 @@ from swarmtrain_protocols.core import (
     Learn,
     PeerId,
     Persist,
+    Probe,
     Send,
 )
 from swarmtrain_protocols.dataplane import DataPlane
@@ -127,13 +128,21 @@ class Driver:
         self._pumping = True
         try:
             while True:
-                self._queue.extend(self.node.drain())
+                self._take(self.node.drain())
                 if not self._queue or self._persisting:
                     break
                 self._execute(self._queue.popleft())
         finally:
             self._pumping = False
         self._arm()
+
+    def _take(self, effects: list[Effect]) -> None:
+        """Queue what has its place in an order; who is asked for a sign of life is asked now."""
+        for effect in effects:
+            if not isinstance(effect, Probe):
+                self._queue.append(effect)
+            elif self._transport.probe(effect.peer):
+                self._loop.call_soon(self.run, self.node.heard, effect.peer)
 
     def _arm(self) -> None:
         """A timer that is set already may be early, and is set again then; never late."""
@@ -381,6 +390,12 @@ class Driver:
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self.run(self.node.disconnected, peer)
+
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        """A ping was answered; most answers change nothing."""
+        if self.node.answered(self._mono_s(), peer, rtt_s):
+            self._only_dht = False
+            self.pump()
 
     def unreachable(self, peer: PeerId) -> None:
         """A dial failed, or is not even tried yet because the one before has just failed."""

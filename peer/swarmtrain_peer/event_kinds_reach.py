@@ -1,10 +1,19 @@
-"""The kinds of events about who can be dialled, relayed links and mapped ports."""
+"""The kinds of events about who answers, who can be dialled, relayed links and mapped ports."""
 
 from __future__ import annotations
 
 from swarmtrain_peer.event_kind import Kind
 
 REACH_KINDS: tuple[Kind, ...] = (
+    Kind(
+        "peer_silent",
+        "warning",
+        "N660",
+        "A linked peer that is waited for says nothing and answers no ping for longer than answers "
+        "took so far: rounds go on without it until it does.",
+        ("peer", "silent_s", "answer_s"),
+    ),
+    Kind("peer_answers", "info", "N661", "A silent peer is back.", ("peer", "silent_s")),
     Kind(
         "reachability",
         "info",

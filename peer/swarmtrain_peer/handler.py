@@ -18,6 +18,9 @@ class TransportHandler(Protocol):
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None: ...
 
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        """A ping came back."""
+
     def message(self, peer: PeerId, message: Message) -> None:
         """Everything except session and fetch messages."""
 

@@ -48,6 +48,9 @@ class _Ears:
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         return
 
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        return
+
     def message(self, peer: PeerId, message: Message) -> None:
         return
 

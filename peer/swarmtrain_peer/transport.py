@@ -7,6 +7,7 @@ threads of ``bulk.BulkPool``. All methods are called on the loop thread.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -102,6 +103,7 @@ class Transport:
         self.no_route: Callable[[PeerId], None] = lambda peer: None
         self.open_relayed: Callable[[PeerId], Awaitable[socket.socket]] = _no_relay
         self._live: dict[Link, PeerId] = {}
+        self._bulk_seen: dict[PeerId, tuple[float, int]] = {}
         self._past: dict[PeerId, tuple[int, int]] = {}
 
     async def start(self, listen_on: str) -> str:
@@ -205,6 +207,17 @@ class Transport:
         if link := self._table.links.get(peer):
             link.session.probe(self._loop.time())
             link.wake()
+
+    def probe(self, peer: PeerId) -> bool:
+        """Ask for a sign of life; True if bulk bytes have come since it was asked for just before.
+
+        Those fill the path on which the answer comes, and are a sign themselves.
+        """
+        self.measure(peer)
+        now_s, nbytes = self._loop.time(), self._bulk.received_bytes(peer)
+        seen_s, before = self._bulk_seen.get(peer, (-math.inf, 0))
+        self._bulk_seen[peer] = now_s, nbytes
+        return nbytes > before and now_s - seen_s < limits.STALL_S
 
     # Fetches ----------------------------------------------------------------------------------
 
@@ -404,8 +417,10 @@ class Transport:
                 self._table.held(link, peer)
             case Opened(peer, hello):
                 self._table.opened(link, peer, hello)
-            case Ponged(nonce, _):
+            case Ponged(nonce, rtt_s):
                 self._table.ponged(link, nonce)
+                if link.peer is not None and self._table.links.get(link.peer) is link:
+                    self._handler.answered(link.peer, rtt_s)
             case Faulted(code, why):
                 self._count(f"fault_{code}")
                 if self._bars.fault(self._loop.time(), link.peer, code):
@@ -449,6 +464,7 @@ class Transport:
     def link_closed(self, link: Link, peer: PeerId, event: Closed) -> None:
         """See ``linktable.LinkUser``."""
         self._bulk.peer_lost(peer)
+        self._bulk_seen.pop(peer, None)
         self._serving.peer_lost(peer)
         self._fetches.peer_lost(peer)
         self._handler.disconnected(peer, event.code, event.reason)

@@ -65,6 +65,16 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask ``peer``, if there is a link, for a sign of life; ``answered(now, peer, rtt_s)`` follows.
+
+    It says nothing, so it may take place at once, before records that are not durable yet.
+    """
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class Persist:
     """Append ``record`` to the core's durable record file and sync it.
 

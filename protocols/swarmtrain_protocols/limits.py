@@ -22,6 +22,12 @@ BAR_S_MIN = 60.0
 BAR_S_MAX = 24 * 3600.0
 BARRED_MAX = 1024
 
+# Those one waits for (detector.py)
+PROBE_INTERVAL_S = 0.2
+PROBES_PER_S_MAX = 50.0
+STALL_S = 1.2
+ANSWER_S_UNKNOWN = 4.0
+
 # Connections (transport.py, bulk.py)
 CONNECTIONS_INBOUND_MAX = 512
 CONNECTIONS_HALF_OPEN_MAX = 64

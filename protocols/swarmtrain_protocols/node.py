@@ -38,6 +38,8 @@ class NodeCore(NodeParts):
         if type(message).__module__ == dm.__name__:
             self.receive_dht(now, peer, message)
             return
+        if self.detector.heard(now, peer):
+            self.leader.step(now)
         self._dispatch(now, peer, message)
         self._pump(now)
 
@@ -69,8 +71,23 @@ class NodeCore(NodeParts):
             self.leadership.announce(now)
         self._pump(now)
 
+    def heard(self, now: float, peer: PeerId) -> None:
+        """Bytes came from ``peer`` that are no message: it lives."""
+        if self.detector.heard(now, peer):
+            self.leader.step(now)
+            self._pump(now)
+
+    def answered(self, now: float, peer: PeerId, rtt_s: float) -> bool:
+        """``peer`` answered a question of the link after ``rtt_s``; False: nothing follows."""
+        if not self.detector.answered(now, peer, rtt_s):
+            return False
+        self.leader.step(now)
+        self._pump(now)
+        return True
+
     def disconnected(self, now: float, peer: PeerId) -> None:
         self._linked.pop(peer, None)
+        self.detector.disconnected(peer)
         self.log.disconnected(now, peer)
         self.dht.disconnected(now, peer)
         self.fetches.disconnected(now, peer)
@@ -91,6 +108,8 @@ class NodeCore(NodeParts):
         if self.member.announcement_due(now):
             self.leadership.announce(now)
         self.catchup.tick(now)
+        if now >= self.detector.deadline():
+            self._look(now)
         self.leader.step(now)
         self.shepherd.step(now)
         self.joiner.step(now, self.linked())
@@ -99,7 +118,8 @@ class NodeCore(NodeParts):
 
     def deadline(self) -> float:
         rounds = (self.fetches, self.member, self.catchup, self.leader)
-        parts = (self.log, self.dht, *rounds, self.shepherd, self.joiner, self.pipeline)
+        rest = (self.detector, self.shepherd, self.joiner, self.pipeline)
+        parts = (self.log, self.dht, *rounds, *rest)
         return min(part.deadline() for part in parts)
 
     def drain(self) -> list[Effect]:
@@ -266,9 +286,16 @@ class NodeCore(NodeParts):
             while self._loopback:
                 self._dispatch(now, self.me, self._loopback.pop(0))
             self.leadership.follow(now)
+            self.detector.wake(now, self.leader.waits or self.fetches.waits)
             if not batch and not self._raw:
                 return
         raise AssertionError("the cores keep each other busy for ever")
+
+    def _look(self, now: float) -> None:
+        """Who of those that are waited for is frozen?"""
+        waited = [*self.leader.waited(now), *self.fetches.waited(now)]
+        for peer in self.detector.look(now, (p for p in waited if p in self._linked)):
+            self.fetches.silent(now, peer)
 
     def _take(self, now: float, effect: Effect) -> None:
         if isinstance(effect, Send) and effect.peer == self.me:
@@ -348,6 +375,10 @@ class NodeCore(NodeParts):
 
     def _leader_changed(self, now: float, leader: PeerId | None) -> None:
         self.member.leader = self.catchup.leader = self.reception.leader = leader
+        silent = self.log.silent_s(now) >= self.log.timeouts.election_s
+        if leader == self.me and self._led in self._linked and silent:
+            self.detector.doubt(now, self._led)
+        self._led = leader or self._led
         self.joiner.leader_changed(now, leader)
         self.pipeline.leader_changed(now, leader)
 

@@ -14,6 +14,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.access import read_capability
 from swarmtrain_protocols.core import Effect, PeerId
+from swarmtrain_protocols.detector import FailureDetector
 from swarmtrain_protocols.dht.kademlia import DhtCore
 from swarmtrain_protocols.finder import Finder
 from swarmtrain_protocols.identity import Keyring
@@ -73,6 +74,8 @@ class NodeParts(ABC):
         self._raw: list[Effect] = []
         self._ready: list[Effect] = []
         self._loopback: list[Message] = []
+        self._led = self.me
+        """Who led the log last."""
         self._linked: dict[PeerId, None] = {}
         self._changed = False
         self.policy = policy or policy_of(manifest.keys, chunk_values)
@@ -102,7 +105,8 @@ class NodeParts(ABC):
         self._pump(now)
 
     def _make_rounds(self, rng: random.Random, chunk_values: int) -> None:
-        self.fetches = Fetches(self._raw)
+        self.fetches, self.detector = Fetches(self._raw), FailureDetector(self._raw)
+        self.fetches.suspected = self.detector.suspected
         self.member = RoundMember(
             keyring=self._keyring,
             rng=rng,
@@ -130,7 +134,7 @@ class NodeParts(ABC):
             out=self._raw,
             policy=self.policy,
             propose=self._proposals.propose,
-            connected=self.linked,
+            connected=self.responsive,
             verify=self._keyring.verify,
         )
         self.pipeline = PipelineCore(
@@ -189,6 +193,10 @@ class NodeParts(ABC):
     def linked(self) -> list[PeerId]:
         """Peers with a live link, in the order in which the links were made."""
         return list(self._linked)
+
+    def responsive(self) -> list[PeerId]:
+        """Those of them that nobody here waits for in vain: whom the leader's rounds count on."""
+        return [peer for peer in self._linked if peer not in self.detector.suspected]
 
     def _check_capability(self, now: float, data: bytes) -> Capability:
         wall_s, verify = self.dht.wall(now), self._keyring.verify

@@ -33,6 +33,7 @@ class Node:
         **hello: Any,
     ) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.answers: list[tuple[PeerId, float]] = []
         self.blobs: dict[bytes, Blob] = {}
         self.history: dict[bytes, None] = {}
         """Roots that make way for others."""
@@ -122,6 +123,9 @@ class Node:
 
     def connected(self, peer: PeerId, hello: Hello, outgoing: bool) -> None:
         self._add("connected", peer, outgoing, hello)
+
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        self.answers.append((peer, rtt_s))
 
     def disconnected(self, peer: PeerId, code: str, reason: str) -> None:
         self._add("disconnected", peer, code, reason)

@@ -18,7 +18,7 @@ import numpy as np
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import messages
 from swarmtrain_protocols.codecs.base import F32
-from swarmtrain_protocols.core import Effect, Emit, Fetch, PeerId, Persist, Send
+from swarmtrain_protocols.core import Effect, Emit, Fetch, PeerId, Persist, Probe, Send
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.ledger import Ledger
@@ -297,6 +297,8 @@ class Net:
             peer.told.append(effect.event)
         elif isinstance(effect, Fetch):
             self._fetch(peer, effect)
+        elif isinstance(effect, Probe):
+            self.queue.append(partial(self._answer, peer, effect.peer))
         elif isinstance(effect, fx.BeginAttempt):
             data.begin(effect.opened)
         elif isinstance(effect, fx.MeasurePart):
@@ -327,6 +329,11 @@ class Net:
             data.release_attempt(effect.key)
         elif isinstance(effect, fx.ReleaseContribution):
             data.drop(effect.root)
+
+    def _answer(self, peer: Peer, asked: PeerId) -> None:
+        if asked not in self.down and asked in peer.node.linked() and peer.id not in self.down:
+            peer.node.answered(self.now, asked, 0.0)
+            self.carry_out(peer)
 
     def deliver(self, sender: bytes, to: bytes, message: messages.Message) -> None:
         """Put a message on the wire, by its bytes."""

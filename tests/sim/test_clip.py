@@ -21,7 +21,7 @@ QUIET = [seed for seed in range(60) if spec_of(seed)[1][0].loud == 1.0]
 def test_a_loud_member_counts_in_part_wherever_its_parts_are_summed() -> None:
     """Owners die in each of these swarms; which of them have a deputy sum a loud part is chance."""
     seen: Counter[str] = Counter()
-    for seed in LOUD[:5]:
+    for seed in LOUD[-6:-1]:
         outcome = run_swarm(seed, owners_die(seed))
         assert not outcome.violation, outcome.text
         counted, told = (outcome.seen[f"clip:{x}"] for x in ("counted", "loud"))

@@ -224,7 +224,8 @@ class Attempt:
         def done(at: float, reason: str | None) -> None:
             self._fetched(at, want, peer, reason)
 
-        want.ticket = self.fetches.start(now, peer, root, first, part.count, purpose, done)
+        start, elsewhere = self.fetches.start, isinstance(purpose, fx.ResultPart)
+        want.ticket = start(now, peer, root, first, part.count, purpose, done, None, elsewhere)
 
     def _fetched(self, now: float, want: _Wanted, peer: PeerId, reason: str | None) -> None:
         want.ticket = None

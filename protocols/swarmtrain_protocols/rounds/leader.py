@@ -28,6 +28,7 @@ from swarmtrain_protocols.rounds.pinning import NO_MAJORITY, Pins
 from swarmtrain_protocols.rounds.plan import plan_parts
 from swarmtrain_protocols.rounds.policy import RoundPolicy, policy_at
 from swarmtrain_protocols.rounds.unlike import discount_of, lateness
+from swarmtrain_protocols.rounds.waiting import waited_for
 from swarmtrain_protocols.schedule import mode_at
 from swarmtrain_protocols.suspension import trusted
 
@@ -60,6 +61,8 @@ class RoundLeader:
         self.policy = policy
         self._founded = policy
         self.active = False
+        self.waits = False
+        """Whether somebody is waited for; ``waited`` says who."""
         self.decider: Decider | None = None
         self._me = me
         self._rng = rng
@@ -117,7 +120,8 @@ class RoundLeader:
             self._told(peer, self._lobbies.announced(now, self.ledger, peer, message))
         elif isinstance(message, m.Withdraw):
             self._lobbies.withdrawn(peer, message)
-            self._lost(peer, message)
+            if message.channel in self._phases:
+                self._phases[message.channel].lost(peer, message)
         elif isinstance(message, StateReport):
             self._lobbies.reported(self.ledger, peer, message)
         elif isinstance(message, m.PartsHeld):
@@ -135,15 +139,6 @@ class RoundLeader:
                 phase.holding[peer] = message
                 phase.parted.pop(peer, None)
         self.step(now)
-
-    def _lost(self, peer: PeerId, message: m.Withdraw) -> None:
-        """A contributor has lost the bytes that an open attempt lists: it is done without them."""
-        phase = self._phases.get(message.channel)
-        if phase is None or phase.key.generation != message.generation:
-            return
-        for index, item in enumerate(phase.opened.contributors):
-            if (item.member, item.root) == (peer, message.root):
-                phase.refused[index] = None
 
     def _told(self, peer: bytes, code: str) -> None:
         if code:
@@ -234,9 +229,11 @@ class RoundLeader:
     def step(self, now: float) -> None:
         self._now = now
         if not self.active:
+            self.waits = False
             return
         for phase in list(self._phases.values()):
             self._push(now, phase)
+        self.waits = bool(self._phases)
         if self.ledger.ended:
             return  # what is open is decided, nothing is opened any more
         if self.ledger.paused == NO_MAJORITY:
@@ -244,6 +241,7 @@ class RoundLeader:
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
                 self._maybe_open(now, name)
+        self.waits = self.waits or self._lobbies.half_ready()
         for body in (
             self._loss.check(now, self.ledger, self._present_reports()),
             self._choice.proposal(self.ledger),
@@ -256,6 +254,11 @@ class RoundLeader:
         room = self._lobbies.rooms.get(channel)
         known = room.reports if room is not None else {}
         return [(k, known[k]) for k in self.here() if k in known]
+
+    def waited(self, now: float) -> list[PeerId]:
+        """Others whose word, bytes or announcement the open attempts and the next ones need."""
+        here = self._phases, self._lobbies, self.present()
+        return waited_for(now, self._me, self.ledger, *here) if self.waits else []
 
     def _present_reports(self) -> dict[str, Iterable[StateReport]]:
         present = self.present()
@@ -441,7 +444,7 @@ class RoundLeader:
         lost = ""
         if best + sum(k in present for k in silent) < need:
             lost = "too many holders lost"
-        elif chosen is not None and not phase.result_here() and phase.broken(present, chosen):
+        elif chosen and not phase.result_here(present) and phase.broken(present, chosen):
             lost = "a chosen contribution is lost"
         phase.lost_since = min(phase.lost_since, now) if lost else math.inf
         if lost and now >= phase.lost_since + self.policy.lost_grace_s:

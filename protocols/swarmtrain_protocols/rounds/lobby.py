@@ -263,6 +263,20 @@ class Lobbies:
         else:
             lobby.half_ready = min(lobby.half_ready, now)
 
+    def half_ready(self) -> bool:
+        """In some room half are ready, and the others are waited for."""
+        return any(lobby.ready and lobby.half_ready < math.inf for lobby in self.rooms.values())
+
+    def waited(
+        self, now: float, ledger: Ledger, name: str, present: list[bytes]
+    ) -> dict[bytes, None]:
+        """Who is waited for, once half are ready; of a group's callers all are."""
+        lobby = self.rooms[name]
+        if not lobby.ready or lobby.half_ready == math.inf or name not in ledger.channels:
+            return {}
+        expected, _ = self.expected(now, ledger, name, present)
+        return dict.fromkeys(k for k in expected if k not in lobby.ready)
+
     def grace_over_at(self, name: str, hidden: bool) -> float:
         """When fewer than expected will do: the faster half sets the pace, if one is known.
 

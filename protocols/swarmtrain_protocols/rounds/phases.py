@@ -67,6 +67,14 @@ class Phase:
     squares: dict[int, dict[bytes, dict[int, float]]] = field(default_factory=dict)
     """By part and who computes it: the sum of squares of each contributor's part."""
 
+    def lost(self, peer: bytes, message: m.Withdraw) -> None:
+        """A contributor has lost the bytes that are listed here: it is done without them."""
+        if self.key.generation != message.generation:
+            return
+        for index, item in enumerate(self.opened.contributors):
+            if (item.member, item.root) == (peer, message.root):
+                self.refused[index] = None
+
     def norms(self, indices: list[int]) -> list[float]:
         """Of contributions that every part's computer has; empty where norms do not count."""
         if not self.weighs:
@@ -83,9 +91,26 @@ class Phase:
             took_s = now - self.started
             self.close_at = now + closing_grace_s(self.opened.phase_s, took_s, hidden)
 
-    def result_here(self) -> bool:
-        """Somebody with a link holds the result: others can fetch it."""
-        return any(member not in self.parted for member in self.holding)
+    def result_here(self, present: list[bytes] | None = None) -> bool:
+        """Somebody with a link holds the result: others can fetch it.
+
+        ``present``: who else would not do at the moment is not among them.
+        """
+        here = self.holding if present is None else [k for k in self.holding if k in present]
+        return any(member not in self.parted for member in here)
+
+    def waited(self, chosen: bool) -> dict[bytes, None]:
+        """Who has to say or send something before the attempt goes on."""
+        if self.proposed:
+            return {}
+        computers = [self.deputies.get(i, part.owner) for i, part in enumerate(self.opened.parts)]
+        if not chosen:
+            delivered, _ = self.delivered()
+            late = [i for i in range(len(self.opened.contributors)) if i not in delivered]
+            people = [self.opened.contributors[i].member for i in late if i not in self.refused]
+        else:
+            people = [holder for holder in self.opened.holders if holder not in self.holding]
+        return dict.fromkeys([*computers, *people])
 
     def delivered(self) -> tuple[list[int], bool]:
         """Contributors that every part's computer has, and whether every part has a computer."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swarmtrain_protocols import core, limits
-from swarmtrain_protocols.core import Effect, PeerId, Persist
+from swarmtrain_protocols.core import Effect, PeerId, Persist, Probe
 from swarmtrain_protocols.testing.aims import labels_of
 from swarmtrain_protocols.testing.clock import HostClock
 from swarmtrain_protocols.testing.disk import Disk
@@ -37,6 +37,8 @@ class Node(core.Core, Protocol):
     def connected(self, now: float, peer: PeerId) -> None: ...
 
     def disconnected(self, now: float, peer: PeerId) -> None: ...
+
+    def answered(self, now: float, peer: PeerId, rtt_s: float) -> bool: ...
 
     def fetched(self, now: float, ticket: int) -> None: ...
 
@@ -235,6 +237,14 @@ class Host:
     def receive(self, sender: PeerId, message: Message) -> None:
         self.call("receive", sender, message)
 
+    def answered(self, peer: PeerId, rtt_s: float) -> None:
+        """A question of this node's was answered; most answers change nothing."""
+        found: list[bool] = []
+        now = self.local_now()
+        self.world.guarded(self, lambda: found.append(self.node.answered(now, peer, rtt_s)))
+        if any(found):
+            self.settle()
+
     def settle(self) -> None:
         """Collect effects, carry out what may be carried out, set the timer."""
         if self._settling:
@@ -257,7 +267,11 @@ class Host:
     def _collect(self) -> None:
         found: list[Effect] = []
         self.world.guarded(self, lambda: found.extend(self.node.drain()))
-        self._queue.extend(found)
+        for effect in found:
+            if isinstance(effect, Probe):
+                self.world.network.probe(self, effect.peer)  # it waits for no disk
+            else:
+                self._queue.append(effect)
 
     def _next_effect(self) -> None:
         effect = self._queue.popleft()

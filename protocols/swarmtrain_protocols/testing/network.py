@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.testing.draws import Stream, exponential
 from swarmtrain_protocols.testing.faults import (
     LOSSY,
@@ -232,6 +233,24 @@ class Network:
             self._fail(a, packet)
         else:
             dial.queue.append(packet)
+
+    def probe(self, a: Host, peer: PeerId) -> None:
+        """Ask over the connection, if there is one; a process that runs answers at once."""
+        b, asked_s = self.world.by_peer[peer], a.local_now()
+        connection = self._connections.get(_pair(a.name, b.name))
+        if connection is None or connection.state[a.name] != "up":
+            return
+        incarnation = a.incarnation
+
+        def answer(host: Host) -> None:
+            if connection.state[host.name] == "up":
+                self._transmit(connection, b.name, a.name, Packet("pong", b"", heard))
+
+        def heard(host: Host) -> None:
+            if host.incarnation == incarnation:
+                host.answered(peer, host.local_now() - asked_s)
+
+        self._transmit(connection, a.name, b.name, Packet("ping", b"", answer))
 
     def close(self, a: Host, b: Host) -> None:
         """End the connection as ``a`` asks; both ends are told."""

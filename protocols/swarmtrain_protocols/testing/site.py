@@ -217,6 +217,9 @@ class Site:
         reachable = self.truth.parts[name].reachable
         self.core.connected(now, peer, (address_of(name),) if reachable else ())
 
+    def answered(self, now: float, peer: PeerId, rtt_s: float) -> bool:
+        return self.core.answered(now, peer, rtt_s)
+
     def disconnected(self, now: float, peer: PeerId) -> None:
         self._links -= 1
         self._wall.forget(peer)

@@ -47,7 +47,7 @@ class NodeCore(NodeParts):
         """As ``receive``, for a message of the DHT; False if it has moved any other core too.
 
         Most only make the DHT say something: then nothing has to be carried between the cores, and
-        no deadline but that of the DHT is another than before.
+        no deadline but that of the DHT is another than before, so the others are not asked again.
         """
         self.dht.receive(now, peer, message)
         effects = self.dht.drain()
@@ -117,10 +117,18 @@ class NodeCore(NodeParts):
         self._pump(now)
 
     def deadline(self) -> float:
-        rounds = (self.fetches, self.member, self.catchup, self.leader)
-        rest = (self.detector, self.shepherd, self.joiner, self.pipeline)
-        parts = (self.log, self.dht, *rounds, *rest)
-        return min(part.deadline() for part in parts)
+        if self._others_at is None or self._raw:  # a core was called past this one
+            self._others_at = min(
+                self.log.deadline(),
+                self.fetches.deadline(),
+                self.member.deadline(),
+                self.catchup.deadline(),
+                self.leader.deadline(),
+                self.shepherd.deadline(),
+                self.joiner.deadline(),
+            )
+        rest = (self.dht, self.detector, self.pipeline)
+        return min(self._others_at, *(part.deadline() for part in rest))
 
     def drain(self) -> list[Effect]:
         effects, self._ready = self._ready, []
@@ -274,6 +282,7 @@ class NodeCore(NodeParts):
 
     def _pump(self, now: float) -> None:
         """Carry effects between the cores until none is left inside."""
+        self._others_at = None
         for _ in range(PUMP_MAX):
             self.member.flush_reports()
             batch = [*self.log.drain(), *self.dht.drain(), *self._raw]

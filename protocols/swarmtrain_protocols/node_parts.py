@@ -78,6 +78,8 @@ class NodeParts(ABC):
         """Who led the log last."""
         self._linked: dict[PeerId, None] = {}
         self._changed = False
+        self._others_at: float | None = None
+        """When the cores but DHT, detector and pipeline want ``tick``; None: they must be asked."""
         self.policy = policy or policy_of(manifest.keys, chunk_values)
         self._proposals = Proposals(self._raw)
         self._make_rounds(rng, chunk_values)

@@ -379,7 +379,7 @@ class DhtCore:
         if now >= self._refresh_at:
             target = self.table.stalest(now, self.rng, limits.DHT_REFRESH_S)
             if target is None:
-                self._refresh_at = now + limits.DHT_REFRESH_S / 30
+                self._refresh_at = now + limits.DHT_REFRESH_LOOK_S
             else:
                 self.searches.start(now, Search(target, nothing, gauge=True))
 

@@ -38,15 +38,27 @@ class Replication:
         self._core = core
 
     def tick(self, now: float) -> None:
-        """Compare what has come due with the k nearest known."""
+        """Compare what has come due with the k nearest known.
+
+        Who is none of the k nearest asks three of them whether they have the same, no more: its
+        copy is from when it was nearer, and ends with the life of the record.
+        """
         core = self._core
         done: dict[bytes, None] = {}
         for record in core.held.due(now, limits.DHT_REPLICATE_BATCH_MAX):
             core.held.schedule(record, self.next_time(now))
             done[record.key] = None
         for key in done:
-            for contact in core.table.closest(id_from_bytes(key), limits.DHT_K):
+            nearest = core.table.closest(id_from_bytes(key), limits.DHT_K)
+            count = limits.DHT_PATHS if self._is_far(key) else limits.DHT_K
+            for contact in nearest[:count]:
                 self.compare(now, contact, key)
+
+    def _is_far(self, key: bytes) -> bool:
+        """True if k contacts are nearer to ``key`` than this node."""
+        core, target = self._core, id_from_bytes(key)
+        near = core.table.closest(target, limits.DHT_K)
+        return len(near) >= limits.DHT_K and near[-1].id ^ target < core.me.id ^ target
 
     def next_time(self, now: float) -> float:
         """Jittered, so that one holder is first and its comparison puts the others off."""
@@ -119,9 +131,11 @@ class Replication:
         page = core.searches.checked(now, sync.contact, sync.key, after, reply)
         if page is None:
             return
+        far = self._is_far(sync.key)
         for record in page:
             sync.theirs[record.publisher] = record
-            core.accept(now, record)
+            if not far:
+                core.accept(now, record)
         if reply.more and len(sync.theirs) < limits.DHT_RECORDS_PER_KEY_MAX:
             self._ask(now, sync, reply.records[-1].publisher)
             return

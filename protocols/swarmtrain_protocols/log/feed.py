@@ -52,6 +52,8 @@ class Feed:
         self._snapshots = snapshots
         self.subscribers: dict[PeerId, Subscriber] = {}
         self._life_at = state.now + state.timeouts.feed_s
+        self._pushed: tuple[int, int, int] | None = None
+        """Commit, newest certificate and snapshot that all who keep up were told of."""
 
     def deadline(self) -> float:
         return self._life_at if self.subscribers else float("inf")
@@ -86,6 +88,7 @@ class Feed:
             expires_at=s.now + s.timeouts.lease_s,
         )
         self.subscribers[peer] = item
+        self._pushed = None
         if not self._push(peer, item, {}):
             self._idle(peer, item)
 
@@ -98,12 +101,20 @@ class Feed:
 
     def push(self) -> None:
         """Send what is newly certified to all who keep up."""
+        log = self._s.log
+        newest = -1 if log.latest is None else log.latest.index
+        there = (log.commit, newest, self._snapshots.index)
+        if there == self._pushed:
+            return
         shared: Shared = {}
+        behind = False
         for peer, item in self.subscribers.items():
             if item.live:
                 self._push(peer, item, shared)
                 if item.told < self._snapshots.index:
                     self._idle(peer, item)
+                behind = behind or item.next <= log.commit or item.verified < newest
+        self._pushed = None if behind else there
 
     def _push(self, peer: PeerId, item: Subscriber, shared: Shared) -> bool:
         """Send at most one pull's worth; False if there was nothing to send."""

@@ -32,7 +32,6 @@ class LossWatch:
         """
         if ledger.pipeline.stages:
             return None
-        targets: list[tuple[str, int, bytes]] = []
         overdue = False
         for channel in ledger.train_channels():
             known = list(reports.get(channel.name, ()))
@@ -41,10 +40,14 @@ class LossWatch:
                 self._since.pop(channel.name, None)
             elif now >= self._since.setdefault(channel.name, now) + DATA_LOSS_S:
                 overdue = True
-            target = self._target(channel, known)
+        if not overdue:
+            return None
+        targets: list[tuple[str, int, bytes]] = []
+        for channel in ledger.train_channels():
+            target = self._target(channel, list(reports.get(channel.name, ())))
             if target is not None:
                 targets.append((channel.name, *target))
-        if not overdue or len(targets) != len(ledger.train_channels()):
+        if len(targets) != len(ledger.train_channels()):
             return None
         self._since.clear()
         return e.Rewound(

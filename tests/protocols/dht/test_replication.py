@@ -127,3 +127,40 @@ def test_whoever_is_asked_to_compare_the_same_puts_its_own_turn_off() -> None:
     after = two.held.next_replication()
     assert before is not None and after is not None
     assert after >= network.now - 1 + limits.DHT_REPLICATE_S
+
+
+def test_who_is_no_longer_among_the_nearest_asks_three_of_them_and_takes_nothing() -> None:
+    """Else everybody who ever was near would hold a copy for as long as it is renewed."""
+    network = Network(11)
+    nodes = network.grow(30, every_s=0.3)
+    network.run(5)
+    order = network.nearest(key_id(b"k"), len(nodes))
+    far = network.nodes[order[-1]]
+    for peer in order[: limits.DHT_K]:
+        network.nodes[peer].accept(network.now, version(2))  # type: ignore[arg-type]
+    far.accept(network.now, version(1))  # type: ignore[arg-type]
+    asked: list[bytes] = []
+
+    def watch(message: messages.Message) -> messages.Message:
+        if isinstance(message, FindValue) and message.known:
+            asked.append(message.key)
+        return message
+
+    network.tampers[far.me.peer] = watch
+    network.run(2 * limits.DHT_REPLICATE_S + 5)
+    assert len(asked) in (limits.DHT_PATHS, 2 * limits.DHT_PATHS), "one turn of its own, or two"
+    assert values(far) == [["writer", 1]]
+
+
+def test_what_only_somebody_far_away_holds_comes_to_the_nearest() -> None:
+    network = Network(12)
+    nodes = network.grow(30, every_s=0.3)
+    network.run(5)
+    order = network.nearest(key_id(b"k"), len(nodes))
+    network.nodes[order[-1]].accept(network.now, version(1))  # type: ignore[arg-type]
+    network.run(2 * limits.DHT_REPLICATE_S + 5)
+    there = {node.me.peer for node in holders(network)}
+    assert set(order[: limits.DHT_PATHS]) <= there
+    network.run(2 * limits.DHT_REPLICATE_S + 5)
+    there = {node.me.peer for node in holders(network)}
+    assert set(order[: limits.DHT_K]) <= there

@@ -2,8 +2,9 @@
 
 It does as ``swarmtrain_peer.keeper`` and ``swarmtrain_peer.store`` do: every file is checked when
 it is loaded; a result that is on disk counts as durable only if everything that leads up to it is;
-after a gap the next state is saved in any case. What is served is not checked again: whoever
-fetches looks at every chunk.
+after a gap the next state is saved in any case; a state that there was no space for is tried again,
+and another attempt of the only round that is missing closes the gap. What is served is not checked
+again: whoever fetches looks at every chunk.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ class SiteDisk:
         self._plane = plane
         self._seen = seen
         self.rounds: dict[str, int] = {}
-        self._gaps: dict[str, int] = {}
-        """Newest round whose result, or what it follows, is not on disk, by channel."""
+        self._gaps: dict[str, tuple[int, int]] = {}
+        """First and last round whose result, or what it follows, is not on disk, by channel."""
+        self._waiting: dict[str, tuple[int, bytes]] = {}
+        """The newest state that there was no space for, by channel: its round, and the file."""
 
     # --- states ----------------------------------------------------------------------------------
 
@@ -89,28 +92,40 @@ class SiteDisk:
         assert chunks[0] == state.header
         root, channel = state.root(), state.channel
         saved = _SavedState(channel, state.round, root, state.theta.size, chunks)
-        if not self._disk.write("state/" + channel, msgspec.msgpack.encode(saved)):
+        self._waiting[channel] = state.round, msgspec.msgpack.encode(saved)
+        if not self._put(channel, sync=sync):
             if channel not in self.rounds:
                 self._miss(channel, state.round - 1)  # results alone lead nowhere
             return False
-        if sync:
-            self._disk.sync_file("state/" + channel)
-            self._durable(state)
         return True
 
-    def _durable(self, state: CanonicalState) -> None:
+    def _put(self, channel: str, *, sync: bool) -> bool:
+        """Write the state that waits, if one does and there is space."""
+        if channel not in self._waiting:
+            return False
+        round_number, data = self._waiting[channel]
+        if not self._disk.write("state/" + channel, data):
+            return False
+        del self._waiting[channel]
+        if sync:
+            self._disk.sync_file("state/" + channel)
+            self._durable(channel, round_number)
+        return True
+
+    def _durable(self, channel: str, saved: int) -> None:
         """The results before the last checkpoint are not needed any more."""
-        oldest = self.rounds.get(state.channel, 0)
-        self.rounds[state.channel] = state.round
-        if self._gaps.get(state.channel, state.round) < state.round:
-            del self._gaps[state.channel]
+        oldest = self.rounds.get(channel, 0)
+        self.rounds[channel] = saved
+        if self._gaps.get(channel, (0, saved))[1] < saved:
+            del self._gaps[channel]
         for round_number in range(max(0, oldest - RESULTS_KEPT), oldest):
-            self._disk.write(f"result/{state.channel}/{round_number}", None)
+            self._disk.write(f"result/{channel}/{round_number}", None)
 
     def drop(self, channel: str) -> None:
         """The site serves this channel no more."""
         self.rounds.pop(channel, None)
         self._gaps.pop(channel, None)
+        self._waiting.pop(channel, None)
         for name in sorted(self._disk.files):
             if name == "state/" + channel or name.startswith(f"result/{channel}/"):
                 self._disk.write(name, None)
@@ -129,6 +144,9 @@ class SiteDisk:
             self._miss(channel, round_number)
             return False
         self._disk.sync_file(name)
+        self._put(channel, sync=True)
+        if self._gaps.get(channel) == (round_number, round_number):
+            del self._gaps[channel]  # another attempt of the only one that is missing
         return channel not in self._gaps
 
     def results_after(self, state: CanonicalState) -> Iterator[SavedResult]:
@@ -173,4 +191,5 @@ class SiteDisk:
         self._seen["rot:refused-" + name.partition("/")[0]] += 1
 
     def _miss(self, channel: str, round_number: int) -> None:
-        self._gaps[channel] = max(round_number, self._gaps.get(channel, round_number))
+        first, last = self._gaps.get(channel, (round_number, round_number))
+        self._gaps[channel] = min(first, round_number), max(last, round_number)

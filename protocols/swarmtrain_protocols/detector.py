@@ -116,12 +116,18 @@ class FailureDetector:
         if waiting == self._watching:
             return
         self._watching = waiting
-        for known in self._known.values():  # what was asked in another wait counts no more
-            known.asked_at = math.inf
         if waiting:
             self._look_at = min(self._look_at, now + limits.PROBE_INTERVAL_S)
-        elif not self.suspected:
+        elif not self.suspected and not self._open():
             self._look_at = math.inf
+
+    def _open(self) -> list[PeerId]:
+        """Who owes an answer, though perhaps nobody waits for it any more."""
+        return [
+            peer
+            for peer, known in self._known.items()
+            if known.asked_at < math.inf and peer not in self.suspected
+        ]
 
     def deadline(self) -> float:
         return self._look_at
@@ -139,23 +145,20 @@ class FailureDetector:
             for known in self._known.values():
                 known.asked_at += late_s
         interval_s = max(limits.PROBE_INTERVAL_S, len(people) / limits.PROBES_PER_S_MAX)
-        self._look_at = now + (interval_s if self._watching else SUSPECT_AGAIN_S)
         found = []
-        for peer in people:
-            known = self._known.setdefault(peer, _Known())
-            if peer not in self.suspected and now >= known.asked_at + known.answer_s:
+        for peer in self._open():
+            known = self._known[peer]
+            if now >= known.asked_at + known.answer_s:
                 self._suspect(now, peer, known)
                 found.append(peer)
-            self._ask(now, peer, known, interval_s)
-            if peer not in self.suspected:
-                self._look_at = min(self._look_at, max(now, known.asked_at + known.answer_s))
-        for peer in self.suspected:
-            self._ask(now, peer, self._known[peer], interval_s)
-        for peer, known in self._known.items():  # nobody waits for them any more
-            if known.asked_at < math.inf and peer not in people and peer not in self.suspected:
-                known.asked_at = math.inf
-        if not self._watching and not self.suspected:
-            self._look_at = math.inf
+        for peer in [*people, *(p for p in self.suspected if p not in people)]:
+            self._ask(now, peer, self._known.setdefault(peer, _Known()), interval_s)
+        due = [self._known[p].asked_at + self._known[p].answer_s for p in self._open()]
+        if people or self._watching:
+            due.append(now + interval_s)
+        elif self.suspected:
+            due.append(now + SUSPECT_AGAIN_S)
+        self._look_at = min(due, default=math.inf)
         return found
 
     def _ask(self, now: float, peer: PeerId, known: _Known, interval_s: float) -> None:

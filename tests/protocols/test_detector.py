@@ -85,6 +85,20 @@ def test_a_peer_that_was_frozen_before_anybody_waited_is_suspected_as_soon() -> 
     assert [(name, who) for _, name, who in bench.told] == [("peer_silent", B)]
 
 
+def test_waits_that_are_shorter_than_an_answer_may_take_find_it_too() -> None:
+    """Who was asked owes an answer, whether or not somebody waits for it all the time."""
+    bench = Bench(A, B)
+    bench.run(5.0)
+    bench.frozen[B] = 90.0
+    for _ in range(4):
+        bench.waited = [A, B]
+        bench.run(bench.now + 0.5)
+        bench.waited = []
+        bench.run(bench.now + 0.5)
+    ((at, name, who),) = bench.told
+    assert (name, who) == ("peer_silent", B) and at < 7.0
+
+
 def test_stalls_of_a_second_and_jitter_make_nobody_suspect() -> None:
     luck = random.Random(3)
     bench = Bench(A, B)

@@ -154,9 +154,8 @@ class Link(asyncio.Protocol):
         self._writable = False
         if self._timer is not None:
             self._timer.cancel()
-        if not self.session.closed:
-            why = str(exc) if exc else "the connection ended"
-            self.session.lost(self._loop.time(), why)
+        why = str(exc) if exc else "the connection ended"
+        self.session.lost(self._loop.time(), why)
         self._deliver()
         if not self.gone.done():
             self.gone.set_result(None)

@@ -35,6 +35,7 @@ from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
 from swarmtrain_protocols.messages.session import Hello, Refused
+from swarmtrain_protocols.outbox import SendBudget
 from swarmtrain_protocols.session import SessionCore
 from swarmtrain_protocols.session_events import (
     Closed,
@@ -117,6 +118,7 @@ class Transport:
         """
         self._loop = asyncio.get_running_loop()
         self._table = LinkTable(self._loop, self.peer_id, self)
+        self._unsent = SendBudget()
         if listen_on:
             host, _, port = listen_on.rpartition(":")
             self._listener = await listen(self._loop, host.strip("[]"), int(port))
@@ -356,6 +358,7 @@ class Transport:
             admit=self._bars.guard(self._admit, self._loop.time),
             expect=expect,
             hold=True,
+            budget=self._unsent,
         )
         return Link(self._loop, session, self._on_event, address, self._pool)
 

@@ -15,10 +15,25 @@ RESERVED_BYTES = limits.CREDIT_WINDOW_BYTES // 4
 """Credit that chunks may not use."""
 
 
+class SendBudget:
+    """What may wait on all links together; each has ``SEND_QUEUE_RESERVED_BYTES`` of its own.
+
+    So peers that do not take what they are sent cost a bounded amount of memory, however many they
+    are, and leave the links of the others usable.
+    """
+
+    def __init__(self, total_bytes: int = limits.SEND_QUEUES_BYTES_MAX) -> None:
+        self.total_bytes = total_bytes
+        self.taken_bytes = 0
+
+
 class Outbox:
     """Whole frames, at most ``SEND_QUEUE_BYTES_MAX`` of messages and chunks."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: SendBudget | None = None) -> None:
+        self._budget = budget if budget is not None else SendBudget()
+        self._shared = 0
+        """Bytes of the budget that are taken here."""
         self._urgent: deque[bytes] = deque()
         self._control: deque[bytes] = deque()
         self._chunks: deque[bytes] = deque()
@@ -33,7 +48,10 @@ class Outbox:
 
     def put(self, frame: bytes, *, chunk: bool) -> bool:
         """False, and nothing is kept, if too much waits already."""
-        if self.nbytes + len(frame) > limits.SEND_QUEUE_BYTES_MAX:
+        size = self.nbytes + len(frame)
+        shared = max(0, size - limits.SEND_QUEUE_RESERVED_BYTES)
+        free = self._budget.total_bytes - self._budget.taken_bytes + self._shared
+        if size > limits.SEND_QUEUE_BYTES_MAX or shared > free:
             return False
         self._push(self._chunks if chunk else self._control, frame)
         return True
@@ -53,8 +71,14 @@ class Outbox:
 
     def drop_chunks(self) -> None:
         """The link ends: messages that wait are still sent, chunks are not."""
-        self.nbytes -= sum(len(frame) for frame in self._chunks)
+        self._count(-sum(len(frame) for frame in self._chunks))
         self._chunks.clear()
+
+    def discard(self) -> None:
+        """The connection is gone: nothing here will ever be sent."""
+        for queue in (self._urgent, self._control, self._chunks):
+            queue.clear()
+        self._count(-self.nbytes)
 
     def take(self, max_bytes: int, *, everything: bool = False) -> bytes:
         """Frames of about ``max_bytes`` that may be sent now.
@@ -76,10 +100,16 @@ class Outbox:
                 break
             taken.append(frame)
             size += len(frame)
-        self.nbytes -= size
+        self._count(-size)
         self.sent_frames += len(taken)
         return b"".join(taken)
 
     def _push(self, queue: deque[bytes], frame: bytes) -> None:
         queue.append(frame)
-        self.nbytes += len(frame)
+        self._count(len(frame))
+
+    def _count(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        shared = max(0, self.nbytes - limits.SEND_QUEUE_RESERVED_BYTES)
+        self._budget.taken_bytes += shared - self._shared
+        self._shared = shared

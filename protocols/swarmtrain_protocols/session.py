@@ -29,7 +29,7 @@ from swarmtrain_protocols.noise import (
     NoiseXX,
     Suite,
 )
-from swarmtrain_protocols.outbox import Outbox
+from swarmtrain_protocols.outbox import Outbox, SendBudget
 from swarmtrain_protocols.session_events import (
     Closed,
     Faulted,
@@ -78,6 +78,7 @@ class SessionCore:
         admit: policy for an authenticated peer; a ``Refused`` is sent and the link closed.
         expect: identity that must answer (initiator only); another one is refused ``wrong_peer``.
         hold: the responder waits for ``accept`` or ``refuse`` after ``admit``.
+        budget: what may wait on all links of this process.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class SessionCore:
         expect: PeerId | None = None,
         suite: Suite = "AESGCM",
         hold: bool = False,
+        budget: SendBudget | None = None,
     ) -> None:
         self.initiator = initiator
         self.peer: PeerId | None = None
@@ -116,7 +118,7 @@ class SessionCore:
         self._events: list[SessionEvent] = []
         self._phase: _Phase = "preface"
         self._strikes = 0
-        self._outbox = Outbox()
+        self._outbox = Outbox(budget)
         self._allowed = limits.CREDIT_WINDOW_BYTES
         self._consumed = 0
         self._now = self._begun_at = self._received_at = self._pinged_at = self._progress_at = now
@@ -197,9 +199,10 @@ class SessionCore:
         self._close(code, reason, by_peer=False)
 
     def lost(self, now: float, reason: str) -> None:
-        """The connection is gone."""
+        """The connection is gone, and what waited to be sent with it."""
         self._now = now
         self._close("disconnected", reason, by_peer=False)
+        self._outbox.discard()
 
     def probe(self, now: float) -> int:
         """Ping at once; ``Ponged`` with the returned number is the answer."""

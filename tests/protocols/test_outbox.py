@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.outbox import RESERVED_BYTES, Outbox
+from swarmtrain_protocols.outbox import RESERVED_BYTES, Outbox, SendBudget
 
 ALL = 1 << 40
 
@@ -54,3 +54,28 @@ def test_a_link_that_ends_sends_its_messages_and_no_chunks() -> None:
     box.put_last(b"bye")
     assert box.take(ALL, everything=True)[-3:] == b"bye"
     assert box.nbytes == 0
+
+
+def test_all_links_together_are_bounded_and_each_keeps_some_room() -> None:
+    budget, mib = SendBudget(20 * 1024 * 1024), b"x" * (1 << 20)
+    deaf = [Outbox(budget) for _ in range(4)]
+    for box in deaf:
+        while box.put(mib, chunk=False):
+            pass
+    held = sum(box.nbytes for box in deaf)
+    room = len(deaf) * limits.SEND_QUEUE_RESERVED_BYTES
+    assert 20 * len(mib) - len(mib) < held <= budget.total_bytes + room
+    assert budget.taken_bytes <= budget.total_bytes
+    honest = Outbox(budget)
+    own = b"y" * limits.SEND_QUEUE_RESERVED_BYTES
+    assert honest.put(own, chunk=False) and not honest.put(mib, chunk=False)
+    before = budget.taken_bytes
+    deaf[0].discard()
+    assert deaf[0].nbytes == 0 and budget.taken_bytes < before
+    assert honest.put(mib, chunk=False)
+    assert honest.take(ALL) == own + mib
+    for box in deaf:
+        box.take(ALL)
+        box.drop_chunks()
+        box.discard()
+    assert budget.taken_bytes == 0, "nothing is left behind"

@@ -1,8 +1,9 @@
-"""A frame has a deadline: who drips it byte by byte is cut off, who is merely slow is not."""
+"""Frames on their way: who drips one is cut off, and what nobody will get is given back."""
 
 from __future__ import annotations
 
 from swarmtrain_protocols import limits
+from swarmtrain_protocols.messages.fetch import FetchChunk
 from swarmtrain_protocols.session_events import Closed, Received
 from swarmtrain_protocols.wire import encode_frame
 from tests.protocols.test_session import ASK, Pair
@@ -40,3 +41,16 @@ def test_frames_that_follow_each_other_slowly_are_no_drip() -> None:
         pair.cores[1].tick(now)
     assert pair.cores[1].is_open
     assert len([e for e in pair.cores[1].events() if isinstance(e, Received)]) == 12
+
+
+def test_what_waits_on_a_lost_connection_is_given_back() -> None:
+    pair = Pair().run()
+    a = pair.cores[0]
+    budget = a._outbox._budget
+    while a.send(FetchChunk(request=0, index=0), b"c" * 16000):
+        pass
+    assert budget.taken_bytes > limits.SEND_QUEUE_BYTES_MAX // 2
+    a.close(1.0, "left")
+    assert a.queued_bytes < limits.SEND_QUEUE_RESERVED_BYTES  # chunks go, the goodbye stays
+    a.lost(1.0, "gone")
+    assert (a.queued_bytes, budget.taken_bytes) == (0, 0)

@@ -35,6 +35,7 @@ class Trouble:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
+        self.device = folder.stat().st_dev
         self._looked_s = -1.0
         self._stamp = 0
         self._now: dict[str, Any] = {}
@@ -84,7 +85,8 @@ def bad_disk(trouble: Trouble) -> None:
             raise OSError(number, os.strerror(number), str(path))
 
     def is_file(descriptor: int) -> bool:
-        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+        status = os.fstat(descriptor)
+        return stat.S_ISREG(status.st_mode) and status.st_dev == trouble.device
 
     def writing(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(descriptor: int, *rest: Any) -> Any:
@@ -105,9 +107,13 @@ def bad_disk(trouble: Trouble) -> None:
 
         return wrapped
 
+    def on_disk(path: Any) -> bool:
+        return not os.fsdecode(path).startswith("/dev/")
+
     def naming(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: Any, *rest: Any, **named: Any) -> Any:
-            refuse(path)
+            if on_disk(path):  # shared memory is none
+                refuse(path)
             return call(path, *rest, **named)
 
         return wrapped
@@ -115,7 +121,7 @@ def bad_disk(trouble: Trouble) -> None:
     honest_open = os.open
 
     def opening(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & WRITES and not str(path).startswith("/dev/"):
+        if flags & WRITES and on_disk(path):
             refuse(path)
         return honest_open(path, flags, *rest, **named)
 

@@ -249,6 +249,8 @@ def test_a_bad_disk_refuses_files_and_nothing_else(tmp_path: Path, honest: None)
     ):
         with pytest.raises(OSError, match="Read-only"):
             call()
+    with pytest.raises(FileNotFoundError):  # shared memory is on no disk
+        os.unlink(Path("/dev/shm/of-nobody"))
     assert os.write(other, b"z") == 1 and os.read(one, 1) == b"z"
     assert os.read(readable, 1) == b"x"
     for descriptor in (readable, writable, one, other):

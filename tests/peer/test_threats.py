@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -227,6 +228,30 @@ def test_t15_what_is_no_plain_checkpoint_is_refused(tmp_path: Path, kind: str) -
     loaded = StateStore(tmp_path / "state").load()
     assert loaded.channels == {} and len(loaded.refused) == 1
     assert str(stored) in str(loaded.refused[0])
+
+
+def test_t15_loading_takes_the_memory_that_the_manifest_says(tmp_path: Path) -> None:
+    """CK5: the values and momentum of an entry, read once; of a file that is too large, nothing."""
+    values, spare = 1 << 20, 1 << 20
+    told = 8 * values
+    store = StateStore(tmp_path / "state")
+    store.save([CanonicalState.first(TRAIN, np.ones(values, np.float32), chunk_values=1 << 16)])
+    assert told * 0.9 < _peak_bytes(tmp_path, channels=1) < 2 * told + spare
+    (stored,) = (tmp_path / "state").rglob("*.safetensors")
+    with stored.open("ab") as file:
+        file.truncate(64 * told)
+    assert _peak_bytes(tmp_path, channels=0) < spare
+
+
+def _peak_bytes(folder: Path, channels: int) -> int:
+    """Most that was allocated while the checkpoint in ``folder`` was loaded."""
+    tracemalloc.start()
+    try:
+        loaded = StateStore(folder / "state").load()
+        assert len(loaded.channels) == channels
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """A file of records that survives crashes: the disk behind ``core.Persist``.
 
 Each record is ``u32 length, u32 CRC-32 of the record, u32 CRC-32 of these 8 bytes, record``
-(little-endian). ``write`` returns when the records are durable. A torn tail, which nobody was told
-of, is cut off on load; damage before the end is an error, because records behind it, a vote
-perhaps, would be lost in silence.
+(little-endian). ``write`` returns when the records are durable, and leaves a seal behind them: a
+head of 12 bytes that says so, itself not synced. A torn tail, which nobody was told of, is cut off
+on load; damage before the end or before a seal is an error, because what was promised, a vote
+perhaps, would be lost in silence. Only rot in the last batch together with a power failure that
+took its seal is still taken for a torn write.
 """
 
 from __future__ import annotations
@@ -20,11 +22,20 @@ from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import CheckpointError, LocalProtocolError
 
 _HEAD = struct.Struct("<III")
+_SEALED = 0xFFFFFFFF
+"""In place of a length: all before it was durable."""
+
+
+def _head(length: int, checksum: int) -> bytes:
+    head = struct.pack("<II", length, checksum)
+    return head + zlib.crc32(head).to_bytes(4, "little")
+
+
+SEAL = _head(_SEALED, 0)
 
 
 def _framed(record: bytes) -> bytes:
-    head = _HEAD.pack(len(record), zlib.crc32(record), 0)[:8]
-    return head + zlib.crc32(head).to_bytes(4, "little") + record
+    return _head(len(record), zlib.crc32(record)) + record
 
 
 class RecordFile:
@@ -74,7 +85,8 @@ class RecordFile:
         with disk_errors("write", self._path):
             if start is not None:
                 self.close()
-                write_atomic(self._fs, self._path, [_framed(r) for r, _ in records[start:]])
+                frames = [_framed(record) for record, _ in records[start:]]
+                write_atomic(self._fs, self._path, [*frames, SEAL])
                 return
             if self._file is None:
                 new = not self._path.exists()
@@ -94,6 +106,17 @@ class RecordFile:
         except OSError:
             os.ftruncate(self._file, end)
             raise
+        self._seal()
+
+    def _seal(self) -> None:
+        """Without it nothing is lost but the proof: the records are kept."""
+        assert self._file is not None
+        end = os.fstat(self._file).st_size
+        written = 0
+        with contextlib.suppress(OSError):
+            written = os.write(self._file, SEAL)
+        if 0 < written < len(SEAL):
+            os.ftruncate(self._file, end)
 
     def close(self) -> None:
         if self._file is not None:
@@ -106,10 +129,14 @@ def _parse(data: bytes) -> tuple[list[bytes], int]:
     """Good records from the beginning, and where they end."""
     records: list[bytes] = []
     at = 0
-    while (record := _record(data, at)) is not None:
-        records.append(record)
-        at += _HEAD.size + len(record)
-    return records, at
+    while True:
+        if data.startswith(SEAL, at):
+            at += len(SEAL)
+        elif (record := _record(data, at)) is not None:
+            records.append(record)
+            at += _HEAD.size + len(record)
+        else:
+            return records, at
 
 
 def _record(data: bytes, at: int) -> bytes | None:

@@ -48,7 +48,7 @@ MINUTES ?= 60
 soak: $(STAMP)   ## eight peers train for MINUTES, every ten seconds one is killed; soak.json
 	$(BIN)/python -m tests.chaos C1 --minutes $(MINUTES) --output soak.json
 
-CHAOS_MINUTES ?= 2
+CHAOS_MINUTES ?= 2.7
 chaos: $(STAMP)  ## every scenario of docs/reliability.md on real processes, in short; chaos.json
 	$(BIN)/python -m tests.chaos all --minutes $(CHAOS_MINUTES) --output chaos.json
 

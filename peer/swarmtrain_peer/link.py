@@ -68,6 +68,8 @@ class Link(asyncio.Protocol):
         self.gone: asyncio.Future[None] = loop.create_future()
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.answers = 0
+        """Pings of ours that were answered."""
         self._loop = loop
         self._on_event = on_event
         self._transport: asyncio.Transport | None = None

@@ -31,6 +31,7 @@ from swarmtrain_peer.traffic import traffic
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.detector import SAMPLES_MIN
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
@@ -422,6 +423,9 @@ class Transport:
                 self._table.opened(link, peer, hello)
             case Ponged(nonce, rtt_s):
                 self._table.ponged(link, nonce)
+                link.answers += 1
+                if link.answers < SAMPLES_MIN and link.session.is_open:
+                    link.session.probe(self._loop.time())  # so that its delay is known at once
                 if link.peer is not None and self._table.links.get(link.peer) is link:
                     self._handler.answered(link.peer, rtt_s)
             case Faulted(code, why):

@@ -140,9 +140,7 @@ class Owners:
                 return Suspect(signer, f"part {part} of {phase.key} is no legal result")
         return None
 
-    def silent(
-        self, now: float, phase: Phase, chosen: bool, present: list[bytes]
-    ) -> list[Suspect]:
+    def silent(self, now: float, phase: Phase, chosen: bool, present: list[bytes]) -> list[Suspect]:
         """Owners with a link that do not do their part, as measured by the others."""
         found = self._no_result(now, phase, present) if chosen else self._no_report(now, phase)
         mine = [s for s in found if s.member != self._me and s.member not in phase.silenced]

@@ -6,10 +6,11 @@ from tests.mutants.catalogue import Mutant, find
 from tests.mutants.patching import Patch, patch
 
 SUITE = "rounds: owners die"
+IN_TURN = "rounds: owners die in turn"
 
 
-def _bug(name: str, source: str, item: Patch, first: int, stop: int) -> Mutant:
-    return Mutant(name, "rounds", source, False, (item,), (find(SUITE, first, stop),))
+def _bug(name: str, source: str, item: Patch, first: int, stop: int, suite: str = SUITE) -> Mutant:
+    return Mutant(name, "rounds", source, False, (item,), (find(suite, first, stop),))
 
 
 MUTANTS = (
@@ -25,8 +26,9 @@ MUTANTS = (
             "                chosen = self.chosen if mine else RoundSet(self.key, bare)\n"
             "                self.out.append(fx.ReducePart(self.key, part, chosen))",
         ),
-        14,
-        40,
+        0,
+        30,
+        IN_TURN,
     ),
     _bug(
         "the leader clips what is loud",

@@ -91,7 +91,7 @@ _FROM_SPECS = (
                 "return now",
             ),
         ),
-        find("pipelines", 0, 8),
+        find("pipelines: leader gone", 0, 9),
         find("units: leases", 0),
     ),
     _spec(

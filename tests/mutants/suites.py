@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from swarmtrain_protocols.errors import CheckpointError, PeerFault
+from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault, generate
+from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.local_swarm import run_built as run_local_built
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_audit import DRIVER_STATES, WORKER_PHASES, run_audit
@@ -27,7 +30,7 @@ from swarmtrain_protocols.testing.small import run_small
 from swarmtrain_protocols.testing.swarm import build, run_swarm, spec_of
 from swarmtrain_protocols.testing.toystage import Toy
 from swarmtrain_protocols.testing.unlike_swarm import run_unlike
-from swarmtrain_protocols.testing.world import Violation
+from swarmtrain_protocols.testing.world import Violation, World
 from tests.protocols import shards_kit
 from tests.protocols.log_chaos import Chaos
 from tests.sim import test_dht_world as dht
@@ -106,6 +109,23 @@ def owners_die(seed: int) -> list[Fault]:
         for at_s in (7.0, 11.0, 15.0, 19.0)
         for name in names
     ]
+
+
+def owners_die_in_turn(seed: int) -> str:
+    """In a swarm with a loud member one owner after the other dies as it is about to sum.
+
+    One at a time: the others' contributions and deputies stay. The seed counts such swarms.
+    """
+    loud = itertools.islice(
+        (n for n in itertools.count() if spec_of(n)[1][0].loud > 1.0), seed, None
+    )
+    swarm = next(loud)
+    names = [part.name for part in spec_of(swarm)[1][1:]]
+    faults = [
+        Fault(6.5 + 1.5 * number, "aim-crash", names[number % len(names)], "do:ReducePart", 1.0)
+        for number in range(12)
+    ]
+    return run_swarm(swarm, faults).violation
 
 
 def holder_lost(seed: int) -> str:
@@ -207,6 +227,39 @@ def driver_gone(seed: int) -> str:
     return run_built(swarm, seed, [Fault(8.0, "aim-vanish", "b", about)]).violation
 
 
+class OneDriverEach(Checker):
+    """PL11 as drivers see it: no two are at one micro-batch while both leases live a second more.
+
+    A driver counts its lease from when it hears of it, which is a little later than the leader.
+    """
+
+    def always(self, world: World, host: Host) -> None:
+        mine = self._held(host)
+        for other in world.hosts.values():
+            both = mine & self._held(other) if mine and other is not host else set()
+            if both:
+                world.violation("PL11", f"{host.name} and {other.name} both drive {sorted(both)}")
+
+    def _held(self, host: Host) -> set[tuple[object, int]]:
+        if host.node is None:
+            return set()
+        driver = host.node.core.pipeline.driver
+        if driver._expires < host.local_now() + 1.0:
+            return set()
+        return {(driver._view, k) for k, batch in driver.batches.items() if not batch.done}
+
+
+def leader_gone(seed: int) -> str:
+    """The leader dies, and one of two drivers cannot tell the next one what it is at."""
+    spec = make_spec(seed, Toy(seed, 2, 12), close_fraction=1.0)
+    spec = replace(spec, room=2, work_s=(0.05, 0.2))
+    parts = [PipelinePart(name, drives=name in "ef") for name in "abcdef"]
+    swarm = build_pipeline(seed, spec, parts, model=NetworkModel())
+    when = f"a/send:lease#{4 + seed % 5}"
+    faults = [Fault(8.0, "aim-isolate", "e", when, 2.5), Fault(8.0, "aim-crash", "a", when, 8.0)]
+    return run_built(swarm, seed, faults, OneDriverEach()).violation
+
+
 def closed_late(seed: int) -> str:
     """Slow workers, and steps that close without stragglers while backwards are under way."""
     timeout_s = (0.75, 1.0, 1.25)[seed % 3]
@@ -266,6 +319,7 @@ SUITES: dict[str, Run] = {
     "rounds": rounds,
     "rounds: stored, then lost": stored_then_lost,
     "rounds: owners die": lambda seed: run_swarm(seed, owners_die(seed)).violation,
+    "rounds: owners die in turn": owners_die_in_turn,
     "rounds: holder lost": holder_lost,
     "rounds: sometimes": sometimes,
     "small": lambda seed: run_small(seed).violation,
@@ -282,6 +336,7 @@ SUITES: dict[str, Run] = {
     "pipelines: drivers die": drivers_die,
     "pipelines: driver gone": driver_gone,
     "pipelines: closed late": closed_late,
+    "pipelines: leader gone": leader_gone,
     "pipelines: stage lost": judged(_stage_lost),
     "pipelines: calm": judged(_stage_calm),
     "pipelines: late messages": judged(test_stage_loss.late_messages),

@@ -17,6 +17,7 @@ from swarmtrain_protocols.codecs.base import F32
 from swarmtrain_protocols.entries import RoundOpened, RoundSet
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
 from swarmtrain_protocols.incoming import Incoming
+from swarmtrain_protocols.keptresults import Form, KeptResults
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.messages.common import RoundKey
@@ -32,8 +33,6 @@ from swarmtrain_protocols.state import (
     reduce_chunk,
     square_of,
 )
-
-RESULTS_KEPT_PER_CHANNEL = 4
 
 Room = Callable[[fx.Snapshot, Sequence[int]], Incoming]
 """Makes place for a snapshot with chunks of these sizes, or finds that of an earlier life."""
@@ -75,12 +74,10 @@ class DataPlane:
         self._blobs: dict[bytes, Blob] = {}
         self._uses: dict[bytes, int] = {}
         self._attempts: dict[RoundKey, _Buffers] = {}
-        self._results: dict[str, list[tuple[bytes, ...]]] = {}
-        self._result_codecs: dict[bytes, tuple[int, str]] = {}
+        self._results = KeptResults(self.drop)
         self.room: Room = lambda snapshot, sizes: Incoming.in_memory(snapshot.root, sizes)
         self._incoming: dict[tuple[str, type], Incoming] = {}
         self._foreign: dict[tuple[str, str], tuple[bytes, list[memoryview]]] = {}
-        self._adopted: dict[bytes, str] = {}
 
     def layout(self, values: int) -> Layout:
         return Layout(values, self._chunk_values)
@@ -358,33 +355,25 @@ class DataPlane:
         leaves = [leaf for blob in ordered for leaf in blob.leaves]
         blob = Blob(chunks, leaves)
         opened = buffers.opened
-        self._keep_result(key.channel, blob, opened.values, opened.gather_codec, ordered)
+        self._keep_result(key, blob, (opened.values, opened.gather_codec), ordered)
         return blob
 
     def _keep_result(
-        self, channel: str, blob: Blob, values: int, codec: str, parts: Sequence[Blob] = ()
+        self, of: RoundKey | fx.WholeResult, blob: Blob, form: Form, parts: Sequence[Blob] = ()
     ) -> None:
         """Serve a result, and its parts for those who ask for them late; they share memory."""
         for item in (blob, *parts):
             self.register(item)
-        self._result_codecs[blob.root] = (values, codec)
-        kept = self._results.setdefault(channel, [])
-        kept.append((blob.root, *(part.root for part in parts)))
-        while len(kept) > RESULTS_KEPT_PER_CHANNEL:
-            self._forget_result(kept.pop(0), kept)
-
-    def _forget_result(self, roots: tuple[bytes, ...], kept: list[tuple[bytes, ...]]) -> None:
-        for root in roots:
-            self.drop(root)
-        if roots[0] not in [item[0] for item in kept]:
-            self._result_codecs.pop(roots[0], None)
+        state = self.states.get(of.channel)
+        roots = [blob.root, *(part.root for part in parts)]
+        self._results.keep(of.channel, of.round, roots, form, state.round if state else None)
 
     def complete(self, purpose: fx.WholeResult) -> Blob:
         """A committed result that was fetched as a whole is in place."""
         blob = Blob.of(self._received(purpose))
         if blob.root != purpose.root:
             raise PeerFault("corrupt", "a fetched result does not match its root")
-        self._keep_result(purpose.channel, blob, purpose.values, purpose.codec)
+        self._keep_result(purpose, blob, (purpose.values, purpose.codec))
         return blob
 
     def release_attempt(self, key: RoundKey) -> None:
@@ -396,14 +385,14 @@ class DataPlane:
 
     def result_codec(self, root: bytes) -> str:
         """Codec of a result that is kept here."""
-        return self._result_codecs[root][1]
+        return self._results.form(root)[1]
 
     # -- results ----------------------------------------------------------------------------
 
     def decoded(self, root: bytes) -> F32:
         """A result as a fresh f32[n]."""
         blob = self._blobs[root]
-        values, codec = self._result_codecs[root]
+        values, codec = self._results.form(root)
         out = np.empty(values, np.float32)
         decode_chunks(
             blob.chunks, get_codec(codec), out, chunk_values=self._chunk_values, run=self._run
@@ -412,7 +401,7 @@ class DataPlane:
 
     def square_norm(self, root: bytes) -> float:
         """Sum of the squares of a result's values in fp64, the same bits at every holder."""
-        values, codec = self._result_codecs[root]
+        values, codec = self._results.form(root)
         layout = self.layout(values)
         sizes = [layout.nvalues(index) for index in _all(layout)]
         return square_of(self._blobs[root].chunks, sizes, get_codec(codec), self._run)
@@ -421,11 +410,9 @@ class DataPlane:
         """Take the step of a committed result; returns (next round, state hash)."""
         state, root = self.states[applied.channel], applied.root
         assert state.round == applied.round, (applied, state.round)
-        codec = get_codec(self._result_codecs[root][1])
+        codec = get_codec(self._results.form(root)[1])
         state.apply(self._blobs[root].chunks, codec, self.rules.step(applied), run=self._run)
-        if root in self._adopted:
-            del self._adopted[root]
-            self.drop(root)
+        self._results.applied(root)
         return state.round, state.root()
 
     def adopt_result(self, blob: Blob, values: int, codec: str, channel: str = "") -> None:
@@ -434,8 +421,7 @@ class DataPlane:
         Or until the state of ``channel`` is dropped.
         """
         self.register(blob)
-        self._result_codecs[blob.root] = (values, codec)
-        self._adopted[blob.root] = channel
+        self._results.adopt(channel, blob.root, (values, codec))
 
     def install(self, purpose: fx.Snapshot) -> tuple[int, bytes]:
         """Make a fetched snapshot the canonical state; returns (round, state hash).
@@ -477,11 +463,7 @@ class DataPlane:
     def drop_state(self, channel: str) -> None:
         """Forget the state of a channel, its results and what was being fetched for it."""
         self.states.pop(channel, None)
-        for roots in self._results.pop(channel, []):
-            self._forget_result(roots, [])
-        for root in [r for r, of in self._adopted.items() if of == channel]:
-            del self._adopted[root]
-            self.drop(root)
+        self._results.forget(channel)
         for slot in [slot for slot in self._incoming if slot[0] == channel]:
             self._incoming.pop(slot).close()
 

@@ -8,8 +8,9 @@ import pytest
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.codecs import get_codec
 from swarmtrain_protocols.codecs.base import F32
-from swarmtrain_protocols.dataplane import RESULTS_KEPT_PER_CHANNEL, DataPlane
+from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.keptresults import RESULTS_KEPT_MAX, RESULTS_KEPT_PER_CHANNEL
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.merkle import Blob, leaf_hash
 from swarmtrain_protocols.rounds import effects as fx
@@ -394,6 +395,43 @@ def test_a_result_of_an_earlier_life_is_kept_until_it_is_applied() -> None:
     assert here.provide(blob.root) is blob
     here.apply(fx.ApplyResult(TRAIN, 0, blob.root, lr=1.0, momentum=0.5))
     assert here.provide(blob.root) is None
+
+
+def completed(here: DataPlane, number: int) -> Blob:
+    """The result of a round, fetched as a whole."""
+    blob = plane().encode(numbers(number + 2), "fp32")
+    purpose = fx.WholeResult(TRAIN, number, blob.root, VALUES, "fp32")
+    places = here.destinations(purpose, 0, len(blob.chunks))
+    for place, chunk in zip(places, blob.chunks, strict=True):
+        place[:] = chunk
+    here.complete(purpose)
+    return blob
+
+
+@pytest.mark.parametrize("adopted", [False, True], ids=["completed", "adopted"])
+def test_results_that_are_caught_up_do_not_push_out_one_that_is_still_to_be_applied(
+    adopted: bool,
+) -> None:
+    """A soak: the attempt that was open when a site died ended while it fetched older results."""
+    here, last = plane(), RESULTS_KEPT_PER_CHANNEL + 3
+    here.states[TRAIN] = CanonicalState.first(TRAIN, numbers(1), chunk_values=CHUNK)
+    newest = completed(here, last)
+    if adopted:
+        here.adopt_result(newest, VALUES, "fp32")
+        completed(here, last + 1)
+    for number in range(last):
+        root = completed(here, number).root
+        here.apply(fx.ApplyResult(TRAIN, number, root, lr=1.0, momentum=0.5))
+    assert here.apply(fx.ApplyResult(TRAIN, last, newest.root, lr=1.0, momentum=0.5))[0] == last + 1
+    assert len(here._blobs) <= RESULTS_KEPT_PER_CHANNEL + 1
+
+
+def test_results_of_attempts_that_come_to_nothing_are_bounded() -> None:
+    here = plane()
+    here.states[TRAIN] = CanonicalState.first(TRAIN, numbers(1), chunk_values=CHUNK)
+    for number in range(3 * RESULTS_KEPT_MAX):
+        completed(here, number + 5)
+    assert len(here._blobs) == len(here._results._forms) == RESULTS_KEPT_MAX
 
 
 def test_a_foreign_state_has_memory_of_its_own_and_is_never_installed() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmtrain_protocols import merkle
+from swarmtrain_protocols import merkle, messages
 from swarmtrain_protocols.core import Connect, Disconnect, Persist, Send
 from swarmtrain_protocols.messages.session import Ping
 from swarmtrain_protocols.testing.checks.base import Always, missing, settle_within
@@ -336,6 +336,28 @@ def test_an_exception_in_a_node_is_a_violation() -> None:
     world.at(1.0, None, lambda: setattr(world.hosts["b"].node, "stored", None))
     with pytest.raises(Violation, match="exception AttributeError"):
         world.run(3.0)
+
+
+def test_what_goes_to_many_as_one_object_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = toy_world(1)
+    world.run(1.0)
+    made: list[object] = []
+    encode = messages.encode
+    monkeypatch.setattr(messages, "encode", lambda m: (made.append(m), encode(m))[1])
+    host, peer = world.hosts["a"], world.peers["b"]
+    ping, same = Ping(2**40), Ping(2**40)
+    for message in (ping, ping, same, ping):
+        world.execute(host, Send(peer, message))
+    assert [id(m) for m in made] == [id(ping), id(same), id(ping)]
+    assert world.seen["send:ping"] >= 4
+
+
+def test_a_message_that_decodes_as_another_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = toy_world(1)
+    world.run(1.0)
+    monkeypatch.setattr(messages, "decode", lambda data: Ping(7))
+    with pytest.raises(Violation, match="codec"):
+        world.execute(world.hosts["a"], Send(world.peers["b"], Ping(8)))
 
 
 def test_a_timer_that_stays_in_the_past_is_a_violation() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import struct
 
 _SCALE = 1.0 / (1 << 53)
+_FOUR = struct.Struct("<4Q")
 
 
 class Stream:
@@ -27,13 +29,8 @@ class Stream:
         """Four independent uniforms in [0, 1), for the price of one hash."""
         self._count += 1
         data = self._prefix + self._count.to_bytes(8, "little")
-        d = hashlib.blake2b(data, digest_size=32).digest()
-        return (
-            (int.from_bytes(d[0:8], "little") >> 11) * _SCALE,
-            (int.from_bytes(d[8:16], "little") >> 11) * _SCALE,
-            (int.from_bytes(d[16:24], "little") >> 11) * _SCALE,
-            (int.from_bytes(d[24:32], "little") >> 11) * _SCALE,
-        )
+        a, b, c, d = _FOUR.unpack(hashlib.blake2b(data, digest_size=32).digest())
+        return ((a >> 11) * _SCALE, (b >> 11) * _SCALE, (c >> 11) * _SCALE, (d >> 11) * _SCALE)
 
     def uniform(self) -> float:
         """One uniform in [0, 1)."""

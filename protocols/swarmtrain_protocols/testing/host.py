@@ -265,9 +265,7 @@ class Host:
             self._set_timer()
 
     def _collect(self) -> None:
-        found: list[Effect] = []
-        self.world.guarded(self, lambda: found.extend(self.node.drain()))
-        for effect in found:
+        for effect in self.world.guarded(self, self.node.drain):
             if isinstance(effect, Probe):
                 self.world.network.probe(self, effect.peer)  # it waits for no disk
             else:

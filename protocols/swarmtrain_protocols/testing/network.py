@@ -182,7 +182,7 @@ class Network:
             self.mend(a, b)
 
     def is_cut(self, a: str, b: str) -> bool:
-        return self._cuts.get((a, b), 0) > 0
+        return bool(self._cuts) and self._cuts.get((a, b), 0) > 0
 
     def linked(self, a: str, b: str) -> bool:
         """True if both ends hold the connection to be up."""
@@ -313,7 +313,8 @@ class Network:
         return delay_s
 
     def _has(self, kind: str, a: str, b: str) -> bool:
-        return self._trouble.get((kind, a), 0) > 0 or self._trouble.get((kind, b), 0) > 0
+        there = self._trouble
+        return bool(there) and (there.get((kind, a), 0) > 0 or there.get((kind, b), 0) > 0)
 
     def _transmit(self, connection: Connection, a: str, b: str, packet: Packet) -> None:
         model = self.world.model

@@ -70,6 +70,8 @@ class World:
         self.events_max = EVENTS_MAX
         self._heap: list[tuple[float, int, Host | None, int, Callable[..., None], Any]] = []
         self._sequence = 0
+        self._sent: tuple[Any, str, bytes, Any] = (None, "", b"", None)
+        """The message sent last: itself, its tag, its bytes and what they decode as."""
 
     # --- building --------------------------------------------------------------------------------
 
@@ -144,10 +146,10 @@ class World:
         """
         raise Violation(kind, f"t={self.now:.4f} {text}")
 
-    def guarded(self, host: Host, call: Callable[..., Any], *args: Any) -> None:
+    def guarded(self, host: Host, call: Callable[..., Any], *args: Any) -> Any:
         """Call into a node; any exception there is a violation, never a log line."""
         try:
-            call(*args)
+            return call(*args)
         except Violation:
             raise
         except Exception as error:
@@ -231,9 +233,8 @@ class World:
             return "learn"
         if isinstance(effect, core.Connect | core.Disconnect):
             return self._link(host, effect)
-        found: list[Any] = []
-        self.guarded(host, lambda: found.extend(host.node.execute(host.local_now(), effect) or ()))
-        for delay_s, call in found:
+        found = self.guarded(host, host.node.execute, host.local_now(), effect)
+        for delay_s, call in found or ():
             self.after(delay_s, host, self._complete, host, call)
         return "do:" + type(effect).__name__
 
@@ -254,8 +255,13 @@ class World:
         host.settle()
 
     def _send(self, host: Host, peer: PeerId, message: Message) -> str:
-        tag = str(message.__struct_config__.tag)
-        data = messages.encode(message)
+        if message is not self._sent[0]:
+            tag, data = str(message.__struct_config__.tag), messages.encode(message)
+            decoded = messages.decode(data)
+            if decoded != message:
+                self.violation("codec", f"{host.name}: {message} decodes as {decoded}")
+            self._sent = (message, tag, data, decoded)
+        _, tag, data, decoded = self._sent  # one object for many receivers is encoded once
         self.seen["send:" + tag] += 1
         other = self.by_peer.get(peer)
         if other is None:
@@ -263,9 +269,6 @@ class World:
         elif other is host:
             self.violation("self-send", f"{host.name} sends {tag} to itself")
         else:
-            decoded = messages.decode(data)
-            if decoded != message:
-                self.violation("codec", f"{host.name}: {message} decodes as {decoded}")
 
             def arrive(target: Host) -> None:
                 self.trace.record(self.now, target.name, "receive " + host.name, data)

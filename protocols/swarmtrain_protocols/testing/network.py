@@ -236,11 +236,10 @@ class Network:
 
     def probe(self, a: Host, peer: PeerId) -> None:
         """Ask over the connection, if there is one; a process that runs answers at once."""
-        b, asked_s = self.world.by_peer[peer], a.local_now()
+        b, asked_s, incarnation = self.world.by_peer[peer], a.local_now(), a.incarnation
         connection = self._connections.get(_pair(a.name, b.name))
         if connection is None or connection.state[a.name] != "up":
             return
-        incarnation = a.incarnation
 
         def answer(host: Host) -> None:
             if connection.state[host.name] == "up":

@@ -21,7 +21,7 @@ from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.desk import TrainerDesk
 from swarmtrain_peer.events import EventLog
 from swarmtrain_peer.librarian import Librarian
-from swarmtrain_peer.loop import run
+from swarmtrain_peer.loop import on_bug, run
 from swarmtrain_peer.onlooker import Onlooker
 from swarmtrain_peer.runtime import PeerRuntime, total_bytes
 from swarmtrain_peer.settings import PeerSettings
@@ -121,6 +121,7 @@ class PeerProcess:
             stages: list[StageLife] = []
             runtime.on_node = lambda: _open_stages(runtime, site, stages)
             await runtime.start()
+            on_bug(asyncio.get_running_loop(), runtime.fail)
             rollback.watch(runtime)
             desk = stages[0] if stages else TrainerDesk(runtime, site.folder)
             librarian = Librarian(runtime, site.corpus_path)

@@ -324,6 +324,9 @@ class PeerRuntime:
             listener(event)
 
     def fail(self, error: BaseException) -> None:
+        """The process is to end with this; whoever started it may start it again."""
+        if not isinstance(error, SwarmError):
+            self.events.emit("internal_error", why=repr(error))
         if not self.failure.done():
             self.failure.set_result(error)
 

@@ -40,12 +40,12 @@ class KeptResults:
         self._forms[roots[0]] = form
         kept = self._kept.setdefault(channel, [])
         kept.append((number, roots))
-        if next_round is not None:
-            kept.sort(key=lambda item: item[0])
-        while len(kept) > RESULTS_KEPT_PER_CHANNEL and (
-            next_round is None or kept[0][0] < next_round or len(kept) > RESULTS_KEPT_MAX
-        ):
-            self._forget(kept.pop(0)[1])
+        while len(kept) > RESULTS_KEPT_PER_CHANNEL:
+            # Never the new one, however old its round is: somebody waits for it.
+            done = [i for i, (n, _) in enumerate(kept[:-1]) if next_round is None or n < next_round]
+            if not done and len(kept) <= RESULTS_KEPT_MAX:
+                break
+            self._forget(kept.pop(done[0] if done else 0)[1])
 
     def adopt(self, channel: str, root: bytes, form: Form) -> None:
         """A result from an earlier life; the log may never ask for it."""

@@ -51,6 +51,18 @@ def test_a_newer_one_outlives_older_ones_that_are_applied_first(
     assert len(dropped) == 50 - RESULTS_KEPT_PER_CHANNEL
 
 
+def test_the_result_of_an_old_attempt_that_ends_late_is_kept(results: KeptResults) -> None:
+    """C9: parts of a round came after the site had caught up with ten others."""
+    for number in range(10, 20):
+        results.keep("train", number, [root(number)], FORM, number)
+    results.keep("train", 7, [root(7)], FORM, 20)
+    assert results.form(root(7)) == FORM
+    results.keep("train", 20, [root(20)], FORM, 20)
+    assert results.form(root(7)) == FORM
+    with pytest.raises(KeyError):
+        results.form(root(17))
+
+
 def test_attempts_that_come_to_nothing_are_bounded(
     results: KeptResults, dropped: Counter[bytes]
 ) -> None:

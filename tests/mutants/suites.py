@@ -26,10 +26,13 @@ from swarmtrain_protocols.testing.pipeline_swarm import build as build_pipeline
 from swarmtrain_protocols.testing.pipeline_swarm import make_spec, run_built, run_pipeline
 from swarmtrain_protocols.testing.relayed import run_nat
 from swarmtrain_protocols.testing.shard_swarm import run_data_swarm
-from swarmtrain_protocols.testing.small import run_small
-from swarmtrain_protocols.testing.swarm import build, run_swarm, spec_of
+from swarmtrain_protocols.testing.site import SitePart
+from swarmtrain_protocols.testing.small import run_small, small_spec
+from swarmtrain_protocols.testing.swarm import assemble, build, run_swarm, spec_of
+from swarmtrain_protocols.testing.swarm import run_built as run_small_built
 from swarmtrain_protocols.testing.toystage import Toy
-from swarmtrain_protocols.testing.unlike_swarm import run_unlike
+from swarmtrain_protocols.testing.unlike_swarm import ALIKE, UnlikePart, run_unlike
+from swarmtrain_protocols.testing.unlike_swarm import build as build_unlike
 from swarmtrain_protocols.testing.world import Violation, World
 from tests.protocols import shards_kit
 from tests.protocols.log_chaos import Chaos
@@ -126,6 +129,13 @@ def owners_die_in_turn(seed: int) -> str:
         for number in range(12)
     ]
     return run_swarm(swarm, faults).violation
+
+
+def two_left(seed: int) -> str:
+    """Three sites of which one is loud; a quiet one is away for a while."""
+    parts = [SitePart(name, loud=30.0 if name == "b" else 1.0) for name in "abc"]
+    swarm = assemble(seed, small_spec(seed), parts, model=NetworkModel(), within_s=0.5)
+    return run_small_built(swarm, [Fault(4.5, "crash", "c", "", 4.0)], heal_at_s=9.0).violation
 
 
 def holder_lost(seed: int) -> str:
@@ -311,6 +321,12 @@ def _stubborn(seed: int) -> None:
     test_unlike.test_a_member_that_does_not_adapt_is_not_waited_for(*test_unlike.STUBBORN[seed])
 
 
+def _loud(seed: int) -> None:
+    """Who has a slow link hands over several phases at once, and is a little loud."""
+    parts = (*ALIKE[:3], UnlikePart("d", up_share=0.1, loud=1.7))
+    build_unlike(seed, ("off", "eager")[seed % 2], parts).world.run(120.0)
+
+
 def _turns(seed: int) -> None:
     test_unlike.test_slow_members_do_not_set_the_pace_and_their_samples_count("off", 0.75, 0.8)
 
@@ -320,6 +336,7 @@ SUITES: dict[str, Run] = {
     "rounds: stored, then lost": stored_then_lost,
     "rounds: owners die": lambda seed: run_swarm(seed, owners_die(seed)).violation,
     "rounds: owners die in turn": owners_die_in_turn,
+    "rounds: two left": two_left,
     "rounds: holder lost": holder_lost,
     "rounds: sometimes": sometimes,
     "small": lambda seed: run_small(seed).violation,
@@ -345,6 +362,7 @@ SUITES: dict[str, Run] = {
     ),
     "pipelines: local steps": local_steps,
     "unlike": lambda seed: run_unlike(seed).violation,
+    "unlike: loud": judged(_loud),
     "unlike: turns": judged(_turns),
     "unlike: two phases": calls(
         test_unlike.test_a_link_that_would_take_two_phases_does_not_hold_the_others_up

@@ -139,7 +139,8 @@ class UnlikeSite(Site):
         if self._steps < self._due() or undecided or not self.core.joiner.is_member:
             return
         self._phase_s[channel] = STEPS * self._step_s
-        self._give(now, channel, self._numbers.normal(0.0, 0.01, state.theta.size))
+        spread = 0.01 * self.part.loud
+        self._give(now, channel, self._numbers.normal(0.0, spread, state.theta.size))
         self._waits = self.spec.manifest.keys.overlap == "off"
         self._base, self._steps = (-1 if self._waits else state.round), 0
 

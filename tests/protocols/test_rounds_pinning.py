@@ -56,6 +56,29 @@ def test_a_holder_that_is_linked_is_waited_for_and_not_for_ever() -> None:
     assert pins.deadline(5.0 + HASH_PATIENCE_S) == math.inf
 
 
+def test_who_was_heard_counts_while_its_link_is_down() -> None:
+    """A's memory has flipped a bit, and for a moment A is the only one that can be heard."""
+    pins = Pins(after_a_round(A, B, C).ledger)
+    assert pins.standing(5.0, TRAIN, 1, {A: at(1, WRONG), B: at(1), C: at(0)}, (A, B, C)) is None
+    assert pins.standing(5.2, TRAIN, 1, {A: at(1, WRONG)}, (A, C)) is None
+    assert pins.tied(TRAIN), "nobody knows which of the two is right"
+    assert pins.standing(5.4, TRAIN, 1, {A: at(1, WRONG), C: at(1)}, (A, C)) == ((C,), RIGHT)
+
+
+def test_who_has_thrown_its_state_away_counts_no_more() -> None:
+    pins = Pins(after_a_round(A, B).ledger)
+    assert pins.standing(5.0, TRAIN, 1, {A: at(1, WRONG), B: at(1)}, (A, B)) is None
+    assert pins.standing(5.2, TRAIN, 1, {B: at(1)}, (B,)) is None
+    assert pins.standing(9.0, TRAIN, 1, {A: at(0), B: at(1)}, (A, B)) == ((B,), RIGHT)
+
+
+def test_states_of_another_round_do_not_count() -> None:
+    log = after_a_round(A, B, C)
+    pins = Pins(log.ledger)
+    assert pins.standing(5.0, TRAIN, 1, {A: at(1, WRONG), B: at(1)}, (A, B)) is None
+    assert pins.standing(9.0, TRAIN, 2, {C: at(2)}, (C,)) == ((C,), RIGHT)
+
+
 def test_nobody_waits_for_a_holder_that_is_gone() -> None:
     pins = Pins(after_a_round(A, B).ledger)
     assert pins.standing(5.0, TRAIN, 1, {A: at(1)}, (A,)) == ((A,), RIGHT)

@@ -7,6 +7,7 @@ of the first that says so pinned, all others would throw theirs away for it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from swarmtrain_protocols.ledger import Ledger
@@ -28,6 +29,8 @@ class Pins:
         self._ledger = ledger
         self._since: dict[str, tuple[int, float]] = {}
         """By channel: a round without a pinned hash, and when somebody first was at it."""
+        self._said: dict[str, tuple[int, dict[bytes, bytes]]] = {}
+        """By channel: a round, and by member the state that it said to be in there."""
         self._split: dict[str, bool] = {}
         """Channels without a majority; True: nobody is waited for any more."""
 
@@ -48,19 +51,44 @@ class Pins:
                 votes.setdefault(report.state_hash, []).append(member)
         self._split.pop(name, None)
         known = self._ledger.channels[name].pinned_hash(number)
-        if known is not None or not votes:
+        if known is not None:
             self._since.pop(name, None)
-            return (tuple(votes[known]), known) if known is not None and known in votes else None
+            return (tuple(votes[known]), known) if known in votes else None
+        said = self._heard(name, number, votes, reports)
+        if not votes:
+            self._since.pop(name, None)
+            return None
         if self._since.get(name, (-1, 0.0))[0] != number:
             self._since[name] = number, now
-        state_hash, holders = max(votes.items(), key=lambda item: (len(item[1]), item[0]))
-        heard = sum(len(group) for group in votes.values())
+        count = Counter(said.values())
+        state_hash = max(count, key=lambda found: (count[found], found))
         late = now >= self._since[name][1] + HASH_PATIENCE_S
         coming = 0 if late else self._outstanding(name, number, reports, votes, present)
-        if 2 * len(holders) > heard + coming:
-            return tuple(holders), state_hash
+        if 2 * count[state_hash] > len(said) + coming:
+            return (tuple(votes[state_hash]), state_hash) if state_hash in votes else None
         self._split[name] = not coming
         return None
+
+    def _heard(
+        self,
+        name: str,
+        number: int,
+        votes: Mapping[bytes, Sequence[bytes]],
+        reports: Mapping[bytes, StateReport],
+    ) -> dict[bytes, bytes]:
+        """Who has said to be in which state at this round, also those that have no link now.
+
+        Else a member whose memory has flipped a bit has the majority while the other cannot be
+        heard. Who says something else now is no longer there: it has thrown its state away.
+        """
+        if self._said.get(name, (-1, {}))[0] != number:
+            self._said[name] = number, {}
+        said = self._said[name][1]
+        for member in [k for k in said if k in reports or k not in self._ledger.members]:
+            del said[member]
+        for state_hash, group in votes.items():
+            said.update(dict.fromkeys(group, state_hash))
+        return said
 
     def tied(self, name: str) -> bool:
         """Members that are in step differ, and nobody is waited for that could decide it."""

@@ -14,7 +14,7 @@ from swarmtrain_peer.keeper import Keeper
 from swarmtrain_peer.roundclock import RoundClock
 from swarmtrain_protocols.core import Effect
 from swarmtrain_protocols.dataplane import DataPlane
-from swarmtrain_protocols.errors import SwarmError
+from swarmtrain_protocols.errors import StateSpoilt, SwarmError
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import RoundKey
 from swarmtrain_protocols.rounds import effects as fx
@@ -172,7 +172,13 @@ class DataWork:
             self._applied(effect.channel, outcome)
 
         apply = partial(self._data.apply, effect)
-        self._driver.offload(partial(self._advance, effect.channel, apply), done)
+
+        def failed(error: SwarmError) -> None:
+            if not isinstance(error, StateSpoilt):
+                raise error  # a committed result that cannot be applied
+            self._install_failed(effect.channel, error, spoilt=True)
+
+        self._driver.offload(partial(self._advance, effect.channel, apply), done, failed)
 
     def _advance(self, channel: str, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
         """Move a state, then show it to whoever watches while it holds still."""
@@ -183,5 +189,5 @@ class DataWork:
     def _applied(self, channel: str, outcome: tuple[int, bytes]) -> None:
         self._driver.run(self._driver.node.applied, channel, outcome[0], outcome[1])
 
-    def _install_failed(self, channel: str, error: SwarmError) -> None:
-        self._driver.run(self._driver.node.install_failed, channel, str(error))
+    def _install_failed(self, channel: str, error: SwarmError, spoilt: bool = False) -> None:
+        self._driver.run(self._driver.node.install_failed, channel, str(error), spoilt)

@@ -11,6 +11,7 @@ SwarmError                      code, what, why, what to do
 ├── NoDevice                    exit 9
 ├── DataUnavailable             exit 10
 ├── CheckpointError             exit 11  missing, truncated or flipped
+├── StateSpoilt                          a state in memory is not what it was when it was hashed
 ├── QuorumLost                  exit 12
 ├── Diverged                    exit 13
 ├── DiskFull                    exit 14
@@ -81,6 +82,10 @@ class DataUnavailable(SwarmError):
 
 class CheckpointError(SwarmError):
     exit_code = 11
+
+
+class StateSpoilt(SwarmError):
+    """Bad memory: a state differs from its own hash. Never leaves the process; 10 §2.2."""
 
 
 class QuorumLost(SwarmError):

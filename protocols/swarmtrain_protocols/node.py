@@ -250,8 +250,9 @@ class NodeCore(NodeParts):
         self.catchup.prepared(now, channel, root, have, compare)
         self._pump(now)
 
-    def install_failed(self, now: float, channel: str, reason: str) -> None:
-        self.catchup.install_failed(now, channel, reason)
+    def install_failed(self, now: float, channel: str, reason: str, spoilt: bool = False) -> None:
+        """``spoilt``: it is the own state that is of no use (``StateSpoilt``)."""
+        self.catchup.install_failed(now, channel, reason, spoilt)
         self._pump(now)
 
     # -- inside ----------------------------------------------------------------------------

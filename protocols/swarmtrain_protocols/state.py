@@ -25,7 +25,7 @@ from swarmtrain_protocols.codecs.base import (
     magnitude_bits,
     magnitude_bits_of,
 )
-from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, StateSpoilt
 from swarmtrain_protocols.merkle import LEAF_PREFIX, Blob, leaf_hash, merkle_root
 from swarmtrain_protocols.messages.common import Channel, Count
 from swarmtrain_protocols.stageopt import square_norm
@@ -241,10 +241,13 @@ class CanonicalState:
     ) -> None:
         """Take a step with the encoded result of round ``self.round``, chunk by chunk.
 
-        All chunks are checked first, so a bad result changes nothing.
+        All chunks are checked first, so a bad result changes nothing, and nothing is built on bits
+        that have flipped since this state was hashed.
 
         Raises:
             PeerFault: ``malformed`` or ``non_finite``.
+            StateSpoilt: the arrays differ from their hash; from now on the hash is that of what
+                they are.
         """
         check_ieee_arithmetic()
         layout = self.layout
@@ -252,6 +255,12 @@ class CanonicalState:
             raise PeerFault("malformed", f"{len(result_chunks)} chunks, expected {layout.chunks}")
         for index, data in enumerate(result_chunks):
             codec.check(data, layout.nvalues(index), limits.RESULT_MAGNITUDE_MAX)
+        if spoilt := self.hash_again(run):
+            raise StateSpoilt(
+                f"own state differs from its hash in {len(spoilt)} of {layout.chunks} chunks",
+                f"memory of {self.channel} has changed",
+                "test this machine's memory",
+            )
         leaves = [b""] * layout.chunks
 
         def move(index: int) -> None:
@@ -266,6 +275,20 @@ class CanonicalState:
             pass
         self._leaves = leaves
         self.round += 1
+
+    def hash_again(self, run: Mapper = map) -> list[int]:
+        """Hash the arrays as they are; which chunks are not what was hashed before."""
+        if self._leaves is None:
+            return []
+        before, found = self._leaves, [b""] * self.layout.chunks
+
+        def look(index: int) -> None:
+            found[index] = self._leaf(index)
+
+        for _ in run(look, range(self.layout.chunks)):
+            pass
+        self._leaves = found
+        return [index for index, leaf in enumerate(before) if leaf != found[index]]
 
     def _leaf(self, index: int) -> bytes:
         part = self.layout.part(index)

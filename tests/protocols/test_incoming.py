@@ -70,3 +70,12 @@ def test_with_everything_here_no_hashes_are_wanted() -> None:
     incoming = begin(state(7))
     incoming.proven(0, state(7).leaves)
     assert incoming.prepare(state(3)) == ((0, 1, 2, 3), False)
+
+
+def test_a_chunk_in_which_a_bit_has_flipped_is_not_taken_for_what_it_was() -> None:
+    wanted, old = state(7), state(3)
+    incoming = begin(wanted)
+    incoming.expect(0, wanted.leaves)
+    assert old.root() != wanted.root()  # hashes it
+    old.theta.view(np.uint32)[9] ^= 1
+    assert incoming.prepare(old) == ((1, 3), False)

@@ -369,6 +369,29 @@ def test_a_snapshot_that_cannot_be_used_is_looked_for_again() -> None:
     assert sent(seat.take(), SnapshotQuery) != []
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_state_that_changed_in_memory_is_fetched_again_if_somebody_has_it(alone: bool) -> None:
+    """Nothing better is to be had by whoever is alone: it goes on, and says so."""
+    seat = Seat()
+    if alone:
+        for member in (A, B):
+            seat.log.add(e.MemberLeft(member, "lost"))
+    seat.restore(0)
+    seat.commit()
+    seat.member.in_place[TRAIN, 0] = hash_of("result 0")
+    seat.catchup.reconcile(1.0)
+    (apply,) = of_kind(seat.take(), fx.ApplyResult)
+    seat.catchup.install_failed(1.1, TRAIN, "own state differs from its hash", spoilt=True)
+    assert events(seat.take(), fx.Resync) == [
+        fx.Resync(TRAIN, 0, "own state differs from its hash")
+    ]
+    assert seat.track == (0, alone, False)
+    seat.catchup.tick(seat.catchup.deadline())
+    effects = seat.take()
+    assert of_kind(effects, fx.ApplyResult) == ([apply] if alone else [])
+    assert {to for to, _ in sent(effects, SnapshotQuery)} == (set() if alone else {A, B})
+
+
 def test_nodes_that_hold_no_state_do_nothing() -> None:
     seat = Seat(2)
     seat.catchup.active = False

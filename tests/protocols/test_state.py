@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs import get_codec, use_numba
-from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, StateSpoilt
 from swarmtrain_protocols.rules import outer_rule
 from swarmtrain_protocols.state import (
     CanonicalState,
@@ -311,3 +311,22 @@ def test_misuse_is_told() -> None:
         CanonicalState("a", 0, np.zeros(5, "f4"), {"m": np.zeros(4, "f4")})
     with pytest.raises(PeerFault):
         decode_chunks(chunks[:2], INT8, np.zeros(1200, "f4"), chunk_values=CHUNK)
+
+
+@pytest.mark.parametrize("array", ["theta", "momentum"])
+def test_nothing_is_added_to_a_state_that_changed_in_memory(array: str) -> None:
+    """It is told once; from then on the state's hash is that of what it is."""
+    state, was = a_state(), a_state()
+    state.root()
+    (state.theta if array == "theta" else state.slots[array]).view(np.uint32)[700] ^= 1 << 5
+    before = [x.copy() for x in state.arrays]
+    with pytest.raises(StateSpoilt, match=r"in 1 of 3 chunks.*train/0/0"):
+        state.apply(mean_chunks(5), INT8, OUTER)
+    assert state.round == 3 and all(map(np.array_equal, before, state.arrays))
+    assert state.root() == expected_root(state) != was.root()
+    state.apply(mean_chunks(5), INT8, OUTER)
+    was.apply(mean_chunks(5), INT8, OUTER)
+    differ = [
+        i for i, pair in enumerate(zip(state.leaves, was.leaves, strict=True)) if len({*pair}) > 1
+    ]
+    assert state.round == 4 and differ == [2]

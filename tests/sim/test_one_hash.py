@@ -93,13 +93,18 @@ def test_paused_between_two_owners_and_resumed_after_an_election(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_flipped_bit_is_named_and_mended_in_the_next_round(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "known_by"), [("flip", "its hash"), ("misstep", "the pinned hash")]
+)
+def test_a_flipped_bit_is_named_and_mended_in_the_next_round(
+    kind: str, known_by: str, seed: int
+) -> None:
     """By the member itself, and by nobody else, though it may be the first at the next round."""
     name = "abc"[seed % 3]
     watch = Watch(name)
-    outcome = run_small(seed, [Fault(4.0 + 0.3 * seed, "flip", name)], watch)
+    outcome = run_small(seed, [Fault(4.0 + 0.3 * seed, kind, name)], watch)
     assert outcome.violation == "", explain(outcome, run=run_small)
-    assert outcome.seen["spoilt:flip"] == outcome.seen["flip:named"] == 1
+    assert outcome.seen["spoilt:" + kind] == outcome.seen["flip:named"] == 1
     assert outcome.seen["flip:mended"] == 1
     assert [who for who, event in watch.resyncs] == [name]
-    assert watch.resyncs[0][1].reason.startswith("own state differs")
+    assert watch.resyncs[0][1].reason.startswith("own state differs from " + known_by)

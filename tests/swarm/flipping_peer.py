@@ -3,7 +3,8 @@
 ``python tests/swarm/flipping_peer.py SITE_DIR`` is ``python -m swarmtrain_peer`` with a layer
 around the call that applies a round's result. Nothing of the product knows about it. A file
 ``flip`` in the site's folder with the number of a bit is the order to flip that bit of θ once,
-before the next result is applied; ``flipped`` says at which round it was.
+before the next result is applied, or with a minus sign just after, before the new state is hashed;
+``flipped`` says at which round it was.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ def run(folder: Path) -> int:
 
     def spoilt(plane: DataPlane, applied: fx.ApplyResult) -> tuple[int, bytes]:
         order = folder / "flip"
-        if order.exists():
-            value, bit = divmod(int(order.read_text()), 32)
-            order.unlink()
-            theta = plane.states[applied.channel].theta.view(np.uint32)
-            theta[value] ^= np.uint32(1 << bit)
-            (folder / "flipped").write_text(str(applied.round))
+        if not order.exists():
+            return apply(plane, applied)
+        text = order.read_text()
+        order.unlink()
+        value, bit = divmod(int(text.removeprefix("-")), 32)
+        state = plane.states[applied.channel]
+        (folder / "flipped").write_text(str(applied.round))
+        if text.startswith("-"):
+            apply(plane, applied)
+            state.theta.view(np.uint32)[value] ^= np.uint32(1 << bit)
+            state.hash_again()
+            return state.round, state.root()
+        state.theta.view(np.uint32)[value] ^= np.uint32(1 << bit)
         return apply(plane, applied)
 
     DataPlane.apply = spoilt  # type: ignore[method-assign, assignment]

@@ -378,8 +378,8 @@ class CatchUp:
             if root != ZERO_HASH
             and self._usable(channel, number, root)
             and (track.state_hash is None or number > track.round)
+            and not self._donors.is_liar(peer, root)
         ]
-        good = [item for item in good if not self._donors.is_liar(peer, item[1])]
         if track.partly in good:
             good = [item for item in good if item == track.partly]
         elif track.partly is not None and now < track.partly_until:
@@ -391,8 +391,7 @@ class CatchUp:
             track.generation = self.ledger.generation
             track.partly = None
             track.next_query = now + DONORS_INTERVAL_S
-            nbytes = 8 * self.chunk_values
-            self._begin(now, track, snapshot, [peer], total, nbytes)
+            self._begin(now, track, snapshot, [peer], total, 8 * self.chunk_values)
             self._out.append(fx.PrepareSnapshot(snapshot))
 
     @staticmethod
@@ -404,8 +403,7 @@ class CatchUp:
 
     def queried(self, peer: PeerId, query: SnapshotQuery) -> None:
         have = self.snapshots.get(query.channel, [])[-8:]
-        rounds = tuple(number for number, _ in have)
-        roots = tuple(root for _, root in have)
+        rounds, roots = tuple(number for number, _ in have), tuple(root for _, root in have)
         self._out.append(Send(peer, SnapshotOffer(query.channel, rounds, roots)))
 
     # -- answers of the data plane ---------------------------------------------------------
@@ -433,11 +431,13 @@ class CatchUp:
         self._member.in_place[result.channel, result.round] = result.root
         self.reconcile(now)
 
-    def install_failed(self, now: float, channel: str, reason: str) -> None:
-        """The data plane could not use what was fetched; look for it again."""
+    def install_failed(self, now: float, channel: str, reason: str, spoilt: bool = False) -> None:
+        """What was fetched is of no use, or (``spoilt``) the own state is and others have it."""
         track = self.tracks[channel]
         track.busy = False
         track.next_query = now + QUERY_INTERVAL_S
+        if spoilt and any(self.ledger.follows(p, channel) for p in self._sources(channel, ())):
+            track.state_hash = None
         self._out.append(Emit(fx.Resync(channel, track.round, reason)))
 
     # -- reports ---------------------------------------------------------------------------

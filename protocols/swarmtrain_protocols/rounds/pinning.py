@@ -1,7 +1,8 @@
 """Which state the next round is applied to, where the log does not pin it yet (08 §2.2, rule 5).
 
-One member whose memory has flipped a bit may be the first to have applied a result. Were the state
-of the first that says so pinned, all others would throw theirs away for it.
+One member that has miscomputed a step may be the first to have applied a result. Were the state of
+the first that says so pinned, all others would throw theirs away for it. (A bit that flips between
+two steps is found without comparison: ``CanonicalState.apply``.)
 """
 
 from __future__ import annotations

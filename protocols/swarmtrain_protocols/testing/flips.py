@@ -1,7 +1,9 @@
 """A bit that flips in the memory of one member: named by that member, and mended from the others.
 
-The log pins what most holders report. Whoever finds its own state to differ throws it away, says so
-(``resync``) and fetches the right one, before it counts as a holder of another round (10 §2.2).
+Whoever finds its state to differ from its own hash (``flip``, between two steps) or from what most
+holders report (``misstep``: within a step) throws it away, says so (``resync``) and fetches the
+right one, before it counts as a holder of another round (10 §2.2). A misstep is for schedules made
+by hand: where nobody else in step can be heard, nobody could tell.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import numpy as np
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Connect, Effect, PeerId
 from swarmtrain_protocols.dataplane import DataPlane
-from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
+from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, StateSpoilt
 from swarmtrain_protocols.manifest import Manifest, make_genesis
 from swarmtrain_protocols.membership import SiteConfig
 from swarmtrain_protocols.merkle import Blob, leaf_hash
@@ -235,14 +235,19 @@ class Site:
         self._wall.anchored(now, wall_s)
         self.core.dht.set_wall(now, self._wall.wall_s(now))
 
-    def flip_bit(self, luck: Stream) -> str:
-        """One bit of a state that is in step here is another; its channel, or ''."""
+    def flip_bit(self, luck: Stream, unseen: bool) -> str:
+        """One bit of a state that is in step here is another; its channel, or ''.
+
+        ``unseen``: it has flipped within the step, so that the state's own hash is of no help.
+        """
         names = [name for name in sorted(self.plane.states) if self.core.catchup.in_step(name)]
         if not names:
             return ""
         channel = names[luck.integer(len(names))]
         theta = self.plane.states[channel].theta.view(np.uint32)
         theta[luck.integer(theta.size)] ^= np.uint32(1 << luck.integer(23))
+        if unseen:
+            self.plane.states[channel].hash_again()
         return channel
 
     # --- trainer ---------------------------------------------------------------------------------
@@ -418,7 +423,11 @@ class Site:
         return self.disk.save_result(channel, round_number, blob, values, codec)
 
     def _apply(self, now: float, effect: fx.ApplyResult) -> None:
-        round_number, state_hash = self.plane.apply(effect)
+        try:
+            round_number, state_hash = self.plane.apply(effect)
+        except StateSpoilt as spoilt:
+            self.core.install_failed(now, effect.channel, str(spoilt), spoilt=True)
+            return
         self._moved(now, effect.channel, round_number, state_hash, False)
 
     def _prepare(self, now: float, snapshot: fx.Snapshot) -> None:

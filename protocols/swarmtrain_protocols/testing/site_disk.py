@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
+from blake3 import blake3
 
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault
@@ -25,7 +26,10 @@ RESULTS_KEPT = 16
 
 
 class SavedResult(msgspec.Struct, frozen=True):
-    """Encoded result of a round, with the leaf hashes that were proven when it was made."""
+    """Encoded result of a round, with the leaf hashes that were proven when it was made.
+
+    ``check`` covers what no leaf hash does, as the header's does in the store's files.
+    """
 
     channel: str
     round: int
@@ -34,6 +38,12 @@ class SavedResult(msgspec.Struct, frozen=True):
     codec: str
     chunks: tuple[bytes, ...]
     leaves: tuple[bytes, ...]
+    check: bytes = b""
+
+    def checked(self) -> bytes:
+        """What ``check`` has to be."""
+        head = (self.channel, self.round, self.root, self.values, self.codec)
+        return blake3(msgspec.msgpack.encode(head)).digest()
 
 
 class _SavedState(msgspec.Struct, frozen=True):
@@ -139,6 +149,7 @@ class SiteDisk:
         chunks = tuple(bytes(chunk) for chunk in blob.chunks)
         leaves = tuple(blob.leaves)
         saved = SavedResult(channel, round_number, blob.root, values, codec, chunks, leaves)
+        saved = msgspec.structs.replace(saved, check=saved.checked())
         name = f"result/{channel}/{round_number}"
         if not self._disk.write(name, msgspec.msgpack.encode(saved)):
             self._miss(channel, round_number)
@@ -158,7 +169,7 @@ class SiteDisk:
         round_number = state.round
         while True:
             name = f"result/{state.channel}/{round_number}"
-            saved = self._read(name, SavedResult)
+            saved = self._result(name)
             if saved is None:
                 return
             if Blob.of(saved.chunks).root != saved.root:
@@ -170,7 +181,7 @@ class SiteDisk:
     def served(self, root: bytes) -> Blob | None:
         """A result by its root, with its true leaves and whatever bytes the disk gives."""
         for name in sorted(self._disk.files):
-            saved = self._read(name, SavedResult) if name.startswith("result/") else None
+            saved = self._result(name) if name.startswith("result/") else None
             if saved is None or saved.root != root:
                 continue
             if len(saved.leaves) == len(saved.chunks) and merkle_root(saved.leaves) == root:
@@ -186,6 +197,14 @@ class SiteDisk:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._refuse(name)
             return None
+
+    def _result(self, name: str) -> SavedResult | None:
+        """A result whose header is whole; its chunks are not looked at."""
+        saved = self._read(name, SavedResult)
+        if saved is not None and saved.check != saved.checked():
+            self._refuse(name)
+            return None
+        return saved
 
     def _refuse(self, name: str) -> None:
         self._seen["rot:refused-" + name.partition("/")[0]] += 1

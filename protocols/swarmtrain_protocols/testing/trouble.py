@@ -143,12 +143,12 @@ class Trouble:
 
     def _spoil(self, kind: str, host: Host) -> None:
         """One bit flips, in a stored file or in memory; a node without a state has none to flip."""
-        assert kind in {"rot", "flip"}, kind
+        assert kind in {"rot", "flip", "misstep"}, kind
         luck = self._stream(kind, host.name)
         if kind == "rot":
             what = host.disk.rot(luck)
         elif self.may_flip(self.world, host):
-            what = host.node.flip_bit(luck)
+            what = host.node.flip_bit(luck, unseen=kind == "misstep")
             if what:
                 self.flipped[host.name, what] = host.node.plane.states[what].round
         else:

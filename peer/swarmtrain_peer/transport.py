@@ -31,7 +31,6 @@ from swarmtrain_peer.traffic import traffic
 from swarmtrain_peer.transfers import Fetches
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
-from swarmtrain_protocols.detector import SAMPLES_MIN
 from swarmtrain_protocols.identity import Keyring
 from swarmtrain_protocols.merkle import Blob
 from swarmtrain_protocols.messages import Message, fetch
@@ -48,6 +47,7 @@ from swarmtrain_protocols.session_events import (
     Received,
     SessionEvent,
 )
+from swarmtrain_protocols.silence import SAMPLES_MIN
 
 _FOR_FETCHES = (fetch.FetchAccepted, fetch.FetchRefused, fetch.FetchChunk)
 _FOR_SERVING = (fetch.FetchRequest, fetch.FetchCancel)

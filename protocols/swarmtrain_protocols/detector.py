@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import Effect, Emit, PeerId, Probe
 from swarmtrain_protocols.rounds.effects import Notice
+from swarmtrain_protocols.silence import SAMPLES_MIN, RoundTrips
 
-SAMPLES_MIN = 3
-"""Before that many round trips were measured, nothing is known of a link."""
 AGAIN_S = 0.4
 """Between two questions without an answer: a datagram may be lost, a stream loses none."""
 SUSPECT_AGAIN_S = 5.0
@@ -33,9 +32,7 @@ LATE_S = 0.1
 class _Known:
     """Of one link."""
 
-    samples: int = 0
-    smoothed_s: float = 0.0
-    deviation_s: float = 0.0
+    trips: RoundTrips = field(default_factory=RoundTrips)
     heard_at: float = -math.inf
     asked_at: float = math.inf
     """When the oldest question without an answer was asked."""
@@ -46,20 +43,11 @@ class _Known:
     @property
     def answer_s(self) -> float:
         """How long an answer may take."""
-        if self.samples < SAMPLES_MIN:
+        trips = self.trips
+        if trips.samples < SAMPLES_MIN:
             return limits.ANSWER_S_UNKNOWN
-        answer_s = self.smoothed_s + max(limits.STALL_S, 4 * self.deviation_s)
+        answer_s = trips.smoothed_s + max(limits.STALL_S, 4 * trips.deviation_s)
         return min(answer_s, limits.SILENCE_S_MIN)
-
-    def took(self, rtt_s: float) -> None:
-        """A question was answered after ``rtt_s``."""
-        if not self.samples:
-            self.smoothed_s, self.deviation_s = rtt_s, rtt_s / 2
-        else:
-            off_s = abs(self.smoothed_s - rtt_s)
-            self.deviation_s = 0.75 * self.deviation_s + 0.25 * off_s
-            self.smoothed_s = 0.875 * self.smoothed_s + 0.125 * rtt_s
-        self.samples += 1
 
 
 class FailureDetector:
@@ -91,7 +79,7 @@ class FailureDetector:
     def answered(self, now: float, peer: PeerId, rtt_s: float) -> bool:
         """A question, of this node or of the link's own, was answered after ``rtt_s``."""
         known = self._known.setdefault(peer, _Known())
-        known.took(rtt_s)
+        known.trips.took(rtt_s)
         known.measured_at = now
         return self.heard(now, peer)
 
@@ -165,7 +153,7 @@ class FailureDetector:
         if now < known.again_at:
             return
         quiet = now >= known.heard_at + interval_s
-        unknown = known.samples < SAMPLES_MIN or now >= known.measured_at + FRESH_S
+        unknown = known.trips.samples < SAMPLES_MIN or now >= known.measured_at + FRESH_S
         if not quiet and not unknown:
             return
         known.asked_at = min(known.asked_at, now)

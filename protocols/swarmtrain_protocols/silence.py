@@ -9,28 +9,27 @@ of the other.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from swarmtrain_protocols import limits
 
 SAMPLES_MIN = 3
-"""Before that many round trips were measured the bound is ``IDLE_TIMEOUT_S``."""
+"""Before that many round trips were measured, nothing is known of a link."""
 TIMES = 4.0
 ASLEEP_S = 2.0
 """Whoever looks this much later than it meant to has stood still itself."""
 
 
-class Silence:
-    """Of one link."""
+@dataclass(slots=True)
+class RoundTrips:
+    """Their smoothed time and its mean deviation (RFC 6298 §2)."""
 
-    def __init__(self) -> None:
-        self.samples = 0
-        self.smoothed_s = 0.0
-        self.deviation_s = 0.0
-        self.bound_s = limits.IDLE_TIMEOUT_S
-        """Seconds of silence after which the link is over."""
+    samples: int = 0
+    smoothed_s: float = 0.0
+    deviation_s: float = 0.0
 
-    def measured(self, rtt_s: float) -> None:
-        """A ping was answered after ``rtt_s``."""
+    def took(self, rtt_s: float) -> None:
+        """One more was measured."""
         if not self.samples:
             self.smoothed_s, self.deviation_s = rtt_s, rtt_s / 2
         else:
@@ -38,8 +37,22 @@ class Silence:
             self.deviation_s = 0.75 * self.deviation_s + 0.25 * off_s
             self.smoothed_s = 0.875 * self.smoothed_s + 0.125 * rtt_s
         self.samples += 1
-        if self.samples >= SAMPLES_MIN:
-            answer_s = TIMES * (self.smoothed_s + 4 * self.deviation_s)
+
+
+class Silence:
+    """Of one link."""
+
+    def __init__(self) -> None:
+        self.trips = RoundTrips()
+        self.bound_s = limits.IDLE_TIMEOUT_S
+        """Seconds of silence after which the link is over."""
+
+    def measured(self, rtt_s: float) -> None:
+        """A ping was answered after ``rtt_s``."""
+        trips = self.trips
+        trips.took(rtt_s)
+        if trips.samples >= SAMPLES_MIN:
+            answer_s = TIMES * (trips.smoothed_s + 4 * trips.deviation_s)
             bound_s = limits.KEEPALIVE_INTERVAL_S + answer_s
             self.bound_s = min(max(bound_s, limits.SILENCE_S_MIN), limits.SILENCE_S_MAX)
 

@@ -121,7 +121,8 @@ def test_a_contributor_that_is_slow_is_not_its_owners_fault() -> None:
     assert chair.proposed == [] and chair.leader.deadline() == pytest.approx(41.0, abs=0.01)
 
 
-def test_no_result_in_time_is_what_most_receivers_say() -> None:
+def one_of_four_lacks_a_result() -> tuple[Chair, e.RoundOpened, int, float]:
+    """A has no result of a part of C's; when others will be heard."""
     chair = chair_of(A, B, C, D)
     opened = chair.open(A, B, C, D)
     deliver(chair, opened)
@@ -129,6 +130,11 @@ def test_no_result_in_time_is_what_most_receivers_say() -> None:
     (index, *_) = owned(opened, C)
     by = 1.1 + SILENT_S_MIN
     chair.say(2.0, A, m.Complaint(opened.key, (index,)))
+    return chair, opened, index, by
+
+
+def test_no_result_in_time_is_what_most_receivers_say() -> None:
+    chair, opened, index, by = one_of_four_lacks_a_result()
     chair.leader.step(by)
     assert chair.proposed == [], "one says so"
     chair.say(by, D, m.Complaint(opened.key, (index,)))
@@ -138,13 +144,7 @@ def test_no_result_in_time_is_what_most_receivers_say() -> None:
 
 
 def test_receivers_that_are_gone_are_not_asked_whether_they_lack_a_result() -> None:
-    chair = chair_of(A, B, C, D)
-    opened = chair.open(A, B, C, D)
-    deliver(chair, opened)
-    chair.commit(1.1)
-    (index, *_) = owned(opened, C)
-    by = 1.1 + SILENT_S_MIN
-    chair.say(2.0, A, m.Complaint(opened.key, (index,)))
+    chair, opened, _, by = one_of_four_lacks_a_result()
     chair.gone(2.5, B)
     chair.leader.step(by)
     assert suspensions(chair.proposed) == [], "one of two says so"

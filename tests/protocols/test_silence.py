@@ -25,10 +25,10 @@ def test_before_anything_is_measured_it_is_a_constant() -> None:
 
 def test_the_estimator_is_that_of_rfc_6298() -> None:
     silence = after(0.1)
-    assert (silence.smoothed_s, silence.deviation_s) == (0.1, 0.05)
+    assert (silence.trips.smoothed_s, silence.trips.deviation_s) == (0.1, 0.05)
     silence.measured(0.3)
-    assert silence.deviation_s == pytest.approx(0.75 * 0.05 + 0.25 * 0.2)
-    assert silence.smoothed_s == pytest.approx(0.875 * 0.1 + 0.125 * 0.3)
+    assert silence.trips.deviation_s == pytest.approx(0.75 * 0.05 + 0.25 * 0.2)
+    assert silence.trips.smoothed_s == pytest.approx(0.875 * 0.1 + 0.125 * 0.3)
 
 
 def test_a_quick_link_is_given_up_sooner_and_a_slow_one_later() -> None:

@@ -77,8 +77,8 @@ MORE_KINDS = (
 """Kinds that any world can have; drawn beside ``Plan.kinds``, from a row of draws of their own."""
 STRIKES = ("crash", "power", "isolate", "pause")
 """What an aimed fault of a role may be."""
-KINDS = tuple(dict.fromkeys((*PLAIN_KINDS, *MORE_KINDS, "diskfull", "rot", "flip", "misstep")))
-"""All of them."""
+KINDS = tuple(dict.fromkeys((*PLAIN_KINDS, *MORE_KINDS, "diskfull", "rot", "flip")))
+"""All that are drawn; ``misstep`` (``flips``) is for schedules made by hand."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -25,17 +25,17 @@ class Healing:
 
     def __init__(self, core: DhtCore, now: float) -> None:
         self._core = core
-        self._next_at = now + limits.DHT_LONELY_S
+        self.next_at = now + limits.DHT_LONELY_S
         self.tried = 0
 
     def tick(self, now: float) -> None:
         """Try several if this node is alone, else one at a time."""
-        if now < self._next_at:
+        if now < self.next_at:
             return
         core = self._core
         lonely = len(core.table) == 0
         wait_s = limits.DHT_LONELY_S if lonely else limits.DHT_HEAL_S
-        self._next_at = now + wait_s * (0.5 + core.rng.random())
+        self.next_at = now + wait_s * (0.5 + core.rng.random())
         count = limits.DHT_LONELY_ASKED if lonely else 1
         for contact in core.book.draw(core.rng, count):
             self.tried += 1

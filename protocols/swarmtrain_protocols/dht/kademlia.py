@@ -7,6 +7,7 @@ clients: they are served, but nobody is sent to them and they hold nothing for o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from random import Random
@@ -213,13 +214,29 @@ class DhtCore:
         self.requests.tick(now)
         self._settle(now)
         self.searches.tick(now)
-        if now >= self._housekeeping_at:
+        if now >= self._house_at():
             self._housekeeping_at = now + limits.DHT_HOUSEKEEPING_S
             self._keep_house(now)
         self._settle(now)
 
     def deadline(self) -> float:
-        return min(self.requests.deadline(), self.searches.deadline(), self._housekeeping_at)
+        return min(self.requests.deadline(), self.searches.deadline(), self._house_at())
+
+    def _house_at(self) -> float:
+        """The first beat of ``DHT_HOUSEKEEPING_S`` at which something is due."""
+        expiry_s = self.held.next_expiry_s()
+        due_at = min(
+            self._publisher.due_at,
+            self.held.next_replication(),
+            self.healing.next_at,
+            self._refresh_at,
+            math.inf if expiry_s is None else expiry_s - self._wall_offset_s,
+        )
+        late_s = due_at - self._housekeeping_at
+        if late_s <= 0.0:
+            return self._housekeeping_at
+        beats = math.ceil(late_s / limits.DHT_HOUSEKEEPING_S)
+        return self._housekeeping_at + beats * limits.DHT_HOUSEKEEPING_S
 
     def drain(self) -> list[Effect]:
         out = self._out[:]

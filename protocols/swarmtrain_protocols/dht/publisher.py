@@ -67,6 +67,8 @@ class Publisher:
         self._core = core
         self._all: dict[bytes, _Publication] = {}
         self._sequence = 0
+        self.due_at = math.inf
+        """When something is to be renewed or replicated."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -92,7 +94,7 @@ class Publisher:
         mine = self._all.get(name)
         if mine is not None:
             mine.keep = False
-            mine.again_at = min(mine.again_at, now + limits.DHT_REPLICATE_S)
+            self._look_again(mine, min(mine.again_at, now + limits.DHT_REPLICATE_S))
 
     def own(self, key: bytes) -> Iterator[SignedRecord]:
         """What this site itself publishes under key id ``key``."""
@@ -110,6 +112,14 @@ class Publisher:
                 if mine.keep:
                     self._renew(now, mine)
                 self._place(now, mine)
+        self._find_due()
+
+    def _look_again(self, mine: _Publication, at: float) -> None:
+        mine.again_at = at
+        self._find_due()
+
+    def _find_due(self) -> None:
+        self.due_at = min((item.again_at for item in self._all.values()), default=math.inf)
 
     def _renew(self, now: float, mine: _Publication) -> None:
         mine.record = self._sign(now, mine.name, mine.value, mine.ttl_s)
@@ -123,7 +133,7 @@ class Publisher:
         return sign_record(core.keyring, core.run, name, self._sequence, expires_s, value)
 
     def _place(self, now: float, mine: _Publication) -> None:
-        mine.again_at = math.inf
+        self._look_again(mine, math.inf)
         placement = _Placement(mine, mine.record)
         search = Search(
             mine.target,
@@ -251,12 +261,12 @@ class Publisher:
         if placement.replicas:
             self._tell(placement)
             wait_s = mine.ttl_s / 2 if mine.keep else limits.DHT_REPLICATE_S
-            mine.again_at = now + min(wait_s, max(left_s, 0.0))
+            self._look_again(mine, now + min(wait_s, max(left_s, 0.0)))
             return
         if mine.handle:
             core.emit(DhtFailed(mine.handle, mine.name, placement.refused))
             mine.handle = 0
         if mine.keep:
-            mine.again_at = now + min(limits.DHT_RETRY_S, mine.ttl_s / 2)
+            self._look_again(mine, now + min(limits.DHT_RETRY_S, mine.ttl_s / 2))
         else:
             del self._all[mine.name]

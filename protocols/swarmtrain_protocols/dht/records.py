@@ -262,13 +262,14 @@ class RecordStore:
         for record in self._records.get(key, {}).values():
             self._schedule((key, record.publisher), replicate_at)
 
-    def next_replication(self) -> float | None:
+    def next_replication(self) -> float:
+        """When ``due`` has something to give; ``math.inf``: not as things stand."""
         while self._replications:
             at, key, publisher = self._replications[0]
             if self._replicate_at.get((key, publisher)) == at:
                 return at
             heapq.heappop(self._replications)
-        return None
+        return math.inf
 
     @staticmethod
     def _cost(record: SignedRecord) -> int:

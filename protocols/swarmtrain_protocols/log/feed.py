@@ -88,9 +88,10 @@ class Feed:
             expires_at=s.now + s.timeouts.lease_s,
         )
         self.subscribers[peer] = item
-        self._pushed = None
         if not self._push(peer, item, {}):
             self._idle(peer, item)
+        if self._is_behind(item) or item.told < self._snapshots.index:
+            self._pushed = None
 
     def on_unsubscribe(self, peer: PeerId) -> None:
         self.subscribers.pop(peer, None)
@@ -102,8 +103,7 @@ class Feed:
     def push(self) -> None:
         """Send what is newly certified to all who keep up."""
         log = self._s.log
-        newest = -1 if log.latest is None else log.latest.index
-        there = (log.commit, newest, self._snapshots.index)
+        there = (log.commit, self._newest(), self._snapshots.index)
         if there == self._pushed:
             return
         shared: Shared = {}
@@ -113,8 +113,15 @@ class Feed:
                 self._push(peer, item, shared)
                 if item.told < self._snapshots.index:
                     self._idle(peer, item)
-                behind = behind or item.next <= log.commit or item.verified < newest
+                behind = behind or self._is_behind(item)
         self._pushed = None if behind else there
+
+    def _newest(self) -> int:
+        latest = self._s.log.latest
+        return -1 if latest is None else latest.index
+
+    def _is_behind(self, item: Subscriber) -> bool:
+        return item.next <= self._s.log.commit or item.verified < self._newest()
 
     def _push(self, peer: PeerId, item: Subscriber, shared: Shared) -> bool:
         """Send at most one pull's worth; False if there was nothing to send."""
@@ -123,7 +130,7 @@ class Feed:
             item.live = False
             self._pieces(peer, -1, 0)
             return True
-        newest = -1 if log.latest is None else log.latest.index
+        newest = self._newest()
         for sent in range(limits.LOG_MESSAGES_PER_PULL):
             if item.next > log.commit and item.verified >= newest:
                 return sent > 0

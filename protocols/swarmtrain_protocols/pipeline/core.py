@@ -361,10 +361,11 @@ class PipelineCore:
             self.whole.tick(now)
 
     def deadline(self) -> float:
+        if not self.enabled:
+            return min([self.whole.deadline(), *self._asked.values()])
         leading = (self.steps, self.assigner)
         parts = (self.worker, self.driver, self.errands, *leading, self.healing)
-        times = [part.deadline() for part in (parts if self.enabled else (self.whole,))]
-        return min([*times, *self._asked.values()], default=float("inf"))
+        return min([*(part.deadline() for part in parts), *self._asked.values()])
 
     # -- what the shell tells --------------------------------------------------------------
 

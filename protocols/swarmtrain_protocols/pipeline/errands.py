@@ -204,11 +204,13 @@ class Errands:
                 self._ask(now, errand)
 
     def deadline(self) -> float:
+        if not self._errands:
+            return math.inf
         times = [
             min(e.expires, e.retry_at if e.asked is None else self._due(e))
             for e in self._errands.values()
         ]
-        return min(times, default=math.inf)
+        return min(times)
 
     # -- inside ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from swarmtrain_protocols import limits
@@ -47,9 +48,10 @@ class Lobby:
     last_commit: float = math.nan
     proposed_open: RoundKey | None = None
 
-    def agreeing(self, present: list[bytes]) -> list[bytes]:
+    def agreeing(self, present: Collection[bytes]) -> list[bytes]:
         """Present members whose contributions can be summed: the shape that most have."""
-        ready = [k for k in sorted(self.ready) if k in present]
+        there = set(present)
+        ready = sorted(k for k in self.ready if k in there)
         shapes = Counter((self.ready[k].values, self.ready[k].codec) for k in ready)
         if not shapes:
             return []

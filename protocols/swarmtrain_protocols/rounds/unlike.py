@@ -84,21 +84,32 @@ class Paces:
 
     def __init__(self) -> None:
         self._said: dict[bytes, deque[float]] = {}
+        self._middle: dict[bytes, float] = {}
+        """Each member's phase."""
+        self._pace_s: float | None = 0.0
+        """None: somebody has said something since."""
 
     def said(self, member: bytes, phase_s: float) -> None:
         """A phase of ``member``; what cannot be is not counted."""
         if 0.0 < phase_s < SECONDS_MAX:
-            self._said.setdefault(member, deque(maxlen=PHASES_KEPT)).append(phase_s)
+            said = self._said.setdefault(member, deque(maxlen=PHASES_KEPT))
+            said.append(phase_s)
+            self._middle[member] = statistics.median_low(said)
+            self._pace_s = None
 
     def keep(self, members: Iterable[bytes]) -> None:
         """Forget everybody else."""
         known = set(members)
-        self._said = {member: said for member, said in self._said.items() if member in known}
+        for member in [member for member in self._said if member not in known]:
+            del self._said[member], self._middle[member]
+            self._pace_s = None
 
     def pace_s(self) -> float:
         """The lower median of the phases of all; 0 if nobody's is known."""
-        phases = [statistics.median_low(said) for said in self._said.values()]
-        return statistics.median_low(phases) if phases else 0.0
+        if self._pace_s is None:
+            phases = self._middle.values()
+            self._pace_s = statistics.median_low(phases) if phases else 0.0
+        return self._pace_s
 
 
 def usable_rates(owners: Sequence[bytes], rates: Mapping[bytes, float]) -> dict[bytes, float]:

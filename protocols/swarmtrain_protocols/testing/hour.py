@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import msgspec
@@ -286,7 +286,7 @@ class Hour:
         seen = self.world.seen.items()
         sent = {k.removeprefix("send:"): n for k, n in seen if k.startswith("send:")}
         return {
-            "options": {name: getattr(self.options, name) for name in Options.__annotations__},
+            "options": asdict(self.options),
             "lookups": tally.lookups,
             "lookups_found": tally.found,
             "lookups_share": round(tally.found / max(1, tally.lookups), 5),
@@ -336,10 +336,11 @@ def run_hour(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="hour", description=__doc__)
-    parser.add_argument("--members", type=int, default=Options.members)
-    parser.add_argument("--churn", type=float, default=Options.churn, help="share lost per hour")
-    parser.add_argument("--seconds", type=float, default=Options.seconds)
-    parser.add_argument("--grow", type=float, default=Options.grow_s, help="seconds to grow")
+    usual = Options()
+    parser.add_argument("--members", type=int, default=usual.members)
+    parser.add_argument("--churn", type=float, default=usual.churn, help="share lost per hour")
+    parser.add_argument("--seconds", type=float, default=usual.seconds)
+    parser.add_argument("--grow", type=float, default=usual.grow_s, help="seconds to grow")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     options = Options(given.members, given.churn, given.seconds, given.grow, seed=given.seed)

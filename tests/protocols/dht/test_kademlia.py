@@ -356,6 +356,24 @@ def test_the_deadline_is_honoured() -> None:
     assert node.wall(101.0) == WALL_S + 101.0
 
 
+def test_a_node_with_nothing_to_do_is_not_woken_for_it() -> None:
+    network = Network(7)
+    node, _ = network.grow(2)
+    network.run(60.0)  # what a newcomer looks for is found
+    handle = node.store(network.now, "k", encode_value("v"), 80.0, keep=True)
+    network.settle(node, handle)
+    began = network.now
+    woken = 0
+    while network.now < began + 30.0:
+        woken += 1
+        network.run(node.deadline() - network.now + 1e-3)
+    assert woken <= 15  # not thirty times
+    (before,) = node.own_records(id_bytes(key_id(b"k")))
+    network.run(12.0)
+    (after,) = node.own_records(id_bytes(key_id(b"k")))
+    assert after.sequence > before.sequence, "renewed at half of its life"
+
+
 def test_only_well_formed_addresses_are_used() -> None:
     assert usable(("h:1", "nonsense", "[::1]:2", "h:99999", "")) == ("h:1", "[::1]:2")
 

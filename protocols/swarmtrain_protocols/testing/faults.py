@@ -78,7 +78,9 @@ MORE_KINDS = (
 STRIKES = ("crash", "power", "isolate", "pause")
 """What an aimed fault of a role may be."""
 KINDS = tuple(dict.fromkeys((*PLAIN_KINDS, *MORE_KINDS, "diskfull", "rot", "flip")))
-"""All that are drawn; ``misstep`` (``flips``) is for schedules made by hand."""
+"""All that are drawn."""
+BY_HAND = ("misstep",)
+"""More, for schedules made by hand; see ``flips``."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 from swarmtrain_protocols.errors import ConfigError
-from swarmtrain_protocols.testing.faults import KINDS, Fault
+from swarmtrain_protocols.testing.faults import BY_HAND, KINDS, Fault
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,7 +59,7 @@ def from_json(text: str | bytes) -> Schedule:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("no schedule", str(error), "see testing/schedules.py") from None
     for fault in found.listed() or ():
-        if fault.kind.removeprefix("aim-") not in KINDS:
-            names = ", ".join(KINDS)
+        if fault.kind.removeprefix("aim-") not in (*KINDS, *BY_HAND):
+            names = ", ".join((*KINDS, *BY_HAND))
             raise ConfigError(f"fault {fault.kind!r}", "no such kind", f"one of {names}")
     return found

@@ -342,8 +342,9 @@ class Shepherd:
             del self._finished[key]
         for key in [k for k, at in self._asked_index.items() if at != self.ledger.index]:
             del self._asked_index[key]  # never asked again at an index that is past
+        there = {*linked, self._me}
         for member in self.ledger.ordered_members():
-            if member.id == self._me or member.id in linked:
+            if member.id in there:
                 self._missing.pop(member.id, None)
                 continue
             if member.id not in self._missing:
@@ -406,7 +407,9 @@ class Shepherd:
         if planned and all(c.round >= planned for c in train):
             self._end(now, "max_rounds")
             return
-        here = [*linked, self._me]
+        if not self._finished:
+            return
+        here = {*linked, self._me}
         trainers = [m.id for m in self.ledger.ordered_members() if m.trains and m.id in here]
         if trainers and all(t in self._finished for t in trainers):
             self._end(now, "all trainers finished")

@@ -89,6 +89,8 @@ class DhtCore:
         self.serving = Serving(self)
         self._handles = 0
         self._housekeeping_at = now + limits.DHT_HOUSEKEEPING_S
+        self._wanted_at: float | None = None
+        """The deadline; None: something has been done here since it was looked for."""
         self._refresh_at = now
         self._publisher = Publisher(self)
 
@@ -126,6 +128,7 @@ class DhtCore:
 
     def withdraw(self, now: float, key: str | bytes) -> None:
         """Stop renewing what was stored under ``key``; replicas go when it expires."""
+        self._wanted_at = None
         self._publisher.withdraw(now, _name(key))
 
     def get(self, now: float, key: str | bytes) -> int:
@@ -181,10 +184,12 @@ class DhtCore:
         self.book.forget(peer)
         if known:
             self.replication.left(now, gone)
+        self._wanted_at = None
 
     def set_wall(self, now: float, wall_s: float) -> None:
         """The wall clock is another than was thought: it was set, or this machine slept."""
         self._wall_offset_s = wall_s - now
+        self._wanted_at = None
 
     def wall(self, now: float) -> float:
         """Unix wall clock in seconds at monotonic ``now``."""
@@ -220,7 +225,10 @@ class DhtCore:
         self._settle(now)
 
     def deadline(self) -> float:
-        return min(self.requests.deadline(), self.searches.deadline(), self._house_at())
+        if self._wanted_at is None:
+            parts = (self.requests.deadline(), self.searches.deadline(), self._house_at())
+            self._wanted_at = min(parts)
+        return self._wanted_at
 
     def _house_at(self) -> float:
         """The first beat of ``DHT_HOUSEKEEPING_S`` at which something is due."""
@@ -401,6 +409,7 @@ class DhtCore:
                 self.searches.start(now, Search(target, nothing, gauge=True))
 
     def _settle(self, now: float) -> None:
+        self._wanted_at = None
         while self.requests.settle(now):
             pass
 

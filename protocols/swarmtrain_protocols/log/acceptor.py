@@ -32,7 +32,7 @@ class Acceptor:
         self._follow = follow
         self.behind: PeerId | None = None
         """The leader, while it has compacted what is missing here."""
-        self._signed: tuple[int, int, bytes, bytes] = (-1, -1, b"", b"")
+        self._own: tuple[int, int, bytes, bytes] = (-1, -1, b"", b"")
 
     def on_append(self, peer: PeerId, m: Append) -> None:
         s = self._s
@@ -148,6 +148,6 @@ class Acceptor:
         if at.term != s.term or at.view is None or not at.view.has_voter(s.me):
             return b""
         key = (at.term, index, at.chain_hash)
-        if self._signed[:3] != key:
-            self._signed = (*key, s.trust.sign(at.view, at.term, index, at.chain_hash))
-        return self._signed[3]
+        if self._own[:3] != key:
+            self._own = (*key, s.trust.sign(at.view, at.term, index, at.chain_hash))
+        return self._own[3]

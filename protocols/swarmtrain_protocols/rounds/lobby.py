@@ -7,8 +7,6 @@ ledger makes void (a new generation, members that left) is dropped.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from swarmtrain_protocols import limits
@@ -25,6 +23,33 @@ from swarmtrain_protocols.rounds.unlike import Paces, half_of, opening_grace_s, 
 
 REPORT_WAIT_S = 2.0
 """A new leader knows of nobody's state; links come up and reports follow within moments."""
+
+
+@dataclass(slots=True)
+class _Agreed:
+    present: list[bytes]
+    ready: dict[bytes, m.Ready]
+    answer: list[bytes]
+
+
+@dataclass(slots=True)
+class _Expected:
+    """``asked``: index of the ledger, round, whether reports are still waited for."""
+
+    ledger: Ledger
+    asked: tuple[int, int, bool]
+    present: list[bytes]
+    reports: dict[bytes, StateReport]
+    answer: tuple[list[bytes], int]
+
+
+@dataclass(slots=True)
+class _Fresh:
+    """At this index of the ledger and in this round none of ``ready`` was stale."""
+
+    ledger: Ledger
+    asked: tuple[int, int]
+    ready: dict[bytes, m.Ready]
 
 
 @dataclass(slots=True)
@@ -47,16 +72,25 @@ class Lobby:
     interval_s: float = 0.0
     last_commit: float = math.nan
     proposed_open: RoundKey | None = None
+    agreed: _Agreed | None = None
+    expected: _Expected | None = None
+    fresh: _Fresh | None = None
+    """The last answers: a leader is asked far more often than anything changes."""
 
-    def agreeing(self, present: Collection[bytes]) -> list[bytes]:
+    def agreeing(self, present: list[bytes]) -> list[bytes]:
         """Present members whose contributions can be summed: the shape that most have."""
+        last = self.agreed
+        if last is None or last.present != present or last.ready != self.ready:
+            last = self.agreed = _Agreed(list(present), dict(self.ready), self._agreeing(present))
+        return list(last.answer)
+
+    def _agreeing(self, present: list[bytes]) -> list[bytes]:
         there = set(present)
-        ready = sorted(k for k in self.ready if k in there)
-        shapes = Counter((self.ready[k].values, self.ready[k].codec) for k in ready)
-        if not shapes:
-            return []
-        shape = max(shapes, key=lambda s: shapes[s])  # ties: that of the lowest member
-        return [k for k in ready if (self.ready[k].values, self.ready[k].codec) == shape]
+        shapes: dict[tuple[int, str], list[bytes]] = {}
+        for member in sorted(k for k in self.ready if k in there):
+            said = self.ready[member]
+            shapes.setdefault((said.values, said.codec), []).append(member)
+        return max(shapes.values(), key=len, default=[])  # ties: that of the lowest member
 
     def listed(self, opened: RoundOpened) -> list[m.Ready]:
         """Take out and return the announcements that an attempt was opened with."""
@@ -216,6 +250,15 @@ class Lobbies:
                     del table[member]
 
     def drop_stale(self, ledger: Ledger, lobby: Lobby, number: int) -> None:
+        """Forget announcements that the log has made too old, or whose data it has counted."""
+        asked, last = (ledger.index, number), lobby.fresh
+        if (
+            last is not None
+            and last.ledger is ledger
+            and last.asked == asked
+            and last.ready == lobby.ready
+        ):
+            return
         for member in list(lobby.ready):
             ready = lobby.ready[member]
             void = number - ready.base_round > self.policy.max_base_age_rounds
@@ -223,6 +266,7 @@ class Lobbies:
                 void = True
             if ready.channel.startswith("train/") and void:
                 del lobby.ready[member]  # the member returns it to its trainer by the same rule
+        lobby.fresh = _Fresh(ledger, asked, dict(lobby.ready))
 
     # -- whom to wait for ------------------------------------------------------------------
 
@@ -243,6 +287,25 @@ class Lobbies:
             past = {member for item in channel.history for member, _, _ in item.contributors}
             return [k for k in present if k in past or k in lobby.ready], 1
         number = ledger.channels[name].round
+        asked, last = (ledger.index, number, now < self.complete_at), lobby.expected
+        if (
+            last is None
+            or last.ledger is not ledger
+            or last.asked != asked
+            or last.present != present
+            or last.reports != lobby.reports
+        ):
+            answer = self._trainers(now, ledger, name, number, present)
+            last = _Expected(ledger, asked, list(present), dict(lobby.reports), answer)
+            lobby.expected = last
+        trainers, quorum = last.answer
+        return list(trainers), quorum
+
+    def _trainers(
+        self, now: float, ledger: Ledger, name: str, number: int, present: list[bytes]
+    ) -> tuple[list[bytes], int]:
+        """See ``expected``, for a channel of the trainers."""
+        lobby = self.rooms[name]
         trainers = [
             k
             for k in present

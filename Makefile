@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-full sim-nightly model soak chaos fuzz bench spec wheel clean
+.PHONY: help install demo test check test-full sim-nightly hour model soak chaos fuzz bench spec wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -40,6 +40,9 @@ test-full: check ## also the tests marked slow
 SIM_SCHEDULES ?= 10000
 sim-nightly: $(STAMP) ## thousands of simulated fault schedules; what was seen; which planted bugs are found
 	$(BIN)/python -m tests.nightly --schedules $(SIM_SCHEDULES)
+
+hour: $(STAMP)   ## 300 simulated members for an hour, a third of them lost; wants a C compiler; hour.json
+	$(BIN)/python -m benchmarks.hour --output hour.json
 
 model: $(STAMP)  ## every state of small models of the log and of a round; what each guard is for
 	$(BIN)/python -m swarmtrain_protocols.testing.model

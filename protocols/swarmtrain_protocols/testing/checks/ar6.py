@@ -27,9 +27,10 @@ class InputsStay(Invariant):
             known = self.oracle.states.get(channel)
             if known is None or state.round >= len(known):
                 continue  # its commit is applied here before anybody has emitted it
-            right = known[state.round].raw
-            same = right == state.theta.tobytes() + state.slots["momentum"].tobytes()
+            held = state.theta.tobytes() + state.slots["momentum"].tobytes()
+            if held == known[state.round].raw:
+                continue
             flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
             told = node.core.catchup.tracks[channel].state_hash is not None
-            if not same and not flipped and told:
+            if not flipped and told:
                 world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -335,7 +335,7 @@ def run_hour(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="hour", description=__doc__)
+    parser = argparse.ArgumentParser(prog="hour", description="A swarm of hundreds for an hour.")
     usual = Options()
     parser.add_argument("--members", type=int, default=usual.members)
     parser.add_argument("--churn", type=float, default=usual.churn, help="share lost per hour")

@@ -170,7 +170,7 @@ class Hour:
         self._still_waits(host.name)
         del self.since[host.name]
         self.world.crash(host.name, restart_s=None, silent=luck.chance(0.5))
-        doors = self.living(SETTLED_S)
+        doors = self.living(SETTLED_S) or self.living()
         picked = [doors[luck.integer(len(doors))].name for _ in range(3)]
         self.truth.ticket_sites = tuple(dict.fromkeys(picked))
         self.add(self.world.now + luck.between(5.0, 60.0))

@@ -50,15 +50,14 @@ class Replication:
             done[record.key] = None
         for key in done:
             nearest = core.table.closest(id_from_bytes(key), limits.DHT_K)
-            count = limits.DHT_PATHS if self._is_far(key) else limits.DHT_K
+            count = limits.DHT_PATHS if self._is_far(key, nearest) else limits.DHT_K
             for contact in nearest[:count]:
                 self.compare(now, contact, key)
 
-    def _is_far(self, key: bytes) -> bool:
-        """True if k contacts are nearer to ``key`` than this node."""
-        core, target = self._core, id_from_bytes(key)
-        near = core.table.closest(target, limits.DHT_K)
-        return len(near) >= limits.DHT_K and near[-1].id ^ target < core.me.id ^ target
+    def _is_far(self, key: bytes, near: list[Contact]) -> bool:
+        """True if k contacts, ``near`` the nearest known, are nearer to ``key`` than this node."""
+        own, target = self._core.me.id, id_from_bytes(key)
+        return len(near) >= limits.DHT_K and near[-1].id ^ target < own ^ target
 
     def next_time(self, now: float) -> float:
         """Jittered, so that one holder is first and its comparison puts the others off."""
@@ -131,7 +130,8 @@ class Replication:
         page = core.searches.checked(now, sync.contact, sync.key, after, reply)
         if page is None:
             return
-        far = self._is_far(sync.key)
+        near = core.table.closest(id_from_bytes(sync.key), limits.DHT_K)
+        far = self._is_far(sync.key, near)
         for record in page:
             sync.theirs[record.publisher] = record
             if not far:

@@ -134,16 +134,17 @@ class RoutingTable:
         index = bucket_index(self._own, target) if target != self._own else 0
         # Bucket ``index`` shares the differing bit with the target. Those below it do not, and all
         # lie in one range of distance; above, distance is decided by the bucket alone.
-        found = list(self._buckets[index].contacts.values())
-        if len(found) <= count:  # one more than asked for, because ``but`` may be among them
+        own = self._buckets[index].contacts
+        found = list(own.values())
+        if len(found) < count + (but in own):
             for bucket in self._buckets[:index]:
                 if bucket.contacts:
                     found.extend(bucket.contacts.values())
-        for bucket in self._buckets[index + 1 :]:
-            if len(found) > count:
-                break
-            if bucket.contacts:
-                found.extend(bucket.contacts.values())
+            for bucket in self._buckets[index + 1 :]:
+                if len(found) > count:  # one more than asked for: ``but`` may be among them
+                    break
+                if bucket.contacts:
+                    found.extend(bucket.contacts.values())
         found.sort(key=lambda contact: contact.id ^ target)
         return [contact for contact in found[: count + 1] if contact.peer != but][:count]
 

@@ -103,7 +103,7 @@ class RoundLeader:
     def here(self) -> list[bytes]:
         """Members with a link to the leader, the leader included, in member order."""
         linked = {*self._connected(), self._me}
-        return [k for k in sorted(self.ledger.members) if k in linked]
+        return sorted(linked & self.ledger.members.keys())
 
     def present(self) -> list[bytes]:
         """Those of them that are not about to leave: whom the next attempt may count on."""

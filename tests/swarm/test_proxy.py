@@ -16,12 +16,16 @@ DATA = bytes(range(256)) * 64
 
 
 class Echo:
-    """Sends back what it gets, one connection after the other; ``pieces`` are what it read."""
+    """Sends back what it gets, one connection after the other; ``pieces`` are what it read.
+
+    ``ended``: connections that are over, of which all is in there.
+    """
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.pieces: list[bytes] = []
+        self.ended = 0
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -36,7 +40,8 @@ class Echo:
                         self.pieces.append(data)
                         connection.sendall(data)
                 except OSError:
-                    continue
+                    pass  # reset: the same as its end
+            self.ended += 1
 
 
 @pytest.fixture
@@ -94,6 +99,7 @@ def test_a_connection_is_cut_at_its_byte(proxy: Proxy, echo: Echo) -> None:
     with dial(proxy) as connection:
         proxy.strike("close", 5)
         assert ask(connection, bytes(20)) == b""
+    poll_until(lambda: echo.ended, "the other side has read up to the cut")
     assert b"".join(echo.pieces) == bytes(5)
 
 

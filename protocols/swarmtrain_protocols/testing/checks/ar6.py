@@ -31,6 +31,6 @@ class InputsStay(Invariant):
             if held == known[state.round].raw:
                 continue
             flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
-            told = node.core.catchup.tracks[channel].state_hash is not None
-            if not flipped and told:
+            track = node.core.catchup.tracks.get(channel)  # None: it has parted with this stage
+            if not flipped and track is not None and track.state_hash is not None:
                 world.violation("AR6", f"{host.name} changed its state of round {state.round}")

@@ -79,9 +79,9 @@ class ChannelState(msgspec.Struct):
 
     def outcome(self, round_number: int) -> Outcome | None:
         """The commit of a round, if it is recent enough to be remembered."""
-        for item in reversed(self.history):
-            if item.round == round_number:
-                return item
+        for item in reversed(self.history):  # rounds ascend: most that are asked for are newer
+            if item.round <= round_number:
+                return item if item.round == round_number else None
         return None
 
     def pinned_hash(self, round_number: int) -> bytes | None:

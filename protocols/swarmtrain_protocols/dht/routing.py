@@ -9,7 +9,6 @@ because a flood of newcomers then cannot push out what is known (eclipse). Publi
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from random import Random
 
@@ -20,8 +19,8 @@ from swarmtrain_protocols.dht.ids import ID_BITS, Contact, bucket_index, subnets
 
 @dataclass(slots=True)
 class _Bucket:
-    contacts: OrderedDict[PeerId, Contact] = field(default_factory=OrderedDict)
-    waiting: OrderedDict[PeerId, Contact] = field(default_factory=OrderedDict)
+    contacts: dict[PeerId, Contact] = field(default_factory=dict)
+    waiting: dict[PeerId, Contact] = field(default_factory=dict)
     """Replacement cache: seen while the bucket was full; the newest is the first to come in."""
     pinged: PeerId | None = None
     looked_up_at: float = -math.inf
@@ -68,7 +67,7 @@ class RoutingTable:
         held = bucket.contacts.get(contact.peer)
         if held is not None:
             if held.addresses == contact.addresses:
-                bucket.contacts.move_to_end(contact.peer)
+                bucket.contacts[contact.peer] = bucket.contacts.pop(contact.peer)
                 return None
             # Moved house: it must fit the subnet caps at its new address like anybody else.
             self._take_out(bucket, held)
@@ -76,10 +75,10 @@ class RoutingTable:
             if self._fits(bucket, contact):
                 self._put_in(bucket, contact)
             return None
+        bucket.waiting.pop(contact.peer, None)
         bucket.waiting[contact.peer] = contact
-        bucket.waiting.move_to_end(contact.peer)
         if len(bucket.waiting) > limits.DHT_REPLACEMENTS_MAX:
-            bucket.waiting.popitem(last=False)
+            del bucket.waiting[next(iter(bucket.waiting))]
         if bucket.pinged is not None:
             return None
         oldest = next(iter(bucket.contacts.values()))

@@ -66,9 +66,10 @@ class Feed:
         self._life_at = s.now + s.timeouts.feed_s
         for peer in [p for p, x in self.subscribers.items() if s.now >= x.expires_at]:
             del self.subscribers[peer]
+        shared: dict[int, Update] = {}  # most stand at the same point
         for peer, item in self.subscribers.items():
             if s.now >= item.sent_at + s.timeouts.feed_s / 2:
-                self._idle(peer, item)
+                self._idle(peer, item, shared)
 
     def disconnected(self, peer: PeerId) -> None:
         self.subscribers.pop(peer, None)
@@ -89,7 +90,7 @@ class Feed:
         )
         self.subscribers[peer] = item
         if not self._push(peer, item, {}):
-            self._idle(peer, item)
+            self._idle(peer, item, {})
         if self._is_behind(item) or item.told < self._snapshots.index:
             self._pushed = None
 
@@ -107,12 +108,13 @@ class Feed:
         if there == self._pushed:
             return
         shared: Shared = {}
+        life: dict[int, Update] = {}
         behind = False
         for peer, item in self.subscribers.items():
             if item.live:
                 self._push(peer, item, shared)
                 if item.told < self._snapshots.index:
-                    self._idle(peer, item)
+                    self._idle(peer, item, life)
                 behind = behind or self._is_behind(item)
         self._pushed = None if behind else there
 
@@ -183,9 +185,12 @@ class Feed:
             snapshot=snapshot,
         )
 
-    def _idle(self, peer: PeerId, item: Subscriber) -> None:
+    def _idle(self, peer: PeerId, item: Subscriber, shared: dict[int, Update]) -> None:
         """A sign of life, which also carries the snapshot that others may compact to."""
-        self._s.send(peer, self._message(item.next, snapshot=self._snapshots.certificate))
+        if item.next not in shared:
+            message = self._message(item.next, snapshot=self._snapshots.certificate)
+            shared[item.next] = message
+        self._s.send(peer, shared[item.next])
         item.sent_at = self._s.now
         item.told = self._snapshots.index
 

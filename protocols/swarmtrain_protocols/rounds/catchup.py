@@ -223,15 +223,15 @@ class CatchUp:
     # -- results and snapshots -------------------------------------------------------------
 
     def _sources(self, channel: str, preferred: tuple[bytes, ...]) -> list[PeerId]:
-        here = self._connected()
-        known = [PeerId(p) for p in preferred if p != self._me]
+        here = set(self._connected())
+        known = {PeerId(p): None for p in preferred if p != self._me}
         holders = [
             PeerId(p.id)
             for p in self.ledger.ordered_members()
             if p.holds_state and p.id != self._me and p.id not in known
         ]
         self._rng.shuffle(holders)
-        ordered = known + holders
+        ordered = [*known, *holders]
         ordered.sort(key=lambda p: (not self.ledger.follows(p, channel), p not in here))
         return ordered[:SOURCES_MAX]
 

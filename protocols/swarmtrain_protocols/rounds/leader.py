@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId
@@ -231,19 +231,21 @@ class RoundLeader:
         if not self.active:
             self.waits = False
             return
+        here = dict.fromkeys(self.here())
         for phase in list(self._phases.values()):
-            self._push(now, phase)
+            self._push(now, phase, here)
         self.waits = bool(self._phases)
         if self.ledger.ended:
             return  # what is open is decided, nothing is opened any more
         if self.ledger.paused == NO_MAJORITY:
             self._go_on(now)
+        present = [k for k in here if k not in self._leaving]
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
-                self._maybe_open(now, name)
+                self._maybe_open(now, name, present)
         self.waits = self.waits or self._lobbies.half_ready()
         for body in (
-            self._loss.check(now, self.ledger, self._present_reports()),
+            self._loss.check(now, self.ledger, self._reports_of(present)),
             self._choice.proposal(self.ledger),
         ):
             if body is not None:
@@ -260,23 +262,21 @@ class RoundLeader:
         here = self._phases, self._lobbies, self.present()
         return waited_for(now, self._me, self.ledger, *here) if self.waits else []
 
-    def _present_reports(self) -> dict[str, Iterable[StateReport]]:
-        present = self.present()
+    def _reports_of(self, present: list[bytes]) -> dict[str, Iterable[StateReport]]:
         return {
             name: [lobby.reports[k] for k in present if k in lobby.reports]
             for name, lobby in self._lobbies.rooms.items()
         }
 
-    def _maybe_open(self, now: float, name: str) -> None:
+    def _maybe_open(self, now: float, name: str, present: list[bytes]) -> None:
         lobby = self._lobbies.rooms[name]
         if not lobby.ready or self.ledger.paused:
             return
         key = self.ledger.next_key(name)
         if key is None or lobby.proposed_open == key:
             return
-        present = self.present()
         if name.startswith("train/"):  # whoever calls in a group waits for an answer
-            present = trusted(self.ledger, present)
+            present = self._lobbies.usable(self.ledger, name, present)
         self._lobbies.drop_stale(self.ledger, lobby, key.round)
         ready = lobby.agreeing(present)
         if not ready:
@@ -371,9 +371,8 @@ class RoundLeader:
 
     # -- an open attempt -------------------------------------------------------------------
 
-    def _push(self, now: float, phase: Phase) -> None:
+    def _push(self, now: float, phase: Phase, present: Collection[bytes]) -> None:
         channel = self.ledger.channels[phase.key.channel]
-        present = self.here()
         if channel.chosen is not None and phase.proposed == "set":
             phase.proposed = ""
         lost = self._owners.look(now, phase, self.ledger, present, list(self._leaving))
@@ -384,7 +383,7 @@ class RoundLeader:
         else:
             self._decide(now, phase, present)
 
-    def _gather(self, now: float, phase: Phase, present: list[bytes]) -> None:
+    def _gather(self, now: float, phase: Phase, present: Collection[bytes]) -> None:
         if phase.proposed:
             return
         delivered, complete = phase.delivered()
@@ -397,7 +396,7 @@ class RoundLeader:
         phase.note_half(now, len(delivered), len(wanted), self._hidden(phase.key.round))
         late = now >= min(phase.deadline, phase.close_at)
         here = delivered or not wanted
-        if not (complete and here and all(i in delivered for i in wanted)) and not late:
+        if not (complete and here and set(delivered).issuperset(wanted)) and not late:
             return
         group = phase.key.channel.startswith("group/")
         minimum = 1 if group else min(self.policy.min_peers, len(phase.opened.contributors))
@@ -416,7 +415,7 @@ class RoundLeader:
             phase.proposed = "set"
             phase.deadline = now + self._timeout(self.ledger.channels[phase.key.channel])
 
-    def _decide(self, now: float, phase: Phase, present: list[bytes]) -> None:
+    def _decide(self, now: float, phase: Phase, present: Collection[bytes]) -> None:
         if phase.proposed in ("commit", "abort"):
             return
         holders = phase.opened.holders

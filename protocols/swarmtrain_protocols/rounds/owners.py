@@ -8,7 +8,7 @@ one member: a result is bad if the leader sees so itself or a majority of its re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
@@ -105,7 +105,12 @@ class Owners:
     # -- suspicion -------------------------------------------------------------------------
 
     def look(
-        self, now: float, phase: Phase, ledger: Ledger, present: list[bytes], last: list[bytes]
+        self,
+        now: float,
+        phase: Phase,
+        ledger: Ledger,
+        present: Collection[bytes],
+        last: list[bytes],
     ) -> str:
         """Do without owners that are gone, silent or liars; why the attempt is over, or empty.
 
@@ -140,7 +145,9 @@ class Owners:
                 return Suspect(signer, f"part {part} of {phase.key} is no legal result")
         return None
 
-    def silent(self, now: float, phase: Phase, chosen: bool, present: list[bytes]) -> list[Suspect]:
+    def silent(
+        self, now: float, phase: Phase, chosen: bool, present: Collection[bytes]
+    ) -> list[Suspect]:
         """Owners with a link that do not do their part, as measured by the others."""
         found = self._no_result(now, phase, present) if chosen else self._no_report(now, phase)
         mine = [s for s in found if s.member != self._me and s.member not in phase.silenced]
@@ -173,7 +180,7 @@ class Owners:
             full_by = since + max(SILENT_ALONE_S, _patience(took))
         return first_by, full_by
 
-    def _no_result(self, now: float, phase: Phase, present: list[bytes]) -> list[Suspect]:
+    def _no_result(self, now: float, phase: Phase, present: Collection[bytes]) -> list[Suspect]:
         everybody = self._receivers(phase)  # who is gone cannot complain
         receivers = [k for k in everybody if k in present and k not in phase.holding]
         suspects = []
@@ -208,7 +215,12 @@ class Owners:
     # -- deputies --------------------------------------------------------------------------
 
     def _replace(
-        self, now: float, phase: Phase, ledger: Ledger, present: list[bytes], last: list[bytes]
+        self,
+        now: float,
+        phase: Phase,
+        ledger: Ledger,
+        present: Collection[bytes],
+        last: list[bytes],
     ) -> str:
         """Appoint deputies for owners that are gone or silent; why that cannot be, or empty."""
         able = [k for k in present if k not in phase.silenced]

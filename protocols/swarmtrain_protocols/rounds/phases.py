@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,7 +92,7 @@ class Phase:
             took_s = now - self.started
             self.close_at = now + closing_grace_s(self.opened.phase_s, took_s, hidden)
 
-    def result_here(self, present: list[bytes] | None = None) -> bool:
+    def result_here(self, present: Collection[bytes] | None = None) -> bool:
         """Somebody with a link holds the result: others can fetch it.
 
         ``present``: who else would not do at the moment is not among them.
@@ -105,7 +106,7 @@ class Phase:
             return {}
         computers = [self.deputies.get(i, part.owner) for i, part in enumerate(self.opened.parts)]
         if not chosen:
-            delivered, _ = self.delivered()
+            delivered = set(self.delivered()[0])
             late = [i for i in range(len(self.opened.contributors)) if i not in delivered]
             people = [self.opened.contributors[i].member for i in late if i not in self.refused]
         else:
@@ -126,7 +127,7 @@ class Phase:
                 common &= set(held)
         return sorted(common), complete
 
-    def undeliverable(self, present: list[bytes]) -> bool:
+    def undeliverable(self, present: Collection[bytes]) -> bool:
         """A contribution of a fixed set is missing at a part, and will not come any more."""
         for index, item in enumerate(self.opened.contributors):
             if item.member in present and index not in self.refused:
@@ -137,7 +138,7 @@ class Phase:
                     return True
         return False
 
-    def broken(self, present: list[bytes], chosen: e.RoundSet) -> bool:
+    def broken(self, present: Collection[bytes], chosen: e.RoundSet) -> bool:
         """A part's computer says that it lacks a chosen contribution, whose maker is gone.
 
         Its owner was lost together with the only copy of the bytes: no deputy can compute the part.

@@ -184,6 +184,8 @@ class StageDesk:
 
     def execute(self, effect: Effect) -> bool:
         """Carry out an effect; False if it is none of a pipeline."""
+        if isinstance(effect, px.OfTrainer) and self._is_late(effect):
+            return True
         if isinstance(effect, px.Compute):
             self._compute(effect)
         elif isinstance(effect, px.Undo):
@@ -204,6 +206,10 @@ class StageDesk:
             return self._rebuild.execute(effect)
         # What is cancelled has been sent already: the core ignores its answer.
         return True
+
+    def _is_late(self, effect: px.OfTrainer) -> bool:
+        """Its trainer is gone, as ``trainer_lost`` has told, and its claims with it."""
+        return effect.life != self._pipeline.worker.life
 
     @property
     def _pipeline(self) -> PipelineCore:
@@ -323,7 +329,11 @@ class StageDesk:
         runtime, pipeline = self._runtime, self._pipeline
 
         def encoded(blob: Blob) -> None:
-            self._run(pipeline.handed_over, effect.stage, effect.key, blob.root)
+            pledged = runtime.node.member.undecided(stage_channel(effect.stage))
+            if not self._is_late(effect):
+                self._run(pipeline.handed_over, effect.stage, effect.key, blob.root)
+            elif pledged is None or pledged.root != blob.root:
+                runtime.data.drop(blob.root)
 
         def answer(header: sl.Done | sl.Failed, payload: bytearray) -> None:
             if isinstance(header, sl.Failed):

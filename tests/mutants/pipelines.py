@@ -118,10 +118,54 @@ _FROM_SPECS = (
         (
             patch(
                 "pipeline.sums:Sums._clear",
-                "self._out.append(px.ClearGradients(tuple(stages)))",
+                "self._out.append(px.ClearGradients(tuple(stages), self.life))",
                 "pass",
             ),
         ),
+    ),
+    _spec(
+        "a holder whose result is not decided about says again that it has it",
+        "08 §2.5",
+        (
+            patch(
+                "rounds.member:RoundMember.stored",
+                "attempt.again_at = now + ANNOUNCE_AGAIN_S",
+                "pass",
+            ),
+        ),
+        find("pipelines", 4732),
+        find("pipelines", 4176),
+    ),
+    _spec(
+        "where the others are not enough, the suspended count",
+        "08 §2.9.3",
+        (
+            patch(
+                "rounds.lobby:Lobbies.usable",
+                "return trusted(ledger, present) if enough else present",
+                "return trusted(ledger, present)",
+            ),
+        ),
+        find("local", 395),
+        find("local", 412),
+    ),
+    _spec(
+        "a host begins anew when its stage has gone on",
+        "11 §2.5.2",
+        (
+            patch(
+                "pipeline.rebuild:Rebuilder.reconcile",
+                "moved = known.host and channel.round != work.round",
+                "moved = False",
+            ),
+        ),
+        find("local", 405),
+    ),
+    _spec(
+        "what was asked of a trainer that is lost is void",
+        "11 §2.2.5",
+        (patch("pipeline.sums:Sums.lost", "self.life += 1", "pass"),),
+        find("pipelines", 3011),
     ),
     _spec(
         "when only the attempt moves, what was accumulated stays",

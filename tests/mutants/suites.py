@@ -19,6 +19,7 @@ from swarmtrain_protocols.testing.checks.base import Checker
 from swarmtrain_protocols.testing.faults import Fault, generate
 from swarmtrain_protocols.testing.host import Host
 from swarmtrain_protocols.testing.local_swarm import run_built as run_local_built
+from swarmtrain_protocols.testing.local_swarm import run_local
 from swarmtrain_protocols.testing.network import NetworkModel
 from swarmtrain_protocols.testing.pipeline_audit import DRIVER_STATES, WORKER_PHASES, run_audit
 from swarmtrain_protocols.testing.pipeline_site import PipelinePart
@@ -361,6 +362,7 @@ SUITES: dict[str, Run] = {
         test_pipeline_paths.run(seed, skip_fraction=test_pipeline_paths.SHARE).violation
     ),
     "pipelines: local steps": local_steps,
+    "local": lambda seed: run_local(seed).violation,
     "unlike": lambda seed: run_unlike(seed).violation,
     "unlike: loud": judged(_loud),
     "unlike: turns": judged(_turns),

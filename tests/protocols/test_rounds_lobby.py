@@ -62,6 +62,18 @@ def test_what_strangers_report_is_not_kept() -> None:
     assert list(lobbies.room(TRAIN).reports) == [B]
 
 
+def test_a_suspension_holds_only_while_others_are_enough() -> None:
+    """It ends with rounds: where they need the suspended, they do not wait for its end."""
+    log, everybody = Log(A, B, C), [A, B, C]
+    two, three = (rooms(RoundPolicy("fp32", "fp32", min_peers=count)) for count in (2, 3))
+    log.add(e.MemberSuspended(B, "silent"))
+    assert two.usable(log.ledger, TRAIN, everybody) == [A, C]
+    assert two.usable(log.ledger, TRAIN, [A, B]) == [A], "C may return"
+    assert three.usable(log.ledger, TRAIN, everybody) == everybody
+    log.add(e.MemberSuspended(C, "silent"))
+    assert two.usable(log.ledger, TRAIN, everybody) == everybody
+
+
 def test_only_the_very_contribution_is_withdrawn() -> None:
     log, lobbies = Log(A, B), rooms()
     lobbies.announced(1.0, log.ledger, PeerId(B), ready())

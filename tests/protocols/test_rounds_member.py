@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import msgspec
@@ -18,7 +17,6 @@ from swarmtrain_protocols.rounds import effects as fx
 from swarmtrain_protocols.rounds.attempt import PART_DOMAIN, part_statement
 from swarmtrain_protocols.rounds.fetches import Fetches
 from swarmtrain_protocols.rounds.member import (
-    ANNOUNCE_AGAIN_S,
     CLOSING_TIMEOUT_S,
     RECENT_ATTEMPTS_MAX,
     Offer,
@@ -106,6 +104,15 @@ def whole(opened: e.RoundOpened, *indices: int) -> e.RoundSet:
     return e.RoundSet(opened.key, tuple(e.Coefficient(i, 0.5) for i in indices or (0, 1, 2)))
 
 
+def brought(seat: Seat) -> e.RoundOpened:
+    """An attempt of which all that is wanted has come."""
+    opened = seat.opening()
+    seat.logged(1.0, opened)
+    seat.logged(1.5, whole(opened))
+    seat.bring(opened)
+    return opened
+
+
 def decided(effects: list[Effect]) -> list[tuple[str, float]]:
     return [(x.outcome, x.coefficient) for x in events(effects, fx.ContributionDecided)]
 
@@ -144,23 +151,6 @@ def test_an_offer_is_announced_and_again_to_every_new_leader() -> None:
     seat.member.leader = None
     seat.member.announce(2.0)
     assert seat.take() == []
-
-
-def test_what_waits_for_long_is_due_again_until_it_is_listed() -> None:
-    """Once per interval, however often other channels are offered meanwhile."""
-    seat = Seat()
-    assert seat.member.deadline() == math.inf
-    seat.offer()
-    assert seat.member.deadline() == ANNOUNCE_AGAIN_S
-    seat.member.offer(6.0, Offer(GROUP, MINE, VALUES, "fp32", 4.0, 0, 0))
-    assert not seat.member.announcement_due(ANNOUNCE_AGAIN_S - 0.01)
-    assert seat.member.announcement_due(ANNOUNCE_AGAIN_S)
-    assert not seat.member.announcement_due(ANNOUNCE_AGAIN_S)
-    assert seat.member.deadline() == 6.0 + ANNOUNCE_AGAIN_S
-    for channel in (TRAIN, GROUP):
-        seat.logged(12.0, seat.opening(channel=channel))
-    seat.take()
-    assert not seat.member.announcement_due(1000.0)
 
 
 def test_one_contribution_at_a_time() -> None:
@@ -323,10 +313,7 @@ def test_a_contribution_of_an_earlier_life_is_withdrawn() -> None:
 def test_a_stored_result_is_reported_and_settled_by_the_commit() -> None:
     seat = Seat()
     seat.offer()
-    opened = seat.opening()
-    seat.logged(1.0, opened)
-    seat.logged(1.5, whole(opened))
-    seat.bring(opened)
+    opened = brought(seat)
     assert of_kind(seat.take(), fx.StoreResult) == [fx.StoreResult(opened.key)]
     seat.member.stored(2.5, opened.key, hash_of("result"), True)
     held = m.Holding(opened.key, hash_of("result"), True)
@@ -357,10 +344,7 @@ def test_a_group_result_is_told_with_its_contributors() -> None:
 def test_an_own_result_that_is_not_the_committed_one_is_thrown_away() -> None:
     """A lying owner told this node something else: no crash, the committed bytes are fetched."""
     seat = Seat()
-    opened = seat.opening()
-    seat.logged(1.0, opened)
-    seat.logged(1.5, whole(opened))
-    seat.bring(opened)
+    opened = brought(seat)
     seat.member.stored(2.5, opened.key, hash_of("other"), True)
     seat.take()
     effects = seat.logged(3.0, e.RoundCommitted(opened.key, hash_of("result")))

@@ -5,6 +5,10 @@ A shell (or the simulator) has one compute device per site. It answers every ``C
 ``HandOver`` with ``handed_over``. An accumulator sees ``Compute``, ``Undo``, ``HandOver`` and
 ``ClearGradients`` in the order of these effects: what was asked for before it was cleared never
 touches it afterwards.
+
+Effects wait behind writes that others rely on. Meanwhile the trainer may die and another one come:
+what was asked of the last one is void. So those effects carry ``life``, which counts lives of the
+trainer (``WorkerCore.life``), and a shell drops those of a life that is over.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ class Compute:
     gradient: Tensor
     tokens: bytes
     accumulate: bool
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Undo:
     request: HopRequest
     stage: int
     peer: PeerId
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class HandOver:
     stage: int
     key: StepKey
     codec: str
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,7 @@ class LocalStep:
 
     stage: int
     step: int
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,11 @@ class ClearGradients:
     """Set the accumulators of these stages to zero: the step is over or dropped."""
 
     stages: tuple[int, ...]
+    life: int = 0
+
+
+OfTrainer = Compute | Undo | HandOver | LocalStep | ClearGradients
+"""What changes, reads or clears the accumulators of one life of the trainer."""
 
 
 @dataclass(frozen=True, slots=True)

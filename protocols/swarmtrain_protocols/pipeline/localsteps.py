@@ -133,6 +133,8 @@ class LocalSteps:
     ) -> None:
         self.ledger = ledger
         self.leader: PeerId | None = None
+        self.life = 0
+        """Of the trainer: counts those that were lost."""
         self._me = me
         self._out = out
         self._member = member
@@ -227,6 +229,7 @@ class LocalSteps:
 
     def lost(self) -> None:
         """The trainer process is gone, and with it all local steps; what was announced is here."""
+        self.life += 1
         self._forget()
         self._done.clear()
         self._adding.clear()
@@ -244,7 +247,7 @@ class LocalSteps:
         for job in [j for j, (_, place) in self._adding.items() if place[0] in hops]:
             if job not in self._stepped:
                 self._adding[job] = (NOWHERE, self._adding[job][1])
-        self._out.append(px.ClearGradients((stage,)))
+        self._out.append(px.ClearGradients((stage,), self.life))
 
     # -- what is taken ---------------------------------------------------------------------
 
@@ -293,7 +296,7 @@ class LocalSteps:
         under_way = {stage_of(hop, self._blocks) for hop in hops}
         stages = tuple(s for s in sorted(self._phases) if self._phases[s].held or s in under_way)
         if stages:
-            self._out.append(px.ClearGradients(stages))
+            self._out.append(px.ClearGradients(stages, self.life))
         for phase in self._phases.values():
             phase.held.clear()
         self._done.clear()
@@ -334,7 +337,7 @@ class LocalSteps:
 
     def _step(self, stage: int, phase: _Phase) -> None:
         past = steps_before(stage, self._blocks + 1, self._policy.inner_steps, phase.round)
-        self._out.append(px.LocalStep(stage, past + phase.steps))
+        self._out.append(px.LocalStep(stage, past + phase.steps, self.life))
         hops = hops_of(stage, self._blocks)
         for job, (ground, (hop, _)) in self._adding.items():
             if hop in hops and ground == self._ground and job not in self._stepped:
@@ -351,7 +354,7 @@ class LocalSteps:
     def _hand_over(self, stage: int, phase: _Phase) -> None:
         self._handings += 1
         phase.handing = StepKey(self.ledger.generation, phase.round, self._handings)
-        self._out.append(px.HandOver(stage, phase.handing, self._policy.scatter_codec))
+        self._out.append(px.HandOver(stage, phase.handing, self._policy.scatter_codec, self.life))
 
     def handed_over(self, now: float, stage: int, key: StepKey, root: bytes) -> None:
         """The shell's answer to ``HandOver``: the encoded pseudo-gradient has this root."""

@@ -132,8 +132,9 @@ class Rebuilder:
     def reconcile(self, now: float) -> None:
         state = self.ledger.pipeline
         for stage, work in list(self._works.items()):
-            known = state.stages[stage]
-            if known.host != self._me or work.era != state.era:
+            known, channel = state.stages[stage], self.ledger.channels[stage_channel(stage)]
+            moved = known.host and channel.round != work.round  # a round that was open is committed
+            if known.host != self._me or work.era != state.era or moved:
                 self._settle(work)
             elif work.phase in ("try", "score") and work.away != self._away(stage):
                 # Losses of different paths cannot be compared.

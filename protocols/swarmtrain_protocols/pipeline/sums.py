@@ -87,6 +87,8 @@ class Sums:
     ) -> None:
         self.ledger = ledger
         self.leader: PeerId | None = None
+        self.life = 0
+        """Of the trainer: counts those that were lost."""
         self._me = me
         self._out = out
         self._member = member
@@ -159,6 +161,7 @@ class Sums:
 
     def lost(self) -> None:
         """The trainer process is gone with its accumulators; what is encoded is still here."""
+        self.life += 1
         self._have.clear()
         self._adding.clear()
         self._undoing.clear()
@@ -202,7 +205,7 @@ class Sums:
     def _clear(self) -> None:
         stages = self.stages()
         if stages:
-            self._out.append(px.ClearGradients(tuple(stages)))
+            self._out.append(px.ClearGradients(tuple(stages), self.life))
         self._have.clear()
         self._cached = 0
         for stage in range(len(self.ledger.pipeline.stages)):
@@ -317,7 +320,7 @@ class Sums:
                 if not shares.get(hop, 0) >> k & 1:
                     job = self._next_job()
                     self._undoing[job] = (self._ground, hop, k)
-                    self._out.append(px.Undo(job, claim.request, stage, claim.peer))
+                    self._out.append(px.Undo(job, claim.request, stage, claim.peer, self.life))
 
     def undone(self, job: int) -> bool:
         """``job`` has taken a gradient out; False: it is none of those."""
@@ -351,7 +354,7 @@ class Sums:
         for jobs in (self._undoing, self._adding):
             for job in [j for j, (_, hop, _) in jobs.items() if hop in hops]:
                 jobs[job] = (NOWHERE, *jobs[job][1:])
-        self._out.append(px.ClearGradients((stage,)))
+        self._out.append(px.ClearGradients((stage,), self.life))
         if self._frozen is not None:
             self._void()
 
@@ -364,7 +367,7 @@ class Sums:
             return
         plan.asked[stage] = None
         self._handing[stage] = self._handing.get(stage, 0) + 1
-        self._out.append(px.HandOver(stage, plan.key, self._codec))
+        self._out.append(px.HandOver(stage, plan.key, self._codec, self.life))
 
     def handed_over(self, now: float, stage: int, key: StepKey, root: bytes) -> None:
         """The shell's answer to ``HandOver``: the encoded sum has this root."""

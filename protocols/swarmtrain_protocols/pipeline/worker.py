@@ -135,6 +135,11 @@ class WorkerCore:
         self._sums.leader = leader
 
     @property
+    def life(self) -> int:
+        """Counts lives of the trainer: effects of an earlier one are void."""
+        return self._sums.life
+
+    @property
     def _blocks(self) -> int:
         return self.ledger.pipeline.blocks
 
@@ -266,6 +271,7 @@ class WorkerCore:
                 request.gradient,
                 request.tokens,
                 accumulate,
+                self.life,
             )
         )
 

@@ -85,6 +85,8 @@ class Attempt:
     spoiled: dict[int, None] = field(default_factory=dict)
     """Parts of which a signed result is not legal."""
     complains: bool = False
+    again_at: float = math.inf
+    """When to say again that the result is here: the attempt should be decided by then."""
 
     # -- opening ---------------------------------------------------------------------------
 

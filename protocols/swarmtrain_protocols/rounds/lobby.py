@@ -20,6 +20,7 @@ from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.policy import RoundPolicy
 from swarmtrain_protocols.rounds.turns import Turns
 from swarmtrain_protocols.rounds.unlike import Paces, half_of, opening_grace_s, patience_s
+from swarmtrain_protocols.suspension import is_suspended, trusted
 
 REPORT_WAIT_S = 2.0
 """A new leader knows of nobody's state; links come up and reports follow within moments."""
@@ -313,12 +314,29 @@ class Lobbies:
             and ledger.follows(k, name)
             and self._at_work(now, lobby, k, number)
         ]
+        return trainers, self._quorum(ledger, name, number)
+
+    def _quorum(self, ledger: Ledger, name: str, number: int) -> int:
         first = self.policy.start_peers if number == 0 else 1
         quorum = max(self.policy.min_peers, first)
         if ledger.pipeline.stages:
             # Of a stage nobody else can contribute.
             quorum = min(quorum, max(1, sum(ledger.follows(k, name) for k in ledger.members)))
-        return trainers, quorum
+        return quorum
+
+    def usable(self, ledger: Ledger, name: str, present: list[bytes]) -> list[bytes]:
+        """Present members without the suspended, if others are enough for rounds of ``name``.
+
+        A suspension is over after some committed rounds: there must be some.
+        """
+        if not ledger.suspended:
+            return present
+        others = sum(
+            member.trains and ledger.follows(k, name) and not is_suspended(ledger, k)
+            for k, member in ledger.members.items()
+        )
+        enough = others >= self._quorum(ledger, name, ledger.channels[name].round)
+        return trusted(ledger, present) if enough else present
 
     def note_half(self, now: float, name: str, expected: list[bytes]) -> None:
         """Remember since when half of those who are worth waiting for are ready."""

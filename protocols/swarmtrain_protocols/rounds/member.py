@@ -137,10 +137,13 @@ class RoundMember:
 
         Asked for at every tick; true once per ``ANNOUNCE_AGAIN_S``.
         """
-        overdue = [o for o in self._offers.values() if o.bound is None and o.again_at <= now]
-        for offer in overdue:
+        offers = [o for o in self._offers.values() if o.bound is None and o.again_at <= now]
+        stored = [a for a in self._attempts.values() if a.again_at <= now]
+        for offer in offers:
             offer.again_at = now + ANNOUNCE_AGAIN_S
-        return bool(overdue)
+        for attempt in stored:
+            attempt.again_at = now + ANNOUNCE_AGAIN_S
+        return bool(offers or stored)
 
     def rewound(self, now: float) -> None:
         """A new generation began: what was offered in the old one is returned as aborted."""
@@ -377,6 +380,7 @@ class RoundMember:
             return
         attempt.stored_root, attempt.durable, attempt.square_norm = root, durable, square_norm
         if self._attempts.get(key.channel) is attempt:
+            attempt.again_at = now + ANNOUNCE_AGAIN_S
             if self.leader is not None:
                 self._out.append(Send(self.leader, m.Holding(key, root, durable, square_norm)))
             return
@@ -481,7 +485,7 @@ class RoundMember:
         self._out.append(fx.ReleaseAttempt(key))
 
     def deadline(self) -> float:
-        times = [a.deadline() for a in self._attempts.values()]
+        times = [min(a.deadline(), a.again_at) for a in self._attempts.values()]
         times += [offer.again_at for offer in self._offers.values() if offer.bound is None]
         for closing in self._closing:
             times += [closing.deadline, closing.next_query, closing.attempt.deadline()]

@@ -137,7 +137,7 @@ class LocalSite(PipelineSite):
     # --- the device ------------------------------------------------------------------------------
 
     def execute(self, now: float, effect: Effect) -> list[Completion]:
-        if isinstance(effect, px.LocalStep):
+        if isinstance(effect, px.LocalStep) and not self._is_late(effect):
             return self._work(now, 0.001, lambda at: self._step(effect))
         return super().execute(now, effect)
 

@@ -233,6 +233,9 @@ class PipelineSite(Site):
     # --- the device ------------------------------------------------------------------------------
 
     def execute(self, now: float, effect: Effect) -> list[Completion]:
+        if self._is_late(effect):
+            self.truth.seen["pipeline:late"] += 1
+            return []
         if isinstance(effect, px.Compute):
             return self._compute(now, effect)
         if isinstance(effect, px.Undo):
@@ -254,6 +257,11 @@ class PipelineSite(Site):
             healing = self._rebuilds.execute(now, effect)
             return super().execute(now, effect) if healing is None else healing
         return []
+
+    def _is_late(self, effect: Effect) -> bool:
+        """It is for a trainer that died while the effect waited behind a write."""
+        life = self.core.pipeline.worker.life
+        return isinstance(effect, px.OfTrainer) and effect.life != life
 
     def adopt_candidate(self, now: float, state: CanonicalState) -> None:
         """The log has chosen what was rebuilt here."""

@@ -59,10 +59,20 @@ def test_what_the_device_is_asked_for(bench: Bench) -> None:
     (job,) = jobs(bench)
     request = bench.request("backward", 0, 2)
     assert job == px.Compute(
-        job.job, PeerId(DRIVER), 0, 0, "backward", 0, 2, m.EMPTY, request.gradient, TOKENS, True
+        job.job, PeerId(DRIVER), 0, 0, "backward", 0, 2, m.EMPTY, request.gradient, TOKENS, True, 0
     )
     bench.ask("evaluate", HEAD, 2)
     assert [x.accumulate for x in jobs(bench)] == [True, False]
+
+
+def test_what_is_asked_of_a_trainer_says_in_which_life(bench: Bench) -> None:
+    """What waits behind a write when the trainer is lost is void when the next one has come."""
+    bench.ask("backward", 1, 3)
+    bench.worker.trainer(bench.now, 0)
+    bench.worker.trainer(bench.now, 1 << 20)
+    bench.ask("backward", 1, 3, attempt=1)
+    assert [job.life for job in jobs(bench)] == [0, 1]
+    assert bench.worker.life == 1
 
 
 def test_the_same_backward_is_accumulated_once_however_it_is_asked_again(bench: Bench) -> None:

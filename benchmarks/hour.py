@@ -42,7 +42,6 @@ SHORT = ("--members", "20", "--grow", "40", "--seconds", "30")
 LEFT_OUT = {
     "pipeline": "this swarm has no stages: only what is asked all the same",
     "errors": "exceptions stay classes of Python",
-    "rounds.owners": "mypyc 2.4 ends with an internal error at `in (*names, name)`",
 }
 ASKED = tuple(f"pipeline.{name}" for name in ("core", "whole", "errands", "workqueue"))
 NOT_FOR_C = ("Struct", "NamedTuple", "numba")

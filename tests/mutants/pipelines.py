@@ -124,17 +124,18 @@ _FROM_SPECS = (
         ),
     ),
     _spec(
-        "a holder whose result is not decided about says again that it has it",
+        "what is said of an attempt that stays open is said again",
         "08 §2.5",
         (
             patch(
-                "rounds.member:RoundMember.stored",
-                "attempt.again_at = now + ANNOUNCE_AGAIN_S",
-                "pass",
+                "rounds.member:RoundMember.announcement_due",
+                "any(attempt.tells for attempt in attempts)",
+                "False",
             ),
         ),
         find("pipelines", 4732),
         find("pipelines", 4176),
+        find("local", 619),
     ),
     _spec(
         "where the others are not enough, the suspended count",

@@ -143,6 +143,17 @@ def test_who_has_a_new_link_is_told_again_who_took_over() -> None:
     assert sent(chair.take(), m.TakeOver) == []  # it is not in the round
 
 
+def test_who_lacks_a_result_is_told_again_who_took_over() -> None:
+    chair = Chair(A, B, C)
+    opened = chair.open(A, B, C)
+    index, *_ = (i for i, p in enumerate(opened.parts) if p.owner == C)
+    chair.gone(1.5, C)
+    chair.take()
+    for missing, told in ((), []), ((index,), [(B, index, opened.parts[index].deputy)]):
+        chair.say(2.0, B, m.Complaint(opened.key, missing))
+        assert [(to, x.part, x.deputy) for to, x in sent(chair.take(), m.TakeOver)] == told
+
+
 def test_an_owner_lost_while_the_set_is_being_logged_is_replaced_at_once_after_it() -> None:
     chair = Chair(A, B, C)
     opened = chair.open(A, B, C)

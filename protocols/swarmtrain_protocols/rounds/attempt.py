@@ -86,7 +86,7 @@ class Attempt:
     """Parts of which a signed result is not legal."""
     complains: bool = False
     again_at: float = math.inf
-    """When to say again that the result is here: the attempt should be decided by then."""
+    """When to say again what is here: the attempt should be decided by then."""
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -101,6 +101,11 @@ class Attempt:
         """Everybody who needs the result: contributors and state holders, in member order."""
         people = {c.member for c in self.opened.contributors} | set(self.opened.holders)
         return [PeerId(p) for p in sorted(people)]
+
+    @property
+    def tells(self) -> bool:
+        """The leader needs the word of this node: of parts, of the result or of what it lost."""
+        return bool(self.assigned) or self.stored_root is not None or self.own_lost
 
     def begin(self, now: float) -> None:
         """The attempt was opened: connect to owners, fetch what this node has to sum."""

@@ -138,12 +138,12 @@ class RoundMember:
         Asked for at every tick; true once per ``ANNOUNCE_AGAIN_S``.
         """
         offers = [o for o in self._offers.values() if o.bound is None and o.again_at <= now]
-        stored = [a for a in self._attempts.values() if a.again_at <= now]
+        attempts = [a for a in self._attempts.values() if a.again_at <= now]
         for offer in offers:
             offer.again_at = now + ANNOUNCE_AGAIN_S
-        for attempt in stored:
+        for attempt in attempts:
             attempt.again_at = now + ANNOUNCE_AGAIN_S
-        return bool(offers or stored)
+        return bool(offers) or any(attempt.tells for attempt in attempts)
 
     def rewound(self, now: float) -> None:
         """A new generation began: what was offered in the old one is returned as aborted."""
@@ -254,6 +254,7 @@ class RoundMember:
             attempt.own_lost = True
         elif offer is not None and own is not None:
             self.pace.begun(now, opened.key, offer.encode_s)
+        attempt.again_at = now + ANNOUNCE_AGAIN_S
         attempt.begin(now)
         if attempt.own_lost and self.leader is not None:
             attempt.reports(self.leader, everything=True)
@@ -380,7 +381,6 @@ class RoundMember:
             return
         attempt.stored_root, attempt.durable, attempt.square_norm = root, durable, square_norm
         if self._attempts.get(key.channel) is attempt:
-            attempt.again_at = now + ANNOUNCE_AGAIN_S
             if self.leader is not None:
                 self._out.append(Send(self.leader, m.Holding(key, root, durable, square_norm)))
             return

@@ -85,11 +85,12 @@ class Owners:
             return "not_a_receiver"
         parts = phase.opened.parts
         phase.missing[peer] = tuple(i for i in said.missing if i < len(parts))
+        self.tell_again(phase, peer, phase.missing[peer])
         for result in said.spoiled:
             if result.key != phase.key or result.part >= len(parts):
                 return "bad_part"
-            allowed = (parts[result.part].owner, parts[result.part].deputy)
-            if result.owner not in (*allowed, phase.deputies.get(result.part)):
+            part = parts[result.part]
+            if result.owner not in (part.owner, part.deputy, phase.deputies.get(result.part)):
                 continue
             statement = part_statement(run, phase.key, result.part, result.root)
             if not self._verify(result.owner, PART_DOMAIN, statement, result.signature):
@@ -236,10 +237,11 @@ class Owners:
             self._appoint(now, phase, index, choices[0], "silent" if current in present else "lost")
         return ""
 
-    def tell_again(self, phase: Phase, peer: PeerId) -> None:
-        """Who has a new link may not have heard who took over."""
+    def tell_again(self, phase: Phase, peer: PeerId, parts: Collection[int] | None = None) -> None:
+        """Who has a new link, or lacks ``parts``, may not have heard who took over."""
         for index, deputy in sorted(phase.deputies.items()):
-            if peer == deputy or peer in self._receivers(phase):
+            asked = parts is None or index in parts
+            if asked and (peer == deputy or peer in self._receivers(phase)):
                 self._out.append(Send(peer, m.TakeOver(phase.key, index, deputy)))
 
     def _appoint(self, now: float, phase: Phase, index: int, deputy: bytes, how: str) -> None:

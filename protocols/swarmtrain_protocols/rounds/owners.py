@@ -237,12 +237,12 @@ class Owners:
             self._appoint(now, phase, index, choices[0], "silent" if current in present else "lost")
         return ""
 
-    def tell_again(self, phase: Phase, peer: PeerId, parts: Collection[int] | None = None) -> None:
+    def tell_again(self, phase: Phase, peer: bytes, parts: Collection[int] | None = None) -> None:
         """Who has a new link, or lacks ``parts``, may not have heard who took over."""
         for index, deputy in sorted(phase.deputies.items()):
             asked = parts is None or index in parts
             if asked and (peer == deputy or peer in self._receivers(phase)):
-                self._out.append(Send(peer, m.TakeOver(phase.key, index, deputy)))
+                self._out.append(Send(PeerId(peer), m.TakeOver(phase.key, index, deputy)))
 
     def _appoint(self, now: float, phase: Phase, index: int, deputy: bytes, how: str) -> None:
         phase.deputies[index] = deputy

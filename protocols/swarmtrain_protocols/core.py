@@ -16,6 +16,7 @@ durable. That single rule is what makes votes and appended entries safe to ackno
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
 
@@ -29,6 +30,13 @@ PeerId = NewType("PeerId", bytes)
 def short_id(peer: bytes) -> str:
     """Eight hex digits for people; never used to decide anything."""
     return peer.hex()[:8]
+
+
+def earliest(a_at: float, b_at: float, c_at: float = math.inf, d_at: float = math.inf) -> float:
+    """The first of some times. Asked for after every message, and without a list to go through."""
+    first_at = min(a_at, b_at)
+    first_at = min(first_at, c_at)
+    return min(first_at, d_at)
 
 
 @dataclass(frozen=True, slots=True)

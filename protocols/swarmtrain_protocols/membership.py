@@ -7,7 +7,7 @@ keeps as many stewards as the run should have, and ends the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from swarmtrain_protocols import entries as e
@@ -17,6 +17,7 @@ from swarmtrain_protocols.changes import changed_at, front
 from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.memo import Memo
 from swarmtrain_protocols.messages import member as mm
 from swarmtrain_protocols.node_events import JoinFailed
 from swarmtrain_protocols.orders import EVICTED
@@ -62,6 +63,7 @@ class Joiner:
         self._hint: PeerId | None = None
         self._asked: list[PeerId] = []
         self._turn = 0
+        self._satisfied: Memo[bool] = Memo()
 
     @property
     def is_member(self) -> bool:
@@ -69,6 +71,10 @@ class Joiner:
 
     def satisfied(self) -> bool:
         """The ledger says about this node what it wants it to say."""
+        asked = (self.ledger, self.ledger.index, self.site, self._leaving)
+        return self._satisfied.of(asked, self._as_wanted)
+
+    def _as_wanted(self) -> bool:
         known = self.ledger.members.get(self._me)
         if self._leaving:
             return known is None
@@ -131,7 +137,7 @@ class Joiner:
             site.life,
         )
 
-    def step(self, now: float, linked: list[PeerId]) -> None:
+    def step(self, now: float, linked: Collection[PeerId]) -> None:
         """Send the request to the leader, or to anybody who may know it."""
         if self.satisfied() or self.refused or now < self._next_try:
             return
@@ -144,7 +150,7 @@ class Joiner:
             target = None
         if target is None and linked:
             self._turn += 1  # whoever was asked last may know as little as this node
-            target = linked[self._turn % len(linked)]
+            target = list(linked)[self._turn % len(linked)]
         if self.leader == self._me:
             target = self._me
         self._next_try = now + JOIN_RETRY_S
@@ -226,6 +232,7 @@ class Shepherd:
         self._asked_index: dict[bytes, int] = {}
         self._asked_voters: tuple[PeerId, ...] = ()
         self._ending = False
+        self._target: Memo[tuple[PeerId, ...]] = Memo()
 
     def activate(self, now: float, active: bool) -> None:
         self.active = active
@@ -383,13 +390,13 @@ class Shepherd:
         """Aim for the best steward set there is, see ``stewards``."""
         if self.ledger.joint:
             return
-        target = choose(
-            self.ledger,
-            me=self._me,
-            linked=linked,
-            leaving=list(self._leaving),
-            asked=self._stewards,
-        )
+        ledger, leaving = self.ledger, list(self._leaving)
+
+        def chosen() -> tuple[PeerId, ...]:
+            asked = self._stewards
+            return choose(ledger, me=self._me, linked=linked, leaving=leaving, asked=asked)
+
+        target = self._target.of((ledger, ledger.index, tuple(linked), leaving), chosen)
         if not target or target == tuple(sorted(self.ledger.voters)):
             self._asked_voters = ()
             return

@@ -8,7 +8,7 @@ from them stands behind the ``Persist`` that made them durable.
 from __future__ import annotations
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send
+from swarmtrain_protocols.core import Connect, Effect, Emit, Learn, PeerId, Send, earliest
 from swarmtrain_protocols.dht.events import DhtFailed, DhtFound
 from swarmtrain_protocols.errors import LocalProtocolError
 from swarmtrain_protocols.leadership import FOR_ROUND_LEADER
@@ -112,23 +112,18 @@ class NodeCore(NodeParts):
             self._look(now)
         self.leader.step(now)
         self.shepherd.step(now)
-        self.joiner.step(now, self.linked())
+        self.joiner.step(now, self._linked)
         self.pipeline.tick(now)
         self._pump(now)
 
     def deadline(self) -> float:
         if self._others_at is None or self._raw:  # a core was called past this one
-            self._others_at = min(
-                self.log.deadline(),
-                self.fetches.deadline(),
-                self.member.deadline(),
-                self.catchup.deadline(),
-                self.leader.deadline(),
-                self.shepherd.deadline(),
-                self.joiner.deadline(),
-            )
-        rest = (self.dht, self.detector, self.pipeline)
-        return min(self._others_at, *(part.deadline() for part in rest))
+            data_at = earliest(self.fetches.deadline(), self.catchup.deadline())
+            rounds_at = earliest(self.member.deadline(), self.leader.deadline())
+            people_at = earliest(self.shepherd.deadline(), self.joiner.deadline())
+            self._others_at = earliest(self.log.deadline(), data_at, rounds_at, people_at)
+        rest_at = earliest(self.detector.deadline(), self.pipeline.deadline())
+        return earliest(self._others_at, self.dht.deadline(), rest_at)
 
     def drain(self) -> list[Effect]:
         effects, self._ready = self._ready, []
@@ -205,7 +200,7 @@ class NodeCore(NodeParts):
     def leave(self, now: float, reason: str, at_once: bool = False) -> None:
         """Ask to be let go; the ledger no longer lists this node when it may stop."""
         self.joiner.leave(now, reason, at_once)
-        self.joiner.step(now, self.linked())
+        self.joiner.step(now, self._linked)
         self._pump(now)
 
     # -- answers of the data plane ---------------------------------------------------------
@@ -375,7 +370,7 @@ class NodeCore(NodeParts):
         self.leader.reconcile(now)
         self.pipeline.reconcile(now)
         self.shepherd.step(now)
-        self.joiner.step(now, self.linked())
+        self.joiner.step(now, self._linked)
         if self.joiner.is_member:
             self.finder.publish(now)
         stewards = [PeerId(v) for v in self.ledger.voters if v != self.me]
@@ -397,4 +392,4 @@ class NodeCore(NodeParts):
         self.catchup.announce()
         self.pipeline.announce(now)
         if self.leadership.leading:
-            self.joiner.step(now, self.linked())
+            self.joiner.step(now, self._linked)

@@ -7,6 +7,7 @@ import msgspec
 from swarmtrain_protocols import entries as e
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.core import PeerId
+from swarmtrain_protocols.memo import Noted
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.member import StateReport
 from swarmtrain_protocols.rounds.lobby import REPORT_WAIT_S, Lobbies, Lobby
@@ -137,7 +138,7 @@ def test_who_came_with_a_ticket_for_something_else_does_not_train() -> None:
 
 def test_the_shape_of_the_majority_is_summed_and_a_tie_goes_to_the_lowest_member() -> None:
     lobby = Lobby()
-    lobby.ready = {A: ready(values=7), B: ready(), C: ready()}
+    lobby.ready = Noted({A: ready(values=7), B: ready(), C: ready()})
     assert lobby.agreeing([A, B, C]) == [B, C]
     assert lobby.agreeing([A, B]) == [A]
     assert lobby.agreeing([]) == []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import split_address
-from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send, earliest
 from swarmtrain_protocols.dht import records as rec
 from swarmtrain_protocols.dht.contacts import ContactBook
 from swarmtrain_protocols.dht.density import Density
@@ -226,19 +226,19 @@ class DhtCore:
 
     def deadline(self) -> float:
         if self._wanted_at is None:
-            parts = (self.requests.deadline(), self.searches.deadline(), self._house_at())
-            self._wanted_at = min(parts)
+            asked_at = earliest(self.requests.deadline(), self.searches.deadline())
+            self._wanted_at = earliest(asked_at, self._house_at())
         return self._wanted_at
 
     def _house_at(self) -> float:
         """The first beat of ``DHT_HOUSEKEEPING_S`` at which something is due."""
         expiry_s = self.held.next_expiry_s()
-        due_at = min(
-            self._publisher.due_at,
-            self.held.next_replication(),
+        expires_at = math.inf if expiry_s is None else expiry_s - self._wall_offset_s
+        due_at = earliest(
+            earliest(self._publisher.due_at, self.held.next_replication()),
             self.healing.next_at,
             self._refresh_at,
-            math.inf if expiry_s is None else expiry_s - self._wall_offset_s,
+            expires_at,
         )
         late_s = due_at - self._housekeeping_at
         if late_s <= 0.0:

@@ -103,7 +103,9 @@ class Searches:
             self._advance(now, search)
 
     def deadline(self) -> float:
-        return min((s.give_up_at for s in self._active), default=math.inf)
+        if not self._active:
+            return math.inf
+        return min(s.give_up_at for s in self._active)
 
     def _start_queued(self, now: float) -> None:
         # A loop and a flag instead of recursion: a search without contacts ends at once, and

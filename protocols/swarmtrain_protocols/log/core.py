@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.core import Effect, PeerId
+from swarmtrain_protocols.core import Effect, PeerId, earliest
 from swarmtrain_protocols.entries import (
     EntryBody,
     Genesis,
@@ -229,16 +229,12 @@ class LogCore:
             return _NEVER
         if self._snapshots.due >= 0:
             return self._s.now
-        times = [
-            self._election.deadline(),
-            self._follower.deadline(self._acceptor.behind),
-            self._feed.deadline(),
-            self._fence.deadline(),
-            self._save_at,
-        ]
+        following_at = self._follower.deadline(self._acceptor.behind)
+        serving_at = earliest(self._feed.deadline(), self._fence.deadline())
+        wanted_at = earliest(self._election.deadline(), following_at, serving_at, self._save_at)
         if self._leadership is not None:
-            times.append(self._leadership.deadline())
-        return min(times)
+            return earliest(wanted_at, self._leadership.deadline())
+        return wanted_at
 
     def drain(self) -> list[Effect]:
         """Effects in order. Everything proposed since the last call travels together."""

@@ -48,7 +48,7 @@ class Election:
 
     def deadline(self) -> float:
         s = self._s
-        return self.at if s.votes and s.role != LEADER else float("inf")
+        return self.at if s.role != LEADER and s.votes else float("inf")
 
     def tick(self) -> None:
         s = self._s

@@ -361,6 +361,8 @@ class PipelineCore:
             self.whole.tick(now)
 
     def deadline(self) -> float:
+        if not self.enabled and not self._asked:
+            return self.whole.deadline()
         if not self.enabled:
             return min([self.whole.deadline(), *self._asked.values()])
         leading = (self.steps, self.assigner)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 from swarmtrain_protocols import limits
-from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send
+from swarmtrain_protocols.core import Connect, Effect, Emit, PeerId, Send, earliest
 from swarmtrain_protocols.ledger import Ledger
 from swarmtrain_protocols.messages import pipeline as m
 from swarmtrain_protocols.pipeline import effects as px
@@ -214,7 +214,8 @@ class WholeModel:
 
     def deadline(self) -> float:
         waits = self._began + STUCK_S if self._running else self._queue.next_at()
-        return min([self.errands.deadline(), waits, *self._asked.values()])
+        own = min(self._asked.values()) if self._asked else math.inf
+        return earliest(self.errands.deadline(), waits, own)
 
 
 def _malformed(request: m.HopRequest) -> bool:

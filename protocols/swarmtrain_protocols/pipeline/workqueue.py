@@ -167,7 +167,7 @@ class WorkQueue:
 
     def next_at(self) -> float:
         """When a generate job may go that had to wait at the last ``take``; ``math.inf``: none."""
-        if not any(job.request.kind == "generate" for job in self._jobs):
+        if not self._jobs or all(job.request.kind != "generate" for job in self._jobs):
             return math.inf
         if self._saved_s > 0 or not self._share:
             return self._busy_until

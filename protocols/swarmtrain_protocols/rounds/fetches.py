@@ -105,7 +105,9 @@ class Fetches:
             self._expire(now, ticket, "timeout")
 
     def deadline(self) -> float:
-        return min((job.deadline for job in self._jobs.values()), default=math.inf)
+        if not self._jobs:
+            return math.inf
+        return min(job.deadline for job in self._jobs.values())
 
     def _pop(self, ticket: int) -> _Job | None:
         job = self._jobs.pop(ticket, None)

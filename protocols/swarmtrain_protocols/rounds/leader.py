@@ -14,6 +14,7 @@ from swarmtrain_protocols import entries as e
 from swarmtrain_protocols.core import Effect, Emit, PeerId
 from swarmtrain_protocols.identity import verify_ed25519
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger
+from swarmtrain_protocols.memo import Memo
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
@@ -79,6 +80,7 @@ class RoundLeader:
         self._resumed_at = -1
         self._choice = OverlapChoice(policy.measure_overlap)
         self._owners = Owners(me=me, out=out, propose=propose, verify=verify)
+        self._here: Memo[list[bytes]] = Memo()
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
@@ -102,8 +104,9 @@ class RoundLeader:
 
     def here(self) -> list[bytes]:
         """Members with a link to the leader, the leader included, in member order."""
-        linked = {*self._connected(), self._me}
-        return sorted(linked & self.ledger.members.keys())
+        ledger, linked = self.ledger, self._connected()
+        asked, members = (ledger, ledger.index, tuple(linked)), ledger.members.keys()
+        return list(self._here.of(asked, lambda: sorted({*linked, self._me} & members)))
 
     def present(self) -> list[bytes]:
         """Those of them that are not about to leave: whom the next attempt may count on."""

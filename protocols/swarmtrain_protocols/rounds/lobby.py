@@ -14,6 +14,7 @@ from swarmtrain_protocols.codecs import CODEC_NAMES
 from swarmtrain_protocols.core import PeerId
 from swarmtrain_protocols.entries import RoundOpened
 from swarmtrain_protocols.ledger import Ledger
+from swarmtrain_protocols.memo import Memo, Noted
 from swarmtrain_protocols.messages import rounds as m
 from swarmtrain_protocols.messages.common import RoundKey
 from swarmtrain_protocols.messages.member import StateReport
@@ -27,37 +28,10 @@ REPORT_WAIT_S = 2.0
 
 
 @dataclass(slots=True)
-class _Agreed:
-    present: list[bytes]
-    ready: dict[bytes, m.Ready]
-    answer: list[bytes]
-
-
-@dataclass(slots=True)
-class _Expected:
-    """``asked``: index of the ledger, round, whether reports are still waited for."""
-
-    ledger: Ledger
-    asked: tuple[int, int, bool]
-    present: list[bytes]
-    reports: dict[bytes, StateReport]
-    answer: tuple[list[bytes], int]
-
-
-@dataclass(slots=True)
-class _Fresh:
-    """At this index of the ledger and in this round none of ``ready`` was stale."""
-
-    ledger: Ledger
-    asked: tuple[int, int]
-    ready: dict[bytes, m.Ready]
-
-
-@dataclass(slots=True)
 class Lobby:
     """What waits for the next attempt in one channel."""
 
-    ready: dict[bytes, m.Ready] = field(default_factory=dict)
+    ready: Noted[bytes, m.Ready] = field(default_factory=Noted)
     first_ready: float = math.inf
     half_ready: float = math.inf
     """When half of the expected were ready."""
@@ -69,21 +43,21 @@ class Lobby:
     rates: dict[bytes, float] = field(default_factory=dict)
     """Bytes per second, the lower one of up and down, of members that have said both."""
     callers: dict[bytes, None] = field(default_factory=dict)
-    reports: dict[bytes, StateReport] = field(default_factory=dict)
+    reports: Noted[bytes, StateReport] = field(default_factory=Noted)
     interval_s: float = 0.0
     last_commit: float = math.nan
     proposed_open: RoundKey | None = None
-    agreed: _Agreed | None = None
-    expected: _Expected | None = None
-    fresh: _Fresh | None = None
-    """The last answers: a leader is asked far more often than anything changes."""
+    agreed: Memo[list[bytes]] = field(default_factory=Memo)
+    expected: Memo[tuple[list[bytes], int]] = field(default_factory=Memo)
+    fresh: tuple[object, ...] = ()
+    """Of what (the ledger, its index, a round, changes of ``ready``) nothing is stale."""
 
     def agreeing(self, present: list[bytes]) -> list[bytes]:
         """Present members whose contributions can be summed: the shape that most have."""
-        last = self.agreed
-        if last is None or last.present != present or last.ready != self.ready:
-            last = self.agreed = _Agreed(list(present), dict(self.ready), self._agreeing(present))
-        return list(last.answer)
+        found = self.agreed.of(
+            (tuple(present), self.ready.changes), lambda: self._agreeing(present)
+        )
+        return list(found)
 
     def _agreeing(self, present: list[bytes]) -> list[bytes]:
         there = set(present)
@@ -92,6 +66,13 @@ class Lobby:
             said = self.ready[member]
             shapes.setdefault((said.values, said.codec), []).append(member)
         return max(shapes.values(), key=len, default=[])  # ties: that of the lowest member
+
+    def fits(self, member: bytes) -> bool:
+        """Whether what a member has announced can be summed with what most have."""
+        mine = self.ready[member]
+        if all(r.values == mine.values and r.codec == mine.codec for r in self.ready.values()):
+            return True
+        return member in self._agreeing(list(self.ready))
 
     def listed(self, opened: RoundOpened) -> list[m.Ready]:
         """Take out and return the announcements that an attempt was opened with."""
@@ -158,7 +139,7 @@ class Lobbies:
         lobby.rates[peer] = min(
             (r for r in (message.up_bytes_per_s, message.down_bytes_per_s) if r > 0), default=0.0
         )
-        return "" if peer in lobby.agreeing(list(lobby.ready)) else "bad_shape"
+        return "" if lobby.fits(peer) else "bad_shape"
 
     def _is_old(self, ledger: Ledger, peer: PeerId, message: m.Ready) -> bool:
         """The log has listed its sender since, or another one of it has come that was said later.
@@ -252,13 +233,7 @@ class Lobbies:
 
     def drop_stale(self, ledger: Ledger, lobby: Lobby, number: int) -> None:
         """Forget announcements that the log has made too old, or whose data it has counted."""
-        asked, last = (ledger.index, number), lobby.fresh
-        if (
-            last is not None
-            and last.ledger is ledger
-            and last.asked == asked
-            and last.ready == lobby.ready
-        ):
+        if lobby.fresh == (ledger, ledger.index, number, lobby.ready.changes):
             return
         for member in list(lobby.ready):
             ready = lobby.ready[member]
@@ -267,7 +242,7 @@ class Lobbies:
                 void = True
             if ready.channel.startswith("train/") and void:
                 del lobby.ready[member]  # the member returns it to its trainer by the same rule
-        lobby.fresh = _Fresh(ledger, asked, dict(lobby.ready))
+        lobby.fresh = (ledger, ledger.index, number, lobby.ready.changes)
 
     # -- whom to wait for ------------------------------------------------------------------
 
@@ -288,18 +263,11 @@ class Lobbies:
             past = {member for item in channel.history for member, _, _ in item.contributors}
             return [k for k in present if k in past or k in lobby.ready], 1
         number = ledger.channels[name].round
-        asked, last = (ledger.index, number, now < self.complete_at), lobby.expected
-        if (
-            last is None
-            or last.ledger is not ledger
-            or last.asked != asked
-            or last.present != present
-            or last.reports != lobby.reports
-        ):
-            answer = self._trainers(now, ledger, name, number, present)
-            last = _Expected(ledger, asked, list(present), dict(lobby.reports), answer)
-            lobby.expected = last
-        trainers, quorum = last.answer
+        early, reports = now < self.complete_at, lobby.reports.changes
+        trainers, quorum = lobby.expected.of(
+            (ledger, ledger.index, number, early, tuple(present), reports),
+            lambda: self._trainers(now, ledger, name, number, present),
+        )
         return list(trainers), quorum
 
     def _trainers(

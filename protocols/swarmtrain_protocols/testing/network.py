@@ -127,8 +127,11 @@ class Network:
     def __init__(self, world: World, strict_addresses: bool) -> None:
         self.world = world
         self._strict = strict_addresses
-        self._book: dict[tuple[str, str], bool] = {}
+        self._book: dict[str, set[str]] = {}
+        """Whom each host can dial."""
         self._connections: dict[tuple[str, str], Connection] = {}
+        self._of: dict[str, dict[str, Connection]] = {}
+        """The same, by host and other host."""
         self._dials: dict[tuple[str, str], _Dial] = {}
         self._luck: dict[tuple[str, str, str], Stream] = {}
         self._cuts: dict[tuple[str, str], int] = {}
@@ -195,12 +198,15 @@ class Network:
         """Remember that ``host`` knows how to dial ``peer``, if an address is really its own."""
         other = self.world.by_peer.get(peer)
         if other is not None and address_of(other.name) in addresses:
-            self._book[host.name, other.name] = True
+            self._book.setdefault(host.name, set()).add(other.name)
+
+    def knows(self, a: str, b: str) -> bool:
+        """Whether host ``a`` knows where ``b`` listens."""
+        return b in self._book.get(a, ())
 
     def forget_addresses(self, host: Host) -> None:
         """A process that dies forgets what it has learnt."""
-        for key in [key for key in self._book if key[0] == host.name]:
-            del self._book[key]
+        self._book.pop(host.name, None)
 
     # --- what hosts ask for ----------------------------------------------------------------------
 
@@ -217,7 +223,7 @@ class Network:
         connection = self._connections.get(_pair(a.name, b.name))
         if connection is not None and connection.state[a.name] == "up":
             return
-        if self._strict and (a.name, b.name) not in self._book:
+        if self._strict and not self.knows(a.name, b.name):
             self.world.seen["net:no-address"] += 1
             if packet is not None:
                 self._fail(a, packet)
@@ -259,17 +265,19 @@ class Network:
 
     def close_all(self, a: Host) -> None:
         """End every connection that ``a`` has."""
-        for pair, connection in sorted(self._connections.items()):
-            if a.name in pair and connection.state[a.name] == "up":
+        for _, connection in self._standing(a.name):
+            if connection.state[a.name] == "up":
                 self._end(connection, a.name)
+
+    def _standing(self, name: str) -> list[tuple[str, Connection]]:
+        """The connections that a host has not seen end, with who is at the other end, in order."""
+        links = sorted(self._of.get(name, {}).items())
+        return [(other, link) for other, link in links if link.state[name] != "down"]
 
     def died(self, host: Host, *, silent: bool) -> None:
         """The process of ``host`` is gone: its kernel says so, or (``silent``) nobody does."""
         self.forget_addresses(host)
-        for pair, connection in sorted(self._connections.items()):
-            if host.name not in pair or connection.state[host.name] == "down":
-                continue
-            other = pair[0] if pair[1] == host.name else pair[1]
+        for other, connection in self._standing(host.name):
             connection.state[host.name] = "down"
             connection.held[host.name].clear()
             if silent:
@@ -282,10 +290,7 @@ class Network:
 
     def paused(self, host: Host, until_s: float) -> None:
         """Whoever hears nothing from ``host`` for too long ends the connection."""
-        for pair, connection in sorted(self._connections.items()):
-            if host.name not in pair or connection.state[host.name] == "down":
-                continue
-            other = pair[0] if pair[1] == host.name else pair[1]
+        for other, connection in self._standing(host.name):
             delay_s = self._stream(host.name, other, "detect").between(
                 *self.world.model.detection_s
             )
@@ -466,6 +471,8 @@ class Network:
         if old is None:
             self._numbers += 1
             old = self._connections[pair] = Connection(self._numbers, a.name, b.name)
+            for one, other in (pair, pair[::-1]):
+                self._of.setdefault(one, {})[other] = old
             self._open(old, b, a)
             old.opens_at[a.name] = self.world.now + back_s
             self.world.after(back_s, None, self._open, old, a, b)
@@ -476,7 +483,8 @@ class Network:
             return
         connection.state[host.name] = "up"
         if other.name not in self.unreachable:
-            self._book[host.name, other.name] = True  # the greeting says where it listens
+            book = self._book.setdefault(host.name, set())
+            book.add(other.name)  # the greeting says where it listens
         self._tell(host, "connected", other.name)
 
     def _flush(self, connection: Connection, a: Host, b: Host, dial: _Dial) -> None:

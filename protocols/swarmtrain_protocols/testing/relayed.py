@@ -59,7 +59,7 @@ class RelayedNetwork(Network):
     def dial(self, a: Host, b: Host, packet: Packet | None = None) -> None:
         up = self._up(a.name, b.name)
         super().dial(a, b, packet)
-        if not up and (a.name, b.name) not in self._book:
+        if not up and not self.knows(a.name, b.name):
             self.world.at(self.world.now, a, a.call, "no_route", b.peer)
 
     def _up(self, a: str, b: str) -> bool:

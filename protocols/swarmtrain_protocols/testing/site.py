@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swarmtrain_protocols import entries as e
-from swarmtrain_protocols.core import Connect, Effect, PeerId
+from swarmtrain_protocols.core import Connect, Effect, PeerId, earliest
 from swarmtrain_protocols.dataplane import DataPlane
 from swarmtrain_protocols.errors import LocalProtocolError, PeerFault, StateSpoilt
 from swarmtrain_protocols.manifest import Manifest, make_genesis
@@ -199,13 +199,10 @@ class Site:
                 self._extra.append(Connect(peer, (address_of(name),)))
 
     def deadline(self) -> float:
-        return min(
-            self.core.deadline(),
-            self._redial_at,
-            self._model_at,
-            self._group_at,
-            min(self._phase_at.values(), default=math.inf),
-        )
+        own_at = earliest(self._redial_at, self._model_at, self._group_at)
+        for at in self._phase_at.values():
+            own_at = earliest(own_at, at)
+        return earliest(self.core.deadline(), own_at)
 
     def drain(self) -> list[Effect]:
         extra, self._extra = self._extra, []

@@ -57,12 +57,12 @@ class SetsAreDelivered(Invariant):
     def always(self, world: World, host: Host) -> None:
         for attempt in host.node.core.member._attempts.values():
             known = self.had.setdefault(attempt.key, {})
-            own = attempt.own_index
             for part, have in attempt.have.items():
                 mine = known.setdefault(part, {}).setdefault(host.name, set())
                 if len(have) <= len(mine) and mine.issuperset(have):
                     continue
                 mine.update(have)
+                own = attempt.own_index
                 root = None if own is None else attempt.opened.contributors[own].root
                 if own in have and root is not None and host.node.plane.provide(root) is None:
                     world.violation("AR3", f"{host.name} has lost its own bytes of {attempt.key}")

@@ -23,7 +23,9 @@ class JoinersAreReady(Invariant):
         self.reached: dict[bytes, set[tuple[str, int, bytes]]] = {}
 
     def always(self, world: World, host: Host) -> None:
-        mine = self.reached.setdefault(host.peer, set())
+        mine = self.reached.get(host.peer)
+        if mine is None:
+            mine = self.reached[host.peer] = set()
         for channel, track in host.node.core.catchup.tracks.items():
             if track.state_hash is not None:
                 mine.add((channel, track.round, track.state_hash))

@@ -66,7 +66,7 @@ LIST = "import sys, swarmtrain_protocols.testing.hour; print(*sys.modules)"
 
 def python(path: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run this interpreter with the package at ``path``."""
-    env = {**os.environ, "PYTHONPATH": str(path), "MYPYC_OPT_LEVEL": "2", "MYPYC_DEBUG_LEVEL": "0"}
+    env = {**os.environ, "PYTHONPATH": str(path), "MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}
     if platform.libc_ver()[0] == "glibc":
         env.update(ROOMY)
     command = [sys.executable, *arguments]

@@ -32,7 +32,9 @@ class Memo(Generic[T]):
 class Noted(dict[K, V]):
     """A table that counts how often it was changed."""
 
-    changes = 0
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.changes = 0
 
     def __setitem__(self, key: K, value: V) -> None:
         self.changes += 1

@@ -266,10 +266,7 @@ class RoundLeader:
         return waited_for(now, self._me, self.ledger, *here) if self.waits else []
 
     def _reports_of(self, present: list[bytes]) -> dict[str, Iterable[StateReport]]:
-        return {
-            name: [lobby.reports[k] for k in present if k in lobby.reports]
-            for name, lobby in self._lobbies.rooms.items()
-        }
+        return {name: lobby.standing(present) for name, lobby in self._lobbies.rooms.items()}
 
     def _maybe_open(self, now: float, name: str, present: list[bytes]) -> None:
         lobby = self._lobbies.rooms[name]

@@ -49,6 +49,7 @@ class Lobby:
     proposed_open: RoundKey | None = None
     agreed: Memo[list[bytes]] = field(default_factory=Memo)
     expected: Memo[tuple[list[bytes], int]] = field(default_factory=Memo)
+    stand: Memo[list[StateReport]] = field(default_factory=Memo)
     fresh: tuple[object, ...] = ()
     """Of what (the ledger, its index, a round, changes of ``ready``) nothing is stale."""
 
@@ -66,6 +67,12 @@ class Lobby:
             said = self.ready[member]
             shapes.setdefault((said.values, said.codec), []).append(member)
         return max(shapes.values(), key=len, default=[])  # ties: that of the lowest member
+
+    def standing(self, present: list[bytes]) -> list[StateReport]:
+        """What present members have reported, in their order; not to be changed."""
+        reports = self.reports
+        asked = (tuple(present), reports.changes)
+        return self.stand.of(asked, lambda: [reports[k] for k in present if k in reports])
 
     def fits(self, member: bytes) -> bool:
         """Whether what a member has announced can be summed with what most have."""
@@ -133,7 +140,8 @@ class Lobbies:
         lobby = self.room(message.channel)
         if not lobby.ready:
             lobby.first_ready = now
-        lobby.ready[peer] = message
+        if lobby.ready.get(peer) != message:  # most of it is said again and again
+            lobby.ready[peer] = message
         lobby.callers[peer] = None
         lobby.paces.said(peer, message.phase_s)
         lobby.rates[peer] = min(
@@ -202,7 +210,9 @@ class Lobbies:
         known = channel is not None and channel.holds_state
         known = known and peer in ledger.members and ledger.follows(peer, message.channel)
         if message.generation == ledger.generation and known:
-            self.room(message.channel).reports[peer] = message
+            reports = self.room(message.channel).reports
+            if reports.get(peer) != message:
+                reports[peer] = message
 
     def disconnected(self, peer: PeerId) -> None:
         for lobby in self.rooms.values():

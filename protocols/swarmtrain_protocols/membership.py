@@ -350,6 +350,8 @@ class Shepherd:
         for key in [k for k, at in self._asked_index.items() if at != self.ledger.index]:
             del self._asked_index[key]  # never asked again at an index that is past
         there = {*linked, self._me}
+        if not self._missing and there.issuperset(self.ledger.members):
+            return
         for member in self.ledger.ordered_members():
             if member.id in there:
                 self._missing.pop(member.id, None)

@@ -199,7 +199,9 @@ class NodeParts(ABC):
     def responsive(self) -> list[PeerId]:
         """Those of them that nobody here waits for in vain: whom the leader's rounds count on."""
         suspected = self.detector.suspected
-        return [peer for peer in self._linked if not suspected or peer not in suspected]
+        if not suspected:
+            return list(self._linked)
+        return [peer for peer in self._linked if peer not in suspected]
 
     def _check_capability(self, now: float, data: bytes) -> Capability:
         wall_s, verify = self.dht.wall(now), self._keyring.verify

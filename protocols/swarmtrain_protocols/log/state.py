@@ -101,7 +101,11 @@ class LogState:
         log = self.log
         if self.superseded is not None:
             return False
-        return any(v is not None and v.has_voter(self.me) for v in (log.view, log.committed_view))
+        view = log.view
+        if view is not None and view.has_voter(self.me):
+            return True
+        certified = log.committed_view
+        return certified is not None and certified is not view and certified.has_voter(self.me)
 
     @property
     def recovery(self) -> Recovery | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.codecs import get_codec
-from swarmtrain_protocols.core import Effect, Emit, PeerId, Send
+from swarmtrain_protocols.core import Effect, Emit, PeerId, Send, earliest
 from swarmtrain_protocols.ledger import ZERO_HASH, ChannelState, Ledger, Outcome
 from swarmtrain_protocols.manifest import RunKeys
 from swarmtrain_protocols.messages.member import SnapshotOffer, SnapshotQuery, StateReport
@@ -487,14 +487,12 @@ class CatchUp:
     def deadline(self) -> float:
         if not self.active:
             return math.inf
-        waiting = [
-            t.next_query
-            for t in self.tracks.values()
-            if not t.busy
-            and (t.download is None or isinstance(t.download.purpose, fx.Snapshot))
-            and t.next_query > 0.0
-            and self._behind(t)
-        ]
-        waiting += [t.download.deadline() for t in self.tracks.values() if t.download is not None]
-        again = [self._report_at] if self._repeats() and self.tracks else []
-        return min([*waiting, *again], default=math.inf)
+        wanted_at = self._report_at if self.tracks and self._repeats() else math.inf
+        for track in self.tracks.values():
+            download = track.download
+            if download is not None:
+                wanted_at = earliest(wanted_at, download.deadline())
+            asks = download is None or isinstance(download.purpose, fx.Snapshot)
+            if asks and not track.busy and track.next_query > 0.0 and self._behind(track):
+                wanted_at = earliest(wanted_at, track.next_query)
+        return wanted_at

@@ -80,7 +80,7 @@ class RoundLeader:
         self._resumed_at = -1
         self._choice = OverlapChoice(policy.measure_overlap)
         self._owners = Owners(me=me, out=out, propose=propose, verify=verify)
-        self._here: Memo[list[bytes]] = Memo()
+        self._here: Memo[dict[bytes, None]] = Memo()
 
     def activate(self, now: float, active: bool) -> None:
         """Leadership of the log begins or ends; everything volatile is dropped."""
@@ -104,13 +104,16 @@ class RoundLeader:
 
     def here(self) -> list[bytes]:
         """Members with a link to the leader, the leader included, in member order."""
-        ledger, linked = self.ledger, self._connected()
-        asked, members = (ledger, ledger.index, tuple(linked)), ledger.members.keys()
-        return list(self._here.of(asked, lambda: sorted({*linked, self._me} & members)))
+        return list(self._there())
+
+    def _there(self) -> dict[bytes, None]:
+        ledger, linked = self.ledger, tuple(self._connected())
+        asked, members = (ledger, ledger.index, linked), ledger.members.keys()
+        return self._here.of(asked, lambda: dict.fromkeys(sorted({*linked, self._me} & members)))
 
     def present(self) -> list[bytes]:
         """Those of them that are not about to leave: whom the next attempt may count on."""
-        return [k for k in self.here() if k not in self._leaving]
+        return [k for k in self._there() if k not in self._leaving]
 
     # -- messages --------------------------------------------------------------------------
 
@@ -234,7 +237,7 @@ class RoundLeader:
         if not self.active:
             self.waits = False
             return
-        here = dict.fromkeys(self.here())
+        here = self._there()
         for phase in list(self._phases.values()):
             self._push(now, phase, here)
         self.waits = bool(self._phases)
@@ -242,7 +245,7 @@ class RoundLeader:
             return  # what is open is decided, nothing is opened any more
         if self.ledger.paused == NO_MAJORITY:
             self._go_on(now)
-        present = [k for k in here if k not in self._leaving]
+        present = self.present()
         for name in list(self._lobbies.rooms):
             if name not in self._phases:
                 self._maybe_open(now, name, present)

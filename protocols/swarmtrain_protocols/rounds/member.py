@@ -485,6 +485,8 @@ class RoundMember:
         self._out.append(fx.ReleaseAttempt(key))
 
     def deadline(self) -> float:
+        if not self._attempts and not self._offers and not self._closing:
+            return math.inf
         times = [min(a.deadline(), a.again_at) for a in self._attempts.values()]
         times += [offer.again_at for offer in self._offers.values() if offer.bound is None]
         for closing in self._closing:

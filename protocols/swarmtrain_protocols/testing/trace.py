@@ -7,6 +7,7 @@ from collections import deque
 
 import blake3
 
+HASHED_BYTES = 64 * 1024
 RECENT_EVENTS = 400
 """Events kept in readable form for the report of a failure."""
 
@@ -16,6 +17,8 @@ class Trace:
 
     def __init__(self) -> None:
         self._hash = blake3.blake3()
+        self._waiting = bytearray()
+        """Recorded and not hashed yet: long runs of bytes are hashed several times as fast."""
         self._recent: deque[tuple[float, str, str, bytes]] = deque(maxlen=RECENT_EVENTS)
         self.events = 0
 
@@ -23,11 +26,18 @@ class Trace:
         """Add one event. ``data`` is hashed with its length, so that events cannot run together."""
         self.events += 1
         head = struct.pack("<dHHI", time_s, len(node), len(kind), len(data))
-        self._hash.update(head + node.encode() + kind.encode() + data)
+        self._waiting += head + node.encode() + kind.encode() + data
+        if len(self._waiting) >= HASHED_BYTES:
+            self._hash_waiting()
         self._recent.append((time_s, node, kind, data))
+
+    def _hash_waiting(self) -> None:
+        self._hash.update(self._waiting)
+        self._waiting.clear()
 
     def digest(self) -> str:
         """Hex hash of everything recorded so far."""
+        self._hash_waiting()
         return self._hash.hexdigest()
 
     def tail(self, count: int = 40) -> list[str]:

@@ -70,8 +70,8 @@ class World:
         self.events_max = EVENTS_MAX
         self._heap: list[tuple[float, int, Host | None, int, Callable[..., None], Any]] = []
         self._sequence = 0
-        self._sent: tuple[Any, str, bytes, Any] = (None, "", b"", None)
-        """The message sent last: itself, its tag, its bytes and what they decode as."""
+        self._sent: tuple[Any, str, str, bytes, Any] = (None, "", "", b"", None)
+        """The message sent last: itself, its tag, its label, its bytes and what they decode as."""
 
     # --- building --------------------------------------------------------------------------------
 
@@ -260,9 +260,9 @@ class World:
             decoded = messages.decode(data)
             if decoded != message:
                 self.violation("codec", f"{host.name}: {message} decodes as {decoded}")
-            self._sent = (message, tag, data, decoded)
-        _, tag, data, decoded = self._sent  # one object for many receivers is encoded once
-        self.seen["send:" + tag] += 1
+            self._sent = (message, tag, "send:" + tag, data, decoded)
+        _, tag, label, data, decoded = self._sent  # one object for many receivers is encoded once
+        self.seen[label] += 1
         other = self.by_peer.get(peer)
         if other is None:
             self.seen["drop:unknown-peer"] += 1
@@ -277,7 +277,7 @@ class World:
                     self.trouble.hit(target, "receive:" + tag)
 
             self.network.send(host, other, Packet("message", data, arrive))
-        return "send:" + tag
+        return label
 
     def observe(self, host: Host) -> None:
         """Called after every call into a node: the always-checkers look at the world."""

@@ -18,17 +18,16 @@ class InputsStay(Invariant):
     """The arrays of every state that a site vouches for."""
 
     def always(self, world: World, host: Host) -> None:
-        node = host.node
-        if node.core.ledger.model is None:
-            return  # what a site proposes is not the model yet
         if self.oracle.rebuilt:
             return  # who held a state before its stage was lost finds out later
+        node, right = host.node, self.oracle.states
+        if node.core.ledger.model is None:
+            return  # what a site proposes is not the model yet
         for channel, state in node.plane.states.items():
-            known = self.oracle.states.get(channel)
-            if known is None or state.round >= len(known):
+            known, number = right.get(channel), state.round
+            if known is None or number >= len(known):
                 continue  # its commit is applied here before anybody has emitted it
-            held = state.theta.tobytes() + state.slots["momentum"].tobytes()
-            if held == known[state.round].raw:
+            if state.theta.tobytes() + state.slots["momentum"].tobytes() == known[number].raw:
                 continue
             flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
             track = node.core.catchup.tracks.get(channel)  # None: it has parted with this stage

@@ -21,13 +21,20 @@ class JoinersAreReady(Invariant):
     def __init__(self, oracle: Oracle) -> None:
         super().__init__(oracle)
         self.reached: dict[bytes, set[tuple[str, int, bytes]]] = {}
+        self._last: dict[bytes, dict[str, tuple[int, bytes]]] = {}
+        """What of it was seen last, by channel."""
 
     def always(self, world: World, host: Host) -> None:
-        mine = self.reached.get(host.peer)
-        if mine is None:
-            mine = self.reached[host.peer] = set()
+        last = self._last.get(host.peer)
+        if last is None:
+            last = self._last[host.peer] = {}
         for channel, track in host.node.core.catchup.tracks.items():
-            if track.state_hash is not None:
+            if track.state_hash is None:
+                continue
+            seen = last.get(channel)
+            if seen is None or seen[0] != track.round or seen[1] != track.state_hash:
+                last[channel] = (track.round, track.state_hash)
+                mine = self.reached.setdefault(host.peer, set())
                 mine.add((channel, track.round, track.state_hash))
 
     def opened(self, world: World, body: e.RoundOpened) -> None:

@@ -58,7 +58,7 @@ _FROM_SPECS = (
         "05 §2.6",
         (
             patch(
-                "membership:Joiner.satisfied",
+                "membership:Joiner._as_wanted",
                 "return (\n        known is not None\n        and known.life",
                 "return self._registered >= 0 or (\n        known is not None\n"
                 "        and known.life",

@@ -63,6 +63,18 @@ _FROM_SPECS = (
         find("units: ledger", 0),
     ),
     _spec(
+        "who lacks a result is told again who computes it",
+        "08 §2.5",
+        (
+            patch(
+                "rounds.owners:Owners.complained",
+                "self.tell_again(phase, peer, phase.missing[peer])",
+                "pass",
+            ),
+        ),
+        find("units: leader", 0),
+    ),
+    _spec(
         "an attempt is decided once",
         "08 §2.1",
         (

@@ -54,7 +54,7 @@ for name in names:
     path = importlib.import_module(name).__file__
     if not path.endswith(suffix):
         sys.exit(f"{name} is not compiled: {path}")
-hour.tidy_less()
+hour.lighten()
 sys.exit(hour.main(sys.argv[2:]))
 """
 ROOMY = {

@@ -127,11 +127,9 @@ class Network:
     def __init__(self, world: World, strict_addresses: bool) -> None:
         self.world = world
         self._strict = strict_addresses
-        self._book: dict[str, set[str]] = {}
-        """Whom each host can dial."""
+        self._book: dict[str, set[str]] = {}  # whom each host can dial
         self._connections: dict[tuple[str, str], Connection] = {}
-        self._of: dict[str, dict[str, Connection]] = {}
-        """The same, by host and other host."""
+        self._of: dict[str, dict[str, Connection]] = {}  # the same, by host and other host
         self._dials: dict[tuple[str, str], _Dial] = {}
         self._luck: dict[tuple[str, str, str], Stream] = {}
         self._cuts: dict[tuple[str, str], int] = {}
@@ -204,10 +202,6 @@ class Network:
         """Whether host ``a`` knows where ``b`` listens."""
         return b in self._book.get(a, ())
 
-    def forget_addresses(self, host: Host) -> None:
-        """A process that dies forgets what it has learnt."""
-        self._book.pop(host.name, None)
-
     # --- what hosts ask for ----------------------------------------------------------------------
 
     def send(self, a: Host, b: Host, packet: Packet) -> None:
@@ -276,7 +270,7 @@ class Network:
 
     def died(self, host: Host, *, silent: bool) -> None:
         """The process of ``host`` is gone: its kernel says so, or (``silent``) nobody does."""
-        self.forget_addresses(host)
+        self._book.pop(host.name, None)  # it forgets what it has learnt
         for other, connection in self._standing(host.name):
             connection.state[host.name] = "down"
             connection.held[host.name].clear()
@@ -483,8 +477,7 @@ class Network:
             return
         connection.state[host.name] = "up"
         if other.name not in self.unreachable:
-            book = self._book.setdefault(host.name, set())
-            book.add(other.name)  # the greeting says where it listens
+            self._book.setdefault(host.name, set()).add(other.name)  # its greeting says where
         self._tell(host, "connected", other.name)
 
     def _flush(self, connection: Connection, a: Host, b: Host, dial: _Dial) -> None:

@@ -8,9 +8,9 @@ and compiled, and must leave the same trace. `--interpreted` plays without compi
 Three gigabytes of small objects miss the processor's table of pages all the time: where there is
 glibc, its allocator is used and told to ask for huge pages (a tenth faster than Python's own).
 
-Prints what the simulation prints, with the real and the processor time that it took (growing the
-swarm included, compiling not) and how many modules were compiled; exits with 1 if a bar of the
-simulation is missed, or if an hour took ten real minutes or more.
+Prints what the simulation prints, with the real and the processor time of all of it but compiling,
+the real time of growing to all members and of the hour from then on, and how many modules were
+compiled; exits with 1 if a bar of the simulation is missed, or if the hour took ten real minutes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -61,15 +62,22 @@ ROOMY = {
     "PYTHONMALLOC": "malloc",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4096",
 }
+GROWN = re.compile(r"\d+ s: \d+ members")
+"""The first line that the simulation tells: all members are there."""
 LIST = "import sys, swarmtrain_protocols.testing.hour; print(*sys.modules)"
+
+
+def environment(path: Path) -> dict[str, str]:
+    """For this interpreter with the package at ``path``."""
+    env = {**os.environ, "PYTHONPATH": str(path), "MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}
+    if platform.libc_ver()[0] == "glibc":
+        env.update(ROOMY)
+    return env
 
 
 def python(path: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run this interpreter with the package at ``path``."""
-    env = {**os.environ, "PYTHONPATH": str(path), "MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}
-    if platform.libc_ver()[0] == "glibc":
-        env.update(ROOMY)
-    command = [sys.executable, *arguments]
+    command, env = [sys.executable, *arguments], environment(path)
     return subprocess.run(command, env=env, text=True, check=False, **options)
 
 
@@ -167,17 +175,29 @@ def play(path: Path, names: Sequence[str], arguments: Sequence[str], quiet: bool
     """The figures of one swarm, and what it took; ``names`` must be compiled."""
     suffix = EXTENSION_SUFFIXES[0] if names else ".py"
     began_s, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    compiled = " ".join([suffix, *names])
-    stderr = subprocess.DEVNULL if quiet else None
-    done = python(path, "-c", PLAY, compiled, *arguments, stdout=subprocess.PIPE, stderr=stderr)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if not done.stdout:
-        raise SystemExit(f"the simulation ended with {done.returncode}")
+    grown_s = began_s
+    command = [sys.executable, "-c", PLAY, " ".join([suffix, *names]), *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment(path), text=True, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:
+            if grown_s == began_s and GROWN.match(line):
+                grown_s = time.monotonic()
+            if not quiet:
+                sys.stderr.write(line)
+        printed = process.stdout.read()
+    ended_s, after = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    if not printed:
+        raise SystemExit(f"the simulation ended with {process.returncode}")
     cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    figures: dict[str, Any] = json.loads(done.stdout)
+    figures: dict[str, Any] = json.loads(printed)
     return {
         **figures,
-        "real_s": round(time.monotonic() - began_s, 1),
+        "real_s": round(ended_s - began_s, 1),
+        "growing_real_s": round(grown_s - began_s, 1),
+        "hour_real_s": round(ended_s - grown_s, 1),
         "cpu_s": round(cpu_s, 1),
         "modules_compiled": len(names),
     }
@@ -218,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         compile_cores(names)
         checked = {"trace_short": same_trace(names)}
     figures = play(TARGET if names else SOURCE, names, rest, quiet=False)
-    if figures["real_s"] >= REAL_S_MAX:
-        figures["missed"].append("real_s")
+    if figures["hour_real_s"] >= REAL_S_MAX:
+        figures["missed"].append("hour_real_s")
     machine = {"machine": platform.machine(), "python": platform.python_version()}
     result = json.dumps({**figures, **checked, **machine, "commit": commit()}, indent=1)
     if given.output is not None:

@@ -78,7 +78,7 @@ def _pretend(
 ) -> None:
     def play(path: Path, names: Sequence[str], rest: Sequence[str], quiet: bool) -> dict[str, Any]:
         trace = traces[bool(names)]
-        return {"trace": trace, "missed": [], "hour_real_s": real_s, "modules_compiled": len(names)}
+        return {"trace": trace, "missed": [], "real_s": real_s, "modules_compiled": len(names)}
 
     monkeypatch.setattr(hour, "play", play)
     monkeypatch.setattr(hour, "candidates", lambda: ["a", "b"])
@@ -91,7 +91,7 @@ def test_ten_minutes_are_too_many(
     _pretend(monkeypatch, 600.0)
     assert hour.main(["--output", str(tmp_path / "hour.json")]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert told["missed"] == ["hour_real_s"] and told["modules_compiled"] == 2
+    assert told["missed"] == ["real_s"] and told["modules_compiled"] == 2
     assert told == json.loads((tmp_path / "hour.json").read_text())
     _pretend(monkeypatch, 599.0)
     assert hour.main(["--interpreted"]) == 0

@@ -361,10 +361,9 @@ class PipelineCore:
             self.whole.tick(now)
 
     def deadline(self) -> float:
-        if not self.enabled and not self._asked:
-            return self.whole.deadline()
         if not self.enabled:
-            return min([self.whole.deadline(), *self._asked.values()])
+            whole_at = self.whole.deadline()
+            return min([whole_at, *self._asked.values()]) if self._asked else whole_at
         leading = (self.steps, self.assigner)
         parts = (self.worker, self.driver, self.errands, *leading, self.healing)
         return min([*(part.deadline() for part in parts), *self._asked.values()])

@@ -35,7 +35,6 @@ from swarmtrain_protocols.finder import address_key
 from swarmtrain_protocols.log import entrylog
 from swarmtrain_protocols.manifest import RunKeys, make_manifest
 from swarmtrain_protocols.rounds import effects as fx
-from swarmtrain_protocols.testing.checks.ar6 import InputsStay
 from swarmtrain_protocols.testing.checks.rounds import RoundsAreRight
 from swarmtrain_protocols.testing.draws import Stream, exponential
 from swarmtrain_protocols.testing.host import Host
@@ -56,9 +55,6 @@ CHANNEL = "train/0/0"
 WEATHER = NetworkModel(latency_s=(0.01, 0.08), rate_bytes_per_s=1e7, sync_s=(0.0005, 0.01))
 EVENTS_MAX = 200_000_000
 ENTRIES_SHARED = 1024
-ARRAYS_EVERY = 8
-"""A site's arrays are compared at every eighth of its events: memory that nothing else touches, and
-a twentieth of all time. A site has some hundreds of events between two rounds."""
 
 
 def lighten() -> None:
@@ -149,9 +145,6 @@ class Hour:
         self.world.events_max = EVENTS_MAX
         self.truth = Truth({}, {}, ("m0",), self.world.seen)
         self.rounds = RoundsAreRight(self.truth, keys, self.spec.chunk_values)
-        for item in self.rounds.invariants:
-            if isinstance(item, InputsStay):
-                item.every = ARRAYS_EVERY
         self.world.watch(self.rounds)
         self._luck = Stream(options.seed, "hour")
         self._asked: dict[tuple[str, int], tuple[str, float]] = {}

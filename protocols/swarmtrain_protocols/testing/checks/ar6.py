@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarmtrain_protocols.testing.checks.oracle import Invariant, Oracle
+from swarmtrain_protocols.testing.checks.oracle import Invariant
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
@@ -15,21 +15,9 @@ if TYPE_CHECKING:
 
 
 class InputsStay(Invariant):
-    """The arrays of every state that a site vouches for.
-
-    ``every``: looks at each so manieth event of a site only. What is wrong stays so for a round.
-    """
-
-    def __init__(self, oracle: Oracle, every: int = 1) -> None:
-        super().__init__(oracle)
-        self.every = every
-        self._events: dict[str, int] = {}
+    """The arrays of every state that a site vouches for."""
 
     def always(self, world: World, host: Host) -> None:
-        if self.every > 1:
-            count = self._events[host.name] = self._events.get(host.name, 0) + 1
-            if count % self.every:
-                return
         if self.oracle.rebuilt:
             return  # who held a state before its stage was lost finds out later
         node, right = host.node, self.oracle.states

@@ -116,6 +116,7 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self._connections: list[ControlConnection] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
         self.refused_connections = 0
         self.bad_lines = 0
 
@@ -134,7 +135,7 @@ class ControlServer:
                 sock.bind(address)
             os.chmod(self._path, 0o600)  # before listen: nobody can connect in between
             self._server = await asyncio.start_unix_server(
-                self._serve, sock=sock, limit=limits.CONTROL_LINE_BYTES_MAX
+                self._accept, sock=sock, limit=limits.CONTROL_LINE_BYTES_MAX
             )
         except BaseException:
             sock.close()
@@ -147,6 +148,7 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop listening, disconnect everybody, remove the socket file."""
+        self._closed = True  # one may be accepted already and not be among the connections yet
         if self._server is not None:
             self._server.close()
         for connection in self.connections:
@@ -154,20 +156,23 @@ class ControlServer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._connections.clear()  # of those cancelled before their first step
         # It may be gone, or the disk fails, which whoever ends because of it says better.
         with contextlib.suppress(OSError):
             self._path.unlink()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if len(self._connections) >= limits.CONTROL_CONNECTIONS_MAX:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closed or len(self._connections) >= limits.CONTROL_CONNECTIONS_MAX:
             self.refused_connections += 1
             writer.close()
             return
         connection = ControlConnection(writer)
         self._connections.append(connection)
+        task = asyncio.create_task(self._serve(reader, connection))
         self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    async def _serve(self, reader: asyncio.StreamReader, connection: ControlConnection) -> None:
         writing = asyncio.create_task(connection.write_loop())
         calls: list[asyncio.Task[None]] = []
         try:
@@ -176,7 +181,6 @@ class ControlServer:
             pass  # the client is gone or the server closes; both end here
         finally:
             self._connections.remove(connection)
-            self._tasks.remove(task)
             connection.close()
             for pending in (writing, *calls):
                 pending.cancel()

@@ -232,7 +232,8 @@ class _Control:
         reader = asyncio.StreamReader(limit=limits.CONTROL_LINE_BYTES_MAX)
         reader.feed_data(data)
         reader.feed_eof()
-        await self.server._serve(reader, writer)
+        self.server._accept(reader, writer)
+        await asyncio.gather(*self.server._tasks)
 
     def close(self) -> None:
         self.loop.close()

@@ -18,6 +18,7 @@ from swarmtrain_peer import control
 from swarmtrain_peer.control import ControlClient, ControlClosed, ControlTimeout
 from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_protocols import errors, limits
+from tests.loop_thread import LoopThread
 
 ALL_ERRORS = [
     errors.ConfigError("a", "b", "c"),
@@ -71,23 +72,17 @@ class Rig:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.loop = asyncio.new_event_loop()
+        self.thread = LoopThread()
         self.bugs: list[dict[str, Any]] = []
-        self.loop.set_exception_handler(lambda _loop, context: self.bugs.append(context))
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
+        self.thread.loop.set_exception_handler(lambda _loop, context: self.bugs.append(context))
+        self.run = self.thread.do
         self.backend = Backend()
         self.server = ControlServer(path, self.backend)
         self.run(self.server.start())
 
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
-
     def close(self) -> None:
         self.run(self.server.close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        self.thread.close()
 
 
 @pytest.fixture
@@ -241,6 +236,26 @@ def test_a_line_over_the_bound_is_refused(rig: Rig) -> None:
         pass  # a reset may overtake the answer
     raw.close()
     assert rig.server.bad_lines == 1
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_closing_leaves_nothing_of_a_client_that_just_came(tmp_path: Path, turns: int) -> None:
+    """Every turn of the loop from a client's arrival to its first question waited for."""
+
+    async def visit() -> None:
+        server = ControlServer(tmp_path / "control.sock", Backend())
+        await server.start()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "control.sock"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await server.close()
+            for _ in range(8):  # what the loop began itself
+                await asyncio.sleep(0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            assert not server.connections
+
+    asyncio.run(visit())
 
 
 def test_no_server_is_a_typed_error(tmp_path: Path) -> None:

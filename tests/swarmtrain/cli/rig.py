@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.controlserver import ControlConnection, ControlServer
 from swarmtrain_peer.site import Site, found_site
 from swarmtrain_protocols.errors import NotAuthorised
 from swarmtrain_protocols.manifest import Capability, RunKeys, Ticket, sign_capability
+from tests.loop_thread import LoopThread
 from tests.swarmtrain.fake_run import FakeClient, FakeRun
-
-T = TypeVar("T")
-
 
 KEY = "ab" * 32
 ORDERED: dict[str, dict[str, Any]] = {
@@ -99,24 +95,17 @@ class Rig:
         self.site = found_site(home, RunKeys(name="tiny-lm"), PeerConfig(name="anna-laptop"))
         self.run = FakeRun(rounds)
         self.backend = FakeBackend(self.site, self.run)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
+        self._thread = LoopThread()
         self.server = ControlServer(self.site.control_path, self.backend)
-        self.do(self.server.start())
-
-    def do(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        self._thread.do(self.server.start())
 
     def push(self, record: dict[str, Any]) -> None:
         document = {"event": "event", "record": record}
-        self._loop.call_soon_threadsafe(self.server.push_all, document)
+        self._thread.loop.call_soon_threadsafe(self.server.push_all, document)
 
     def stop_server(self) -> None:
-        self.do(self.server.close())
+        self._thread.do(self.server.close())
 
     def close(self) -> None:
         self.stop_server()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.close()

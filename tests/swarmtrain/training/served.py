@@ -11,9 +11,10 @@ from typing import Any
 
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.control import Document
-from swarmtrain_peer.controlserver import ControlConnection, ControlServer
+from swarmtrain_peer.controlserver import ControlBackend, ControlConnection, ControlServer
 from swarmtrain_peer.site import Site, found_site
 from swarmtrain_protocols.manifest import RunKeys
+from tests.loop_thread import LoopThread
 from tests.swarmtrain.training.fake_peer import FakeRun, FakeSite
 
 
@@ -47,6 +48,20 @@ class Backend:
 
 
 @contextmanager
+def serving(
+    site: Site, backend: ControlBackend
+) -> Iterator[tuple[asyncio.AbstractEventLoop, ControlServer]]:
+    """The control socket of ``site``, served until the block ends; and by which loop."""
+    thread, server = LoopThread(), ControlServer(site.control_path, backend)
+    try:
+        thread.do(server.start())
+        yield thread.loop, server
+        thread.do(server.close())
+    finally:
+        thread.close()
+
+
+@contextmanager
 def served(
     folder: Path, resolved: Document | None = None, **keys: Any
 ) -> Iterator[tuple[Site, FakeRun, Backend]]:
@@ -54,22 +69,5 @@ def served(
     site = found_site(folder / "home", RunKeys(**keys), PeerConfig())
     run = FakeRun(folder, 1, resolved, **keys)
     backend = Backend(run.sites["site0"])
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    backend.loop, stop = loop, asyncio.Event()
-
-    async def serve() -> None:
-        server = backend.server = ControlServer(site.control_path, backend)
-        await server.start()
-        ready.set()
-        await stop.wait()
-        await server.close()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    try:
-        assert ready.wait(10)
+    with serving(site, backend) as (backend.loop, backend.server):
         yield site, run, backend
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
-        loop.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 
@@ -19,10 +18,10 @@ from swarmtrain.training.data import (
 )
 from swarmtrain_peer.config import PeerConfig
 from swarmtrain_peer.control import ControlClosed
-from swarmtrain_peer.controlserver import ControlServer
 from swarmtrain_peer.founding import found_run
 from swarmtrain_protocols.errors import DataUnavailable
 from swarmtrain_protocols.manifest import RunKeys
+from tests.swarmtrain.training.served import serving
 
 
 def small() -> Corpus:
@@ -122,25 +121,9 @@ class Asked:
 
 @contextlib.contextmanager
 def answering(site, *answers):
-    backend, ready = Asked(site, answers), threading.Event()
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-
-    async def serve():
-        server = ControlServer(site.control_path, backend)
-        await server.start()
-        ready.set()
-        await stop.wait()
-        await server.close()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert ready.wait(10)
-    try:
+    backend = Asked(site, answers)
+    with serving(site, backend):
         yield backend
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()
 
 
 def test_what_does_not_fit_is_asked_of_the_peer_process(tmp_path):

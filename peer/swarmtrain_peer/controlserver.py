@@ -174,7 +174,7 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, connection: ControlConnection) -> None:
         writing = asyncio.create_task(connection.write_loop())
-        calls: list[asyncio.Task[None]] = []
+        calls: set[asyncio.Task[None]] = set()
         try:
             await self._read(reader, connection, calls)
         except (ConnectionError, asyncio.CancelledError):
@@ -190,14 +190,8 @@ class ControlServer:
         self,
         reader: asyncio.StreamReader,
         connection: ControlConnection,
-        calls: list[asyncio.Task[None]],
+        calls: set[asyncio.Task[None]],
     ) -> None:
-        slots = asyncio.Semaphore(limits.CONTROL_CALLS_IN_FLIGHT_MAX)
-
-        def done(task: asyncio.Task[None]) -> None:
-            calls.remove(task)
-            slots.release()
-
         while not connection.closed:
             try:
                 line = await reader.readline()
@@ -216,10 +210,11 @@ class ControlServer:
                 self.bad_lines += 1
                 connection.send(_failure(None, SwarmError("malformed request", str(error))))
                 return
-            await slots.acquire()
+            if len(calls) >= limits.CONTROL_CALLS_IN_FLIGHT_MAX:
+                await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             task = asyncio.create_task(self._call(number, name, args, connection))
-            calls.append(task)
-            task.add_done_callback(done)
+            calls.add(task)
+            task.add_done_callback(calls.discard)
 
     async def _call(
         self, number: object, name: str, args: Document, connection: ControlConnection

@@ -15,6 +15,7 @@ from swarmtrain.dashboard.completions import BadRequest, _parsed, arguments_of
 from swarmtrain.dashboard.feed import Feed
 from swarmtrain_peer.control import error_from_dict
 from swarmtrain_peer.controlserver import ControlConnection, ControlServer
+from swarmtrain_peer.loop import new_event_loop
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.errors import SwarmError, UsageError
 from tests.fuzz.engine import Target
@@ -75,7 +76,7 @@ class _Site:
         client = Talker(FakeRun())
         self.open = build_app(feed, connect=lambda: client)
         self.closed = build_app(feed, token=TOKEN, connect=lambda: client)
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_event_loop()
 
     def __call__(self, data: bytes) -> object:
         if not data:
@@ -213,7 +214,7 @@ class _Control:
     """One client that sends lines; every line has one answer, and a bad line ends the client."""
 
     def __init__(self, folder: Folder) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_event_loop()
         self.server = ControlServer(folder.path, _Backend())
         self.wrong: list[Any] = []
         self.loop.set_exception_handler(lambda loop, context: self.wrong.append(context))

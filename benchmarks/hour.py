@@ -48,7 +48,7 @@ ASKED = tuple(f"pipeline.{name}" for name in ("core", "whole", "errands", "workq
 NOT_FOR_C = ("Struct", "NamedTuple", "numba")
 """Modules with these words stay as they are: schemas of msgspec, named tuples, other compilers."""
 PLAY = """
-import importlib, sys
+import importlib, os, sys
 from swarmtrain_protocols.testing import hour
 suffix, *names = sys.argv[1].split()
 for name in names:
@@ -56,7 +56,7 @@ for name in names:
     if not path.endswith(suffix):
         sys.exit(f"{name} is not compiled: {path}")
 hour.lighten()
-sys.exit(hour.main(sys.argv[2:]))
+hour.main(sys.argv[2:], leave=os._exit)
 """
 ROOMY = {
     "PYTHONMALLOC": "malloc",

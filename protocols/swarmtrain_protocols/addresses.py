@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 
 from swarmtrain_protocols import limits
 
@@ -63,6 +64,7 @@ def subnet(address: str) -> str:
     return str(ipaddress.ip_network((ip, prefix), strict=False))
 
 
+@lru_cache(maxsize=4096)
 def is_private(address: str) -> bool:
     """True for loopback, link-local, private and carrier-grade NAT addresses (no subnet caps).
 

@@ -29,6 +29,11 @@ class WallClock:
     @property
     def off_s(self) -> float:
         """By how much this machine's clock is behind that of most others; 0: it is not off."""
+        near = 1  # this machine itself
+        for offset in self._theirs.values():
+            near += abs(offset - self._offset_s) < OFF_S_MIN
+        if 2 * near > len(self._theirs) + 1:
+            return 0.0  # most are near, and the median is one of them
         differences = sorted([0.0, *(offset - self._offset_s for offset in self._theirs.values())])
         middle = differences[(len(differences) - 1) // 2 : len(differences) // 2 + 1]
         off_s = min(middle, key=abs)

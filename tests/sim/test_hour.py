@@ -16,7 +16,7 @@ SMALL = Options(
 
 
 def test_a_swarm_that_loses_its_leader_and_others_misses_no_bar() -> None:
-    figures = run_hour(replace(SMALL, seed=1))
+    figures = run_hour(Hour(replace(SMALL, seed=1)))
     assert figures["missed"] == [], figures
     assert figures["leaders_lost"] and figures["members_lost"], "else nothing was tried"
     assert figures["members_joined"] == SMALL.members + int(str(figures["members_lost"]))

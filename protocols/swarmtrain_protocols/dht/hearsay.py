@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
 
 from swarmtrain_protocols import limits
 from swarmtrain_protocols.addresses import is_private, split_address
@@ -52,5 +53,6 @@ class Hearsay:
         return recent and count >= limits.DHT_HEARSAY_TRIES_MAX
 
 
+@lru_cache(maxsize=4096)
 def _place(address: str) -> str:
     return address if is_private(address) else split_address(address)[0].lower()

@@ -73,3 +73,9 @@ class Contact:
     def __post_init__(self) -> None:
         if self.id < 0:
             object.__setattr__(self, "id", node_id(self.peer))
+
+
+@lru_cache(maxsize=1024)
+def contact_of(peer: PeerId, addresses: tuple[str, ...] = ()) -> Contact:
+    """The contact; made once, though every message and every name in an answer asks for one."""
+    return Contact(peer, addresses)

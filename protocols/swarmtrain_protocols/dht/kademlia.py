@@ -22,7 +22,7 @@ from swarmtrain_protocols.dht.density import Density
 from swarmtrain_protocols.dht.events import DhtBootstrapped, DhtFailed, DhtFound
 from swarmtrain_protocols.dht.healing import Healing
 from swarmtrain_protocols.dht.hearsay import Hearsay
-from swarmtrain_protocols.dht.ids import Contact, id_bytes, key_id
+from swarmtrain_protocols.dht.ids import Contact, contact_of, id_bytes, key_id
 from swarmtrain_protocols.dht.lookup import Lookup
 from swarmtrain_protocols.dht.publisher import Publisher
 from swarmtrain_protocols.dht.replication import Replication
@@ -153,7 +153,7 @@ class DhtCore:
         """A link to ``peer`` is up; ``addresses`` are where it says it can be dialled."""
         alone = len(self.table) == 0
         self._links[peer] = usable(addresses)
-        self._alive(now, Contact(peer))
+        self._alive(now, contact_of(peer))
         if alone and len(self.table):
             self.searches.start(now, Search(self.me.id, nothing, gauge=True))
         self._settle(now)
@@ -163,7 +163,7 @@ class DhtCore:
         was_linked = self._links.pop(peer, None) is not None
         self.serving.forget(peer)
         self.requests.lost(now, peer)
-        known = self.table.get(Contact(peer)) if was_linked else None
+        known = self.table.get(contact_of(peer)) if was_linked else None
         if known is not None:
             self.ping(now, known, partial(self._unlinked, known))
         self._settle(now)
@@ -176,7 +176,7 @@ class DhtCore:
 
     def forget(self, now: float, peer: PeerId) -> None:
         """A peer was banned or has left: it is not asked and not named to others."""
-        gone = Contact(peer)
+        gone = contact_of(peer)
         known = gone in self.table
         self.table.remove(gone)
         self.disconnected(now, peer)
@@ -209,7 +209,7 @@ class DhtCore:
                 self.blame(fault)
         elif isinstance(message, Question):
             if self.serving.admit(now, peer):
-                self._alive(now, Contact(peer))
+                self._alive(now, contact_of(peer))
                 self._out.append(Send(peer, self.serving.answer(now, peer, message)))
         else:
             raise LocalProtocolError("not a DHT message", type(message).__name__)
@@ -341,11 +341,11 @@ class DhtCore:
         if known is not None and known.addresses == addresses:
             contact = known
         elif addresses != contact.addresses:
-            contact = Contact(contact.peer, addresses, contact.id)
+            contact = contact_of(contact.peer, addresses)
         oldest = self.table.seen(contact)
         if oldest is not None:
             if oldest.peer in self._links:  # keepalive of the link has just shown that it lives
-                self.table.seen(Contact(oldest.peer, oldest.addresses, oldest.id))
+                self.table.seen(oldest)
             else:
                 self.ping(now, oldest)
         if known is None and contact in self.table:
@@ -378,7 +378,7 @@ class DhtCore:
                 continue
             addresses = usable(info.addresses)
             if addresses or peer in self._links:
-                found.append(Contact(peer, addresses))
+                found.append(contact_of(peer, addresses))
         return found
 
     def own_records(self, key: bytes) -> list[SignedRecord]:
@@ -429,6 +429,7 @@ class DhtCore:
 
 
 @lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def usable(addresses: tuple[str, ...]) -> tuple[str, ...]:
     """The well-formed ones among ``addresses``."""
     found: list[str] = []

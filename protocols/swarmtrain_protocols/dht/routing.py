@@ -9,6 +9,8 @@ because a flood of newcomers then cannot push out what is known (eclipse). Publi
 from __future__ import annotations
 
 import math
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -26,6 +28,10 @@ class _Bucket:
     looked_up_at: float = -math.inf
 
 
+def _by_distance(contacts: Iterable[Contact], target: int) -> list[Contact]:
+    return sorted(contacts, key=lambda contact: contact.id ^ target)
+
+
 class RoutingTable:
     """Contacts by distance from ``own``; bounded by 160 buckets of k and as many in waiting."""
 
@@ -33,6 +39,8 @@ class RoutingTable:
         self._own = own
         self._k = k
         self._buckets = [_Bucket() for _ in range(ID_BITS)]
+        self._occupied: list[int] = []
+        """Which buckets have contacts, nearest first."""
         self._failures: dict[PeerId, int] = {}
         self._subnets: dict[str, int] = {}
         self._size = 0
@@ -45,7 +53,10 @@ class RoutingTable:
 
     def contacts(self) -> list[Contact]:
         """All contacts, nearest bucket first."""
-        return [c for bucket in self._buckets for c in bucket.contacts.values()]
+        return self._inside(self._occupied)
+
+    def _inside(self, indexes: Iterable[int]) -> list[Contact]:
+        return [c for i in indexes for c in self._buckets[i].contacts.values()]
 
     def get(self, contact: Contact) -> Contact | None:
         """What the table knows about this peer."""
@@ -134,17 +145,15 @@ class RoutingTable:
         # Bucket ``index`` shares the differing bit with the target. Those below it do not, and all
         # lie in one range of distance; above, distance is decided by the bucket alone.
         own = self._buckets[index].contacts
-        found = list(own.values())
+        found = _by_distance(own.values(), target)
         if len(found) < count + (but in own):
-            for bucket in self._buckets[:index]:
-                if bucket.contacts:
-                    found.extend(bucket.contacts.values())
-            for bucket in self._buckets[index + 1 :]:
+            below = [i for i in self._occupied if i < index]
+            found += _by_distance(self._inside(below), target)
+            for i in self._occupied[len(below) :]:
                 if len(found) > count:  # one more than asked for: ``but`` may be among them
                     break
-                if bucket.contacts:
-                    found.extend(bucket.contacts.values())
-        found.sort(key=lambda contact: contact.id ^ target)
+                if i > index:
+                    found += _by_distance(self._buckets[i].contacts.values(), target)
         return [contact for contact in found[: count + 1] if contact.peer != but][:count]
 
     def looked_up(self, now: float, target: int) -> None:
@@ -158,10 +167,9 @@ class RoutingTable:
         Buckets nearer than the nearest contact are empty in any swarm of honest size; of those
         only the first is looked at.
         """
-        occupied = [i for i, bucket in enumerate(self._buckets) if bucket.contacts]
-        if not occupied:
+        if not self._occupied:
             return None
-        lowest = max(0, occupied[0] - 1)
+        lowest = max(0, self._occupied[0] - 1)
         index = min(range(lowest, ID_BITS), key=lambda i: (self._buckets[i].looked_up_at, -i))
         bucket = self._buckets[index]
         if bucket.looked_up_at > now - age_s:
@@ -182,6 +190,8 @@ class RoutingTable:
         return True
 
     def _put_in(self, bucket: _Bucket, contact: Contact) -> None:
+        if not bucket.contacts:
+            insort(self._occupied, bucket_index(self._own, contact.id))
         bucket.contacts[contact.peer] = contact
         bucket.waiting.pop(contact.peer, None)
         for block in subnets(contact.addresses):
@@ -190,6 +200,8 @@ class RoutingTable:
 
     def _take_out(self, bucket: _Bucket, contact: Contact) -> None:
         del bucket.contacts[contact.peer]
+        if not bucket.contacts:
+            self._occupied.remove(bucket_index(self._own, contact.id))
         for block in subnets(contact.addresses):
             self._subnets[block] -= 1
             if not self._subnets[block]:

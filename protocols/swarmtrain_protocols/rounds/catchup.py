@@ -126,7 +126,9 @@ class CatchUp:
             return
         for channel in self.ledger.train_channels():
             if self.follows(channel.name):
-                track = self.tracks.setdefault(channel.name, Track(channel.name))
+                track = self.tracks.get(channel.name)
+                if track is None:
+                    track = self.tracks[channel.name] = Track(channel.name)
                 self._verify(channel, track)
                 self._advance(now, channel, track)
                 self._tell(track)

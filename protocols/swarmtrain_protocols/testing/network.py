@@ -206,7 +206,7 @@ class Network:
 
     def send(self, a: Host, b: Host, packet: Packet) -> None:
         """Send over the connection of the two, or dial and send when it is up."""
-        connection = self._connections.get(_pair(a.name, b.name))
+        connection = self._of.get(a.name, {}).get(b.name)
         if connection is not None and connection.state[a.name] == "up":
             self._transmit(connection, a.name, b.name, packet)
             return

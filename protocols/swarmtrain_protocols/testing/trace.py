@@ -7,7 +7,8 @@ from collections import deque
 
 import blake3
 
-HASHED_BYTES = 64 * 1024
+HASHED_EVENTS = 512
+_HEAD = struct.Struct("<dHHI")
 RECENT_EVENTS = 400
 """Events kept in readable form for the report of a failure."""
 
@@ -17,7 +18,7 @@ class Trace:
 
     def __init__(self) -> None:
         self._hash = blake3.blake3()
-        self._waiting = bytearray()
+        self._waiting: list[tuple[float, str, str, bytes]] = []
         """Recorded and not hashed yet: long runs of bytes are hashed several times as fast."""
         self._recent: deque[tuple[float, str, str, bytes]] = deque(maxlen=RECENT_EVENTS)
         self.events = 0
@@ -25,14 +26,18 @@ class Trace:
     def record(self, time_s: float, node: str, kind: str, data: bytes = b"") -> None:
         """Add one event. ``data`` is hashed with its length, so that events cannot run together."""
         self.events += 1
-        head = struct.pack("<dHHI", time_s, len(node), len(kind), len(data))
-        self._waiting += head + node.encode() + kind.encode() + data
-        if len(self._waiting) >= HASHED_BYTES:
+        self._waiting.append((time_s, node, kind, data))
+        if len(self._waiting) >= HASHED_EVENTS:
             self._hash_waiting()
-        self._recent.append((time_s, node, kind, data))
 
     def _hash_waiting(self) -> None:
-        self._hash.update(self._waiting)
+        pieces: list[bytes] = []
+        for time_s, node, kind, data in self._waiting:
+            pieces.append(_HEAD.pack(time_s, len(node), len(kind), len(data)))
+            pieces.append((node + kind).encode())
+            pieces.append(data)
+        self._hash.update(b"".join(pieces))
+        self._recent += self._waiting
         self._waiting.clear()
 
     def digest(self) -> str:
@@ -42,5 +47,6 @@ class Trace:
 
     def tail(self, count: int = 40) -> list[str]:
         """The last events, for people."""
+        self._hash_waiting()
         lines = list(self._recent)[-count:]
         return [f"{t:10.4f} {node:10} {kind} {data[:48]!r}" for t, node, kind, data in lines]

@@ -15,6 +15,7 @@ from swarmtrain_protocols.testing.checks.oracle import Invariant, Oracle
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.site import Site
     from swarmtrain_protocols.testing.world import World
 
 
@@ -55,7 +56,8 @@ class SetsAreDelivered(Invariant):
         self.had: dict[RoundKey, dict[int, dict[str, set[int]]]] = {}
 
     def always(self, world: World, host: Host) -> None:
-        for attempt in host.node.core.member._attempts.values():
+        node: Site = host.node
+        for attempt in node.core.member._attempts.values():
             known = self.had.setdefault(attempt.key, {})
             for part, have in attempt.have.items():
                 mine = known.setdefault(part, {}).setdefault(host.name, set())
@@ -64,7 +66,7 @@ class SetsAreDelivered(Invariant):
                 mine.update(have)
                 own = attempt.own_index
                 root = None if own is None else attempt.opened.contributors[own].root
-                if own in have and root is not None and host.node.plane.provide(root) is None:
+                if own in have and root is not None and node.plane.provide(root) is None:
                     world.violation("AR3", f"{host.name} has lost its own bytes of {attempt.key}")
 
     def chosen(self, world: World, body: e.RoundSet) -> None:

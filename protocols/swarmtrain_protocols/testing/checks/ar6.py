@@ -11,6 +11,7 @@ from swarmtrain_protocols.testing.checks.oracle import Invariant
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.site import Site
     from swarmtrain_protocols.testing.world import World
 
 
@@ -20,7 +21,8 @@ class InputsStay(Invariant):
     def always(self, world: World, host: Host) -> None:
         if self.oracle.rebuilt:
             return  # who held a state before its stage was lost finds out later
-        node, right = host.node, self.oracle.states
+        node: Site = host.node
+        right = self.oracle.states
         if node.core.ledger.model is None:
             return  # what a site proposes is not the model yet
         for channel, state in node.plane.states.items():

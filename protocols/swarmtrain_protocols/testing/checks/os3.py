@@ -12,6 +12,7 @@ from swarmtrain_protocols.testing.checks.oracle import Invariant, Oracle
 
 if TYPE_CHECKING:
     from swarmtrain_protocols.testing.host import Host
+    from swarmtrain_protocols.testing.site import Site
     from swarmtrain_protocols.testing.world import World
 
 
@@ -28,7 +29,8 @@ class JoinersAreReady(Invariant):
         last = self._last.get(host.peer)
         if last is None:
             last = self._last[host.peer] = {}
-        for channel, track in host.node.core.catchup.tracks.items():
+        node: Site = host.node
+        for channel, track in node.core.catchup.tracks.items():
             if track.state_hash is None:
                 continue
             seen = last.get(channel)

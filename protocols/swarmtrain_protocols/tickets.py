@@ -154,9 +154,9 @@ class Ticket:
         Raises:
             ConfigError: what is wrong with it. The message never contains the secret.
         """
-        text = text.strip()
-        if len(text) > _TICKET_CHARS_MAX:
+        if len(text) > _TICKET_CHARS_MAX:  # looked at first: what is stripped is copied
             raise _bad_ticket(f"longer than {_TICKET_CHARS_MAX} characters")
+        text = text.strip()
         if not text.startswith(_SCHEME):
             raise _bad_ticket(f"it does not begin with {_SCHEME}")
         place, sharp, secret = text[len(_SCHEME) :].partition("#")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -122,3 +124,16 @@ def test_malformed_tickets_say_what_is_wrong(change: object, why: str) -> None:
 def test_any_text_gives_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError):
         Ticket.parse("swarm://" + text)
+
+
+def test_what_is_too_long_is_refused_before_it_is_copied() -> None:
+    """Found by fuzzing: white space around 34 kB of it was stripped first."""
+    text = f" swarm://{chr(0xDC80) * 34_000} "  # two bytes a character
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="longer than"):
+            Ticket.parse(text)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10_000

@@ -32,6 +32,21 @@ def test_a_clock_that_is_off_goes_by_those_of_the_others(own: float) -> None:
     assert abs(clock.off_s + own) <= 1.0
 
 
+def test_it_is_the_median_that_counts_however_it_is_found() -> None:
+    rng = random.Random(5)
+    for _ in range(500):
+        own, *others = (
+            rng.choice((0.0, 1.0, 29.0, 31.0, HOUR_S)) * rng.choice((1, -1)) + rng.random()
+            for _ in range(rng.randrange(1, 9))
+        )
+        differences = sorted([0.0, *(other - own for other in others)])
+        middle = differences[(len(differences) - 1) // 2], differences[len(differences) // 2]
+        wanted = min(middle, key=abs)
+        if abs(wanted) < OFF_S_MIN:
+            wanted = 0.0
+        assert clock_among(own, *others).off_s == pytest.approx(wanted, abs=1e-6)
+
+
 def test_small_differences_are_left_alone() -> None:
     assert clock_among(0.0, OFF_S_MIN - 1, OFF_S_MIN - 1).off_s == 0.0
     assert clock_among(0.0, OFF_S_MIN + 1, OFF_S_MIN + 1).off_s == OFF_S_MIN + 1

@@ -148,8 +148,8 @@ _FROM_CODE = (
         "dht/kademlia.py",
         patch(
             "dht.kademlia:DhtCore.hinted",
-            "found.append(Contact(peer, addresses))",
-            "found.append(Contact(peer, addresses)); self.table.seen(found[-1])",
+            "found.append(contact_of(peer, addresses))",
+            "found.append(contact_of(peer, addresses)); self.table.seen(found[-1])",
         ),
         find("dht: invented", 1),
     ),

@@ -5,8 +5,8 @@ by the hundred million. mypyc (it comes with mypy) makes C of a copy of the pack
 which takes some minutes once and wants a C compiler; a short swarm is then played twice, as it is
 and compiled, and must leave the same trace. `--interpreted` plays without compiling anything.
 
-Three gigabytes of small objects miss the processor's table of pages all the time: where there is
-glibc, its allocator is used and told to ask for huge pages (a tenth faster than Python's own).
+Gigabytes of small objects miss the processor's table of pages all the time: on Linux they lie in
+huge pages, large ones by a tunable of glibc's allocator, small ones by ``arenas.c``.
 
 Prints what the simulation prints, with the real and the processor time of all of it but compiling
 (growing to all members included, and told apart) and how many modules were compiled; exits with 1
@@ -26,6 +26,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -48,7 +49,9 @@ ASKED = tuple(f"pipeline.{name}" for name in ("core", "whole", "errands", "workq
 NOT_FOR_C = ("Struct", "NamedTuple", "numba")
 """Modules with these words stay as they are: schemas of msgspec, named tuples, other compilers."""
 PLAY = """
-import importlib, os, sys
+import importlib, importlib.util, os, sys
+if importlib.util.find_spec("arenas"):
+    import arenas
 from swarmtrain_protocols.testing import hour
 suffix, *names = sys.argv[1].split()
 for name in names:
@@ -58,10 +61,8 @@ for name in names:
 hour.lighten()
 hour.main(sys.argv[2:], leave=os._exit)
 """
-ROOMY = {
-    "PYTHONMALLOC": "malloc",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4096",
-}
+ARENAS = ROOT / "benchmarks" / "arenas.c"
+ROOMY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4096"}
 GROWN = re.compile(r"\d+ s: \d+ members")
 """The first line that the simulation tells: all members are there."""
 LIST = "import sys, swarmtrain_protocols.testing.hour; print(*sys.modules)"
@@ -137,7 +138,7 @@ def prepare(path: Path) -> None:
 def digest_of_sources() -> str:
     """Changes whenever something has to be compiled again."""
     hasher = hashlib.sha256(f"{version('mypy')} {sys.version}".encode())
-    for path in [Path(__file__), *sorted((SOURCE / PACKAGE).rglob("*.py"))]:
+    for path in [Path(__file__), ARENAS, *sorted((SOURCE / PACKAGE).rglob("*.py"))]:
         hasher.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return hasher.hexdigest()
 
@@ -168,7 +169,21 @@ def compile_cores(names: Sequence[str]) -> None:
     if done.returncode:
         tail = (TARGET / "log").read_text()[-2000:]
         raise SystemExit(f"mypyc ended with {done.returncode}; see {TARGET / 'log'}\n{tail}")
+    if sys.platform == "linux":
+        build_arenas(TARGET)
     stamp.write_text(digest)
+
+
+def build_arenas(folder: Path) -> None:
+    """Make the module ``arenas`` in ``folder``, for a process that starts with that on its path.
+
+    Raises:
+        CalledProcessError: the compiler refused, and has said why.
+    """
+    built = folder / f"arenas{EXTENSION_SUFFIXES[0]}"
+    compiler = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC"]
+    include = f"-I{sysconfig.get_config_var('INCLUDEPY')}"
+    subprocess.run([*compiler, include, str(ARENAS), "-o", str(built)], check=True)
 
 
 def play(path: Path, names: Sequence[str], arguments: Sequence[str], quiet: bool) -> dict[str, Any]:

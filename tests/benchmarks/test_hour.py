@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,23 @@ def test_another_trace_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, 1.0, ("t", "u"))
     with pytest.raises(SystemExit, match="something else"):
         hour.main([])
+
+
+@pytest.mark.slow  # not everywhere: it takes Linux, a C compiler and Python's headers
+def test_small_objects_lie_in_arenas_of_ours(tmp_path: Path) -> None:
+    """What Python asks of the system comes from blocks that may be huge pages."""
+    hour.build_arenas(tmp_path)
+    code = (
+        "import arenas, os, re\n"
+        "kept = [object() for _ in range(2_000_000)]\n"
+        "flags, size = [], 0\n"
+        "for line in open('/proc/self/smaps'):\n"
+        "    if re.match('Size:', line): size = int(line.split()[1])\n"
+        "    if line.startswith('VmFlags:') and ' hg' in line: flags.append(size)\n"
+        "del kept[:1_000_000]\n"
+        "again = [object() for _ in range(1_000_000)]\n"
+        "print(sum(flags), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = hour.python(tmp_path, "-c", code, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and int(done.stdout) >= 2_000_000 * 16 / 1024

@@ -7,6 +7,7 @@ in force at that entry, a set that is itself certified back to the founder's key
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 
@@ -40,7 +41,7 @@ from swarmtrain_protocols.log.state import FOLLOWER, LEADER, LogState
 from swarmtrain_protocols.messages import Message
 from swarmtrain_protocols.messages import log as m
 
-_NEVER = float("inf")
+_NEVER = math.inf
 
 
 class LogCore:

@@ -7,6 +7,7 @@ may have been made a voter by an entry that it has not received yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from swarmtrain_protocols.core import PeerId
@@ -26,7 +27,7 @@ class Election:
         self._lost = lost
         self._votes: dict[PeerId, bool] = {}
         self._pre = False
-        self.at = float("inf")
+        self.at = math.inf
         self.rest()
 
     # --- time ------------------------------------------------------------------------------------
@@ -43,12 +44,12 @@ class Election:
     def suspect(self) -> None:
         """The link to the leader broke: that is news, where silence is only patience."""
         s = self._s
-        s.leader_heard_at = float("-inf")
+        s.leader_heard_at = -math.inf
         self.at = min(self.at, s.now + s.rng.random() * _SUSPICION * s.timeouts.election_s)
 
     def deadline(self) -> float:
         s = self._s
-        return self.at if s.role != LEADER and s.votes else float("inf")
+        return self.at if s.role != LEADER and s.votes else math.inf
 
     def tick(self) -> None:
         s = self._s

@@ -7,6 +7,7 @@ has more than a window queued.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from swarmtrain_protocols import limits
@@ -56,7 +57,7 @@ class Feed:
         """Commit, newest certificate and snapshot that all who keep up were told of."""
 
     def deadline(self) -> float:
-        return self._life_at if self.subscribers else float("inf")
+        return self._life_at if self.subscribers else math.inf
 
     def tick(self) -> None:
         """Forget the silent, and give the others a sign of life."""

@@ -22,7 +22,7 @@ class Fence:
         self._s = state
         self._told: dict[PeerId, float] = {}
         self._with_us: dict[PeerId, None] = {}
-        self._again_at = float("-inf")
+        self._again_at = -math.inf
 
     def connected(self, peer: PeerId) -> None:
         """Two halves of a replaced set would never ask anybody else: they are told."""
@@ -85,7 +85,7 @@ class Fence:
     def _tell(self, peer: PeerId, recovery: Recovery) -> None:
         """Send the proof, at most once per heartbeat and link."""
         s = self._s
-        if s.now >= self._told.get(peer, float("-inf")) + s.timeouts.heartbeat_s:
+        if s.now >= self._told.get(peer, -math.inf) + s.timeouts.heartbeat_s:
             if peer in s.links:
                 self._told[peer] = s.now
             s.send(peer, Recovered(recovery))

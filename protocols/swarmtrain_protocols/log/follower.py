@@ -7,6 +7,7 @@ are accepted from anybody, because they prove themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from swarmtrain_protocols import limits
@@ -40,10 +41,10 @@ class Follower:
         self._snapshots = snapshots
         self.source: PeerId | None = None
         self._trial: PeerId | None = None
-        self._heard_at = float("-inf")
-        self._asked_at = float("-inf")
-        self._chosen_at = float("-inf")
-        self._renew_at = float("inf")
+        self._heard_at = -math.inf
+        self._asked_at = -math.inf
+        self._chosen_at = -math.inf
+        self._renew_at = math.inf
         self._known: tuple[PeerId, ...] = ()
         self._turn = 0
         self._pending: list[WireEntry] = []
@@ -52,7 +53,7 @@ class Follower:
         self._file = bytearray()
         self._file_index = -1
         self._file_upto = 0
-        self._file_at = float("inf")
+        self._file_at = math.inf
         self._reviewed: PeerId | None = None
         self.loaded: Snapshot | None = None
         """An installed snapshot that the core has yet to tell the layer above."""
@@ -74,12 +75,12 @@ class Follower:
     def deadline(self, behind: PeerId | None) -> float:
         s = self._s
         if s.role == LEADER or s.halted:
-            return s.now if self.source is not None else float("inf")
+            return s.now if self.source is not None else math.inf
         if not self.wanted(behind):
             fed_until = s.leader_heard_at + 2 * s.timeouts.election_s
             return s.now if self.source is not None else fed_until
         if self.source is None:
-            return self._asked_at + s.timeouts.heartbeat_s if self._candidates() else float("inf")
+            return self._asked_at + s.timeouts.heartbeat_s if self._candidates() else math.inf
         return min(self._quiet_at(), self._renew_at, self._file_at)
 
     def _quiet_at(self) -> float:
@@ -141,7 +142,7 @@ class Follower:
     def _drop(self) -> None:
         self.source = self._trial = None
         self._forget_pending()
-        self._file, self._file_index, self._file_at = bytearray(), -1, float("inf")
+        self._file, self._file_index, self._file_at = bytearray(), -1, math.inf
 
     def _forget_pending(self) -> None:
         self._pending, self._pending_at, self._pending_from = [], self._s.log.commit + 1, None
@@ -186,7 +187,7 @@ class Follower:
             self._trial = None
         if peer == self.source:
             self._drop()
-            self._asked_at = float("-inf")
+            self._asked_at = -math.inf
 
     def on_unserved(self, peer: PeerId) -> None:
         if peer == self._trial:
@@ -414,7 +415,7 @@ class Follower:
 
     def _install(self, peer: PeerId, data: bytes) -> None:
         s = self._s
-        self._file, self._file_index, self._file_at = bytearray(), -1, float("inf")
+        self._file, self._file_index, self._file_at = bytearray(), -1, math.inf
         try:
             snapshot = s.trust.snapshot(data)
         except PeerFault as fault:

@@ -7,6 +7,7 @@ done with it; the leader's own signature follows the ``Persist`` of the entry (O
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,7 +38,7 @@ class Progress:
     told: int = -1
     probing: bool = False
     due: bool = True
-    heard_at: float = float("-inf")
+    heard_at: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class Leadership:
     # --- time ------------------------------------------------------------------------------------
 
     def deadline(self) -> float:
-        return min(self.heartbeat_at, self.check_at) if self.progress else float("inf")
+        return min(self.heartbeat_at, self.check_at) if self.progress else math.inf
 
     def tick(self) -> None:
         s = self.state
@@ -103,7 +104,7 @@ class Leadership:
 
     def _heard(self, peer: bytes) -> float:
         item = self.progress.get(PeerId(peer))
-        return float("-inf") if item is None else item.heard_at
+        return -math.inf if item is None else item.heard_at
 
     def _follow_view(self) -> None:
         """Keep one ``Progress`` per steward, old or new, and per learner."""

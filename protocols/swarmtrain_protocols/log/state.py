@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 
@@ -45,7 +46,7 @@ class LogState:
         self.role = FOLLOWER
         self.leader: PeerId | None = None
         self.leader_term = 0
-        self.leader_heard_at = float("-inf")
+        self.leader_heard_at = -math.inf
         self.pulse = (0, 0)
         self.pulse_at = now
         self.links: dict[PeerId, bool] = {}

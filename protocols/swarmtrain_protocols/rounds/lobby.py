@@ -52,6 +52,8 @@ class Lobby:
     stand: Memo[list[StateReport]] = field(default_factory=Memo)
     fresh: tuple[object, ...] = ()
     """Of what (the ledger, its index, a round, changes of ``ready``) nothing is stale."""
+    vetted: dict[bytes, m.Ready] = field(default_factory=dict)
+    """Announcements that are not stale by that ledger, index and round."""
 
     def agreeing(self, present: list[bytes]) -> list[bytes]:
         """Present members whose contributions can be summed: the shape that most have."""
@@ -245,13 +247,18 @@ class Lobbies:
         """Forget announcements that the log has made too old, or whose data it has counted."""
         if lobby.fresh == (ledger, ledger.index, number, lobby.ready.changes):
             return
-        for member in list(lobby.ready):
-            ready = lobby.ready[member]
+        if lobby.fresh[:3] != (ledger, ledger.index, number):
+            lobby.vetted.clear()
+        for member, ready in list(lobby.ready.items()):
+            if lobby.vetted.get(member) is ready:
+                continue
             void = number - ready.base_round > self.policy.max_base_age_rounds
             if ledger.refusal(member, ready.channel, ready.claims, ready.samples):
                 void = True
             if ready.channel.startswith("train/") and void:
                 del lobby.ready[member]  # the member returns it to its trainer by the same rule
+            else:
+                lobby.vetted[member] = ready
         lobby.fresh = (ledger, ledger.index, number, lobby.ready.changes)
 
     # -- whom to wait for ------------------------------------------------------------------

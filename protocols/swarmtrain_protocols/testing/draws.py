@@ -32,6 +32,13 @@ class Stream:
         a, b, c, d = _FOUR.unpack(hashlib.blake2b(data, digest_size=32).digest())
         return ((a >> 11) * _SCALE, (b >> 11) * _SCALE, (c >> 11) * _SCALE, (d >> 11) * _SCALE)
 
+    def third(self) -> float:
+        """The third of ``four``, for whom the others decide nothing."""
+        self._count += 1
+        data = self._prefix + self._count.to_bytes(8, "little")
+        digest = hashlib.blake2b(data, digest_size=32).digest()
+        return (int.from_bytes(digest[16:24], "little") >> 11) * _SCALE
+
     def uniform(self) -> float:
         """One uniform in [0, 1)."""
         return self.four()[0]

@@ -149,13 +149,12 @@ class Network:
         connection = self._connections.get(_pair(a, b))
         if connection is not None and connection.state[b] != "down":
             episode = self._episode.get((a, b), 0)
-            delay_s = self._stream(a, b, "detect").between(*self.world.model.detection_s)
 
             def silence() -> None:
                 if self._cuts.get((a, b), 0) and self._episode.get((a, b), 0) == episode:
                     self._end(connection, b)
 
-            self.world.after(delay_s, self.world.hosts[b], silence)
+            self.world.after(self._detection_s(a, b), self.world.hosts[b], silence)
 
     def mend(self, a: str, b: str) -> None:
         """Undo one ``cut``; what waited is sent again."""
@@ -275,9 +274,7 @@ class Network:
             connection.state[host.name] = "down"
             connection.held[host.name].clear()
             if silent:
-                delay_s = self._stream(host.name, other, "detect").between(
-                    *self.world.model.detection_s
-                )
+                delay_s = self._detection_s(host.name, other)
                 self.world.after(delay_s, self.world.hosts[other], self._end, connection, other)
             else:
                 self._transmit(connection, host.name, other, _fin(connection, self))
@@ -285,9 +282,7 @@ class Network:
     def paused(self, host: Host, until_s: float) -> None:
         """Whoever hears nothing from ``host`` for too long ends the connection."""
         for other, connection in self._standing(host.name):
-            delay_s = self._stream(host.name, other, "detect").between(
-                *self.world.model.detection_s
-            )
+            delay_s = self._detection_s(host.name, other)
             if self.world.now + delay_s < until_s:
                 self.world.after(delay_s, self.world.hosts[other], self._end, connection, other)
 
@@ -299,6 +294,10 @@ class Network:
         if found is None:
             found = self._luck[key] = Stream(self.world.seed, "link", a, b, purpose)
         return found
+
+    def _detection_s(self, a: str, b: str) -> float:
+        """After how long without a sign of ``a`` its connection ends at ``b``."""
+        return self._stream(a, b, "detect").between(*self.world.model.detection_s)
 
     def _latency_s(self, a: str, b: str, uniform: float, tail: float) -> float:
         model = self.world.model
@@ -316,7 +315,9 @@ class Network:
 
     def _transmit(self, connection: Connection, a: str, b: str, packet: Packet) -> None:
         model = self.world.model
-        lost, doubled, uniform, tail = self._stream(a, b, packet.kind).four()
+        calm = not self._trouble and model.loss == model.tail == model.duplicate == 0.0
+        luck = self._stream(a, b, packet.kind)
+        lost, doubled, uniform, tail = (1.0, 1.0, luck.third(), 1.0) if calm else luck.four()
         stream = packet.bulk or packet.kind == "fin" or model.mode == "stream"
         if self.is_cut(a, b):
             if stream:
@@ -352,9 +353,8 @@ class Network:
 
         Chunks are looked at where they arrive (``transfers``).
         """
-        if packet.kind != "message" or not self.noisy(a, b):
-            return False
-        return self._stream(a, b, "noise").chance(NOISY)
+        noisy = packet.kind == "message" and self.noisy(a, b)
+        return noisy and self._stream(a, b, "noise").chance(NOISY)
 
     def noisy(self, a: str, b: str) -> bool:
         """Bits flip between the two."""

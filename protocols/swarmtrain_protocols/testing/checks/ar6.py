@@ -23,14 +23,14 @@ class InputsStay(Invariant):
             return  # who held a state before its stage was lost finds out later
         node: Site = host.node
         right = self.oracle.states
-        if node.core.ledger.model is None:
-            return  # what a site proposes is not the model yet
         for channel, state in node.plane.states.items():
             known, number = right.get(channel), state.round
             if known is None or number >= len(known):
                 continue  # its commit is applied here before anybody has emitted it
             if state.theta.tobytes() + state.slots["momentum"].tobytes() == known[number].raw:
                 continue
+            if node.core.ledger.model is None:
+                continue  # what a site proposes is not the model yet
             flipped = (host.name, channel) in world.trouble.flipped  # see ``flips``
             track = node.core.catchup.tracks.get(channel)  # None: it has parted with this stage
             if not flipped and track is not None and track.state_hash is not None:

@@ -240,3 +240,37 @@ def test_what_was_said_before_something_newer_that_came_first_is_old() -> None:
     assert again.announced(3.0, log.ledger, PeerId(B), first) == ""
     assert B not in again.room(TRAIN).ready, "nor by the next leadership of this site"
     assert again.announced(3.0, log.ledger, PeerId(A), first) == "" and A in again.room(TRAIN).ready
+
+
+class Refusing:
+    """Of a ledger, what vetting asks: who is refused at which index; and what was asked."""
+
+    def __init__(self) -> None:
+        self.index = 5
+        self.refused: set[bytes] = set()
+        self.asked: list[bytes] = []
+
+    def refusal(self, member: bytes, *unused: object) -> str:
+        self.asked.append(member)
+        return "counted" if member in self.refused else ""
+
+
+def test_an_announcement_is_vetted_once_while_log_and_round_stand() -> None:
+    log, lobbies, ledger = Log(A, B, C), rooms(), Refusing()
+
+    def left(number: int = 0) -> list[bytes]:
+        ledger.asked.clear()
+        lobbies.drop_stale(ledger, lobbies.rooms[TRAIN], number)  # type: ignore[arg-type]
+        return list(lobbies.rooms[TRAIN].ready)
+
+    of_b, of_c = ready(TRAIN), ready(TRAIN, root=hash_of("another"))
+    assert lobbies.announced(1.0, log.ledger, PeerId(B), of_b) == ""
+    assert left() == [B] and ledger.asked == [B]
+    assert lobbies.announced(1.0, log.ledger, PeerId(C), of_c) == ""
+    assert left() == [B, C] and ledger.asked == [C], "nothing is new about the first"
+    ledger.index, ledger.refused = 6, {B}
+    assert left() == [C] and ledger.asked == [B, C], "the log has gone on: who counted goes"
+    assert lobbies.announced(1.0, log.ledger, PeerId(B), of_b) == ""
+    assert left() == [C] and ledger.asked == [B], "the very same again is looked at again"
+    assert left(POLICY.max_base_age_rounds) == [C]
+    assert left(POLICY.max_base_age_rounds + 1) == [], "a later round: too old by now"

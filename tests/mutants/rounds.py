@@ -389,6 +389,12 @@ _FROM_CODE = (
         find("unlike: stubborn", 0, 2),
     ),
     _code(
+        "an announcement that was vetted is looked at again once the log has gone on",
+        "rounds/lobby.py",
+        patch("rounds.lobby:Lobbies.drop_stale", "lobby.vetted.clear()", "pass"),
+        find("units: lobby", 0),
+    ),
+    _code(
         "slow links have their turn",
         "rounds/turns.py",
         patch("rounds.turns:Turns.plan", "return True, ()", "pass"),

@@ -88,7 +88,11 @@ def test_the_secret_is_in_no_repr_and_in_no_error() -> None:
     assert secret not in repr(ticket)
     assert SIGNED.hex() not in repr(ticket)
     assert "***" in repr(ticket)
-    for broken in (f"swarm://h:1/{'0' * 64}#{secret}", f"swarm://h/{RUN.hex()}#{secret}"):
+    for broken in (
+        f"swarm://h:1/{'0' * 64}#{secret}",
+        f"swarm://h/{RUN.hex()}#{secret}",
+        f"swarm://h:{secret[:60]}/{RUN.hex()}#{secret}",  # pasted into the wrong place
+    ):
         with pytest.raises(ConfigError) as caught:
             Ticket.parse(broken)
         assert secret[8:40] not in f"{caught.value} {caught.value.todo}"

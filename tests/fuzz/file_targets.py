@@ -165,12 +165,13 @@ RESULT = storeformat.encode_result_header(
 
 
 def _result(data: bytes) -> object:
-    body = data[1:]
+    body = memoryview(data)[1:]  # copied once at most: all of it is weighed, too
     if data[:1] == b"s":  # sealed: the header as given, then as many bytes as it may want
         length = len(body).to_bytes(4, "little")
-        front = storeformat.RESULT_MAGIC + length + body
-        body = front + blake3(front).digest() + b"chunkdata"
-    header, chunks = storeformat.parse_result(Path("result"), memoryview(body))
+        seal = blake3(storeformat.RESULT_MAGIC + length).update(body).digest()
+        front = (storeformat.RESULT_MAGIC, length, body)
+        body = memoryview(b"".join((*front, seal, b"chunkdata")))
+    header, chunks = storeformat.parse_result(Path("result"), body)
     assert [chunk.nbytes for chunk in chunks] == list(header.chunk_nbytes)
     assert sum(chunk.nbytes for chunk in chunks) <= len(body)
     return len(chunks)

@@ -9,8 +9,9 @@ Gigabytes of small objects miss the processor's table of pages all the time: on 
 huge pages, large ones by a tunable of glibc's allocator, small ones by ``arenas.c``.
 
 Prints what the simulation prints, with the real and the processor time of all of it but compiling
-(growing to all members included, and told apart) and how many modules were compiled; exits with 1
-if a bar of the simulation is missed, or if all of it took ten real minutes or more.
+(growing to all members included, and told apart), how many modules were compiled and whether small
+objects lay in arenas of our own; exits with 1 if a bar of the simulation is missed, or if all of it
+took ten real minutes or more.
 """
 
 from __future__ import annotations
@@ -215,6 +216,7 @@ def play(path: Path, names: Sequence[str], arguments: Sequence[str], quiet: bool
         "hour_real_s": round(ended_s - grown_s, 1),
         "cpu_s": round(cpu_s, 1),
         "modules_compiled": len(names),
+        "arenas": any(path.glob("arenas.*")),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ def serving(
     site: Site, backend: ControlBackend
 ) -> Iterator[tuple[asyncio.AbstractEventLoop, ControlServer]]:
     """The control socket of ``site``, served until the block ends; and by which loop."""
-    thread, server = LoopThread(), ControlServer(site.control_path, backend)
-    try:
+    with closing(LoopThread()) as thread:
+        server = ControlServer(site.control_path, backend)
         thread.do(server.start())
-        yield thread.loop, server
-        thread.do(server.close())
-    finally:
-        thread.close()
+        try:
+            yield thread.loop, server
+        finally:
+            thread.do(server.close())
 
 
 @contextmanager
